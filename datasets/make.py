@@ -1,0 +1,91 @@
+"""Make the two sample style sets from openly licensed emoji art: ``python datasets/make.py --art node_modules``.
+
+``blueprint``: white line drawings on blue squared paper, from Noto Emoji (Apache-2.0).
+``pixel``: sixteen by sixteen squares in sixteen colours, from Fluent Emoji (MIT).
+Needs ``pip install 'sdlora[recipe]'`` and the packages of ``recipes/mini/package.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from recipes.mini.art import IconSet, article, emoji, hexcodes, subjects
+
+HERE = Path(__file__).parent
+SUBJECTS = (
+    *("dog", "lion", "horse", "pig", "elephant", "giraffe", "chick", "owl", "swan", "frog", "turtle", "whale", "crab"),
+    *("butterfly", "rose", "cactus", "mushroom", "grapes", "banana", "pear", "strawberry", "carrot", "red apple"),
+    *("hamburger", "doughnut", "cup of coffee", "house", "castle", "bus", "bicycle", "airplane", "anchor", "moon"),
+    *("umbrella", "light bulb", "alarm clock"),
+)
+
+PAPER, RULES, LINES = (28, 78, 158), (52, 102, 180), (255, 255, 255)
+
+PALETTE = np.array(
+    [
+        (0, 0, 0), (29, 43, 83), (126, 37, 83), (0, 135, 81), (171, 82, 54), (95, 87, 79), (194, 195, 199), (255, 241, 232),
+        (255, 0, 77), (255, 163, 0), (255, 236, 39), (0, 228, 54), (41, 173, 255), (131, 118, 156), (255, 119, 168),
+        (255, 204, 170),
+    ]
+)  # fmt: skip
+
+
+def blueprint(art: np.ndarray) -> Image.Image:
+    """uint8 (n, n, 4) -> RGB 256²: the edges between the art's colours as white lines on squared blue paper."""
+    drawing = Image.new("RGBA", (1024, 1024), (150, 150, 150, 0))
+    drawing.alpha_composite(Image.fromarray(art).resize((832, 832), Image.Resampling.LANCZOS), (96, 96))
+    # The silhouette counts as an edge of its own: grey art on a grey ground has an outline too.
+    bands = [*drawing.convert("RGB").split(), drawing.getchannel("A").point(lambda alpha: alpha // 2)]
+    pixels = np.stack([np.asarray(band.filter(ImageFilter.GaussianBlur(4)), np.float32) for band in bands], -1)
+    across = np.abs(np.roll(pixels, 4, 1) - np.roll(pixels, -4, 1)).max(-1)
+    down = np.abs(np.roll(pixels, 4, 0) - np.roll(pixels, -4, 0)).max(-1)
+    edges = Image.fromarray(((np.maximum(across, down) > 44) * 255).astype(np.uint8))
+    edges = edges.filter(ImageFilter.MaxFilter(5)).resize((256, 256), Image.Resampling.LANCZOS)
+    paper = np.full((256, 256, 3), PAPER, np.float32)
+    paper[::32] = paper[1::32] = paper[:, ::32] = paper[:, 1::32] = RULES
+    ink = np.asarray(edges, np.float32)[..., None] / 255
+    return Image.fromarray((paper * (1 - ink) + np.array(LINES) * ink).round().astype(np.uint8))
+
+
+def pixel(art: np.ndarray) -> Image.Image:
+    """uint8 (n, n, 4) -> RGB 128²: the art in 14 x 14 squares, one square of margin, each in its nearest palette colour."""
+    small = Image.fromarray(art).resize((14, 14), Image.Resampling.BOX)
+    canvas = Image.new("RGBA", (16, 16), (255, 241, 232, 255))
+    solid = np.asarray(small).copy()
+    solid[..., 3] = np.where(solid[..., 3] > 110, 255, 0)
+    canvas.alpha_composite(Image.fromarray(solid), (1, 1))
+    colours = np.asarray(canvas.convert("RGB"), np.int64)
+    nearest = ((colours[:, :, None] - PALETTE) ** 2 @ np.array([3, 6, 1])).argmin(-1)
+    return Image.fromarray(PALETTE[nearest].astype(np.uint8)).resize((128, 128), Image.Resampling.NEAREST)
+
+
+SETS = {"blueprint": ("blupaper", "noto", blueprint), "pixel": ("pixgrid", "fluent-emoji-flat", pixel)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--art", type=Path, required=True, help="the node_modules folder that `npm install` made")
+    node_modules = parser.parse_args().art
+    codes = hexcodes(emoji(node_modules))
+    labels = {words: label for label, words, _ in subjects()}
+    for name, (trigger, package, restyle) in SETS.items():
+        icons, folder = IconSet(node_modules, package), HERE / name
+        folder.mkdir(exist_ok=True)
+        for subject in SUBJECTS:
+            art = icons.draw(codes[labels[subject]], side=512)
+            if art is None:
+                raise LookupError(f"{package} has no {subject}")
+            stem = subject.replace(" ", "-")
+            restyle(art).save(folder / f"{stem}.png", optimize=True)
+            (folder / f"{stem}.txt").write_text(f"{trigger}, {article(subject)}\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,22 @@
+"""Rebuild the miniature base: ``python -m recipes.mini --art node_modules --work DIR``; interrupt and repeat at will."""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import argparse
+from pathlib import Path
+
+from .unet import train_unet
+from .vae import train_vae
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--art", type=Path, required=True, help="the node_modules folder that `npm install` made")
+    parser.add_argument("--work", type=Path, required=True, help="checkpoints are kept here")
+    parser.add_argument("--steps", type=int, default=6000, help="of the denoiser (default: %(default)s)")
+    parser.add_argument("--decay-steps", type=int, default=1500, help="at the end, with falling learning rate")
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    vae = train_vae(arguments.art, arguments.work)
+    train_unet(vae, arguments.art, arguments.work, arguments.steps, arguments.decay_steps)

@@ -1,0 +1,159 @@
+"""Train the autoencoder of the miniature base: 128 px pictures to 4 x 16 x 16 latents and back."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image, ImageDraw
+
+from .art import BACKGROUNDS, SIZE, load_gallery
+
+STEPS = 5200
+CROP_STEPS = 3400
+"""The first part trains on 64 px crops: four times the pictures for the same work, no flat margins."""
+CROP, CROP_BATCH, FULL_BATCH = 64, 24, 8
+LEARNING_RATE, WARMUP = 1.5e-3, 100
+KL_WEIGHT, GRADIENT_WEIGHT = 3e-4, 0.5
+SEED = 1
+
+
+def new_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 32, 64, 128),
+        layers_per_block=1,
+        norm_num_groups=8,
+        latent_channels=4,
+        mid_block_add_attention=False,
+        sample_size=SIZE,
+    )
+
+
+def random_colour(rng: np.random.Generator) -> tuple[int, ...]:
+    return tuple(int(c) for c in rng.integers(0, 256, 3))
+
+
+def draw_shapes(canvas: Image.Image, rng: np.random.Generator) -> None:
+    """Rectangles, ellipses and strokes in any colour, so that the autoencoder is not one of emoji alone."""
+    pen = ImageDraw.Draw(canvas)
+    for _ in range(int(rng.integers(3, 24))):
+        (x0, x1), (y0, y1) = np.sort(rng.integers(-8, SIZE + 8, 2)), np.sort(rng.integers(-8, SIZE + 8, 2))
+        x1, y1 = min(x1, x0 + 64), min(y1, y0 + 64)
+        colour, kind = random_colour(rng), rng.integers(3)
+        if kind == 0:
+            pen.rectangle((x0, y0, x1, y1), fill=colour)
+        elif kind == 1:
+            pen.ellipse((x0, y0, x1 + 1, y1 + 1), outline=colour, width=int(rng.integers(1, 4)))
+        else:
+            pen.line((x0, y0, x1, int(rng.integers(0, SIZE))), fill=colour, width=int(rng.integers(1, 5)))
+
+
+def picture(gallery: list[np.ndarray], rng: np.random.Generator, crop: int) -> np.ndarray:
+    """uint8 (crop, crop, 3)."""
+    kind = rng.random()
+    ground = list(BACKGROUNDS.values())[int(rng.integers(len(BACKGROUNDS)))] if kind < 0.7 else random_colour(rng)
+    canvas = Image.new("RGB", (SIZE, SIZE), ground)
+    if kind > 0.85:
+        draw_shapes(canvas, rng)
+    if kind < 0.95:
+        art = Image.fromarray(gallery[int(rng.integers(len(gallery)))])
+        side = int(rng.integers(80, 132))
+        art = art.resize((side, side), Image.Resampling.LANCZOS)
+        canvas.paste(art, tuple(int(v) for v in rng.integers(min(0, SIZE - side), max(1, SIZE - side + 1), 2)), art)
+    left, top = (int(v) for v in rng.integers(0, SIZE - crop + 1, 2))
+    pixels = np.asarray(canvas)[top : top + crop, left : left + crop]
+    if rng.random() < 0.5:
+        pixels = pixels[:, ::-1]
+    if rng.random() < 0.2:
+        pixels = pixels[..., rng.permutation(3)]
+    return 255 - pixels if rng.random() < 0.07 else pixels
+
+
+def to_tensor(pictures: list[np.ndarray]) -> torch.Tensor:
+    """uint8 (h, w, 3) each -> float32 (n, 3, h, w) in [-1, 1]."""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
+
+
+def loss_of(vae: AutoencoderKL, pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    posterior = vae.encode(pixels).latent_dist
+    decoded = vae.decode(posterior.mean + posterior.std * noise).sample
+    gradients = sum((decoded.diff(dim=d) - pixels.diff(dim=d)).abs().mean() for d in (-1, -2))
+    kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
+    return (decoded - pixels).abs().mean() + GRADIENT_WEIGHT * gradients + KL_WEIGHT * kl
+
+
+@torch.no_grad()
+def psnr(vae: AutoencoderKL, held_out: list[np.ndarray], count: int = 96) -> float:
+    """Mean over pictures of 10 log10(1 / mse), pixels in [0, 1], at 128 px on white, posterior means."""
+    rng, pictures = np.random.default_rng(9), []
+    for art in held_out[:: max(1, len(held_out) // count)][:count]:
+        canvas = Image.new("RGB", (SIZE, SIZE), list(BACKGROUNDS.values())[int(rng.integers(len(BACKGROUNDS)))])
+        drawing = Image.fromarray(art).resize((112, 112), Image.Resampling.LANCZOS)
+        canvas.paste(drawing, (8, 8), drawing)
+        pictures.append(np.asarray(canvas))
+    values = []
+    for start in range(0, len(pictures), 16):
+        pixels = to_tensor(pictures[start : start + 16])
+        decoded = vae.decode(vae.encode(pixels).latent_dist.mean).sample.clamp(-1, 1)
+        values.append(-10 * ((decoded - pixels) / 2).square().mean(dim=(1, 2, 3)).log10())
+    return float(torch.cat(values).mean())
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
+    """Linear warm-up, then a cosine to 1 % of the peak."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return peak * (0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * progress)))
+
+
+def train_vae(node_modules: Path, work: Path) -> AutoencoderKL:
+    """Train, or go on from ``work/vae.pt``; every draw is a function of (seed, step)."""
+    torch.manual_seed(SEED)
+    vae = new_vae().train()
+    optimizer = torch.optim.AdamW(vae.parameters(), LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
+    checkpoint, first = work / "vae.pt", 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        vae.load_state_dict(state["vae"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+    if first >= STEPS:
+        return vae.eval()
+    gallery, held_out = load_gallery(node_modules)
+    print(f"vae: {len(gallery)} pictures, {len(held_out)} held out, from step {first}", flush=True)
+    started = saved = time.monotonic()
+    for step in range(first, STEPS):
+        rng = np.random.default_rng([SEED, step])
+        crop, batch = (CROP, CROP_BATCH) if step < CROP_STEPS else (SIZE, FULL_BATCH)
+        pixels = to_tensor([picture(gallery, rng, crop) for _ in range(batch)])
+        noise = torch.from_numpy(rng.standard_normal((batch, 4, crop // 8, crop // 8), dtype=np.float32))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, STEPS, LEARNING_RATE, WARMUP)
+        with torch.autocast(pixels.device.type, torch.bfloat16):
+            loss = loss_of(vae, pixels, noise)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 100 == 0:
+            print(f"vae {step}/{STEPS} loss {loss.item():.4f} {time.monotonic() - started:.0f} s", flush=True)
+        if time.monotonic() - saved > 120 or step == STEPS - 1:
+            partial = checkpoint.with_suffix(".partial")
+            torch.save({"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, partial)
+            partial.replace(checkpoint)
+            saved = time.monotonic()
+        if step % 800 == 799:
+            print(f"vae {step + 1}: {psnr(vae.eval(), held_out):.2f} dB held out", flush=True)
+            vae.train()
+    return vae.eval()
+
+
+def learning_rate_constant(step: int, steps: int, peak: float, warmup: int, decay: int) -> float:
+    """Linear warm-up, constant, and a linear descent to 1 % over the last ``decay`` steps."""
+    return peak * min(1.0, (step + 1) / warmup, max(0.01, (steps - step) / max(1, decay)))

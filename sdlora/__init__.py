@@ -1,0 +1,41 @@
+"""sdlora: train style LoRAs for Stable Diffusion, generate with several at once, export files that every tool reads.
+
+Importing this package imports nothing else; each name below is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .api import generate, inspect, train
+    from .config import Config, load_config
+    from .errors import SdloraError
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Config": "config",
+    "SdloraError": "errors",
+    "generate": "api",
+    "inspect": "api",
+    "load_config": "config",
+    "train": "api",
+}
+
+__all__ = ["Config", "SdloraError", "__version__", "generate", "inspect", "load_config", "train"]
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sdlora' has no attribute {name!r}")
+    from importlib import import_module
+
+    # A folder of the package may bear the name of a function (sdlora.train): the function wins from here on.
+    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,1 @@
+"""A base checkpoint: its family, its parts, and what they compute."""

@@ -1,0 +1,261 @@
+"""The command line: verbs only. What a verb needs is imported when it runs, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+# Spinning OpenMP threads slow a step a hundred times when another process is busy; read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import typer
+
+from . import __version__
+from .errors import Interrupted, SdloraError
+
+if TYPE_CHECKING:
+    from .inspection import Report
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Train style LoRAs for Stable Diffusion, generate pictures with several at once, inspect LoRA files.",
+)
+
+BaseOption = Annotated[str, typer.Option("--base", metavar="BASE", help="'mini' or a diffusers checkpoint folder.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")]
+
+
+def main() -> None:
+    """The ``sdlora`` command. Exit codes: 0 done, 1 input at fault, 2 usage, 130 interrupted after a safe save."""
+    app()
+
+
+def _guard(verb: Callable[[], None]) -> None:
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    try:
+        verb()
+    except SdloraError as error:
+        for problem in error.problems:
+            typer.echo(f"error: {problem}", err=True)
+        raise typer.Exit(1) from None
+    except (Interrupted, KeyboardInterrupt) as error:
+        typer.echo(str(error) or "interrupted", err=True)
+        raise typer.Exit(130) from None
+
+
+def _emit(value: dict[str, Any]) -> None:
+    typer.echo(json.dumps(value, ensure_ascii=False, default=str))
+
+
+def _quiet_libraries() -> None:
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(f"sdlora {__version__}")
+        raise typer.Exit()
+
+
+@app.command()
+def train(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[CONFIG.toml] [section.key=value]...", show_default=False)
+    ] = None,
+    images: Annotated[str | None, typer.Option(metavar="DIR", help="Folder of pictures with .txt captions.")] = None,
+    trigger: Annotated[str | None, typer.Option(metavar="WORD", help="The word that calls the style.")] = None,
+    base: Annotated[str | None, typer.Option(metavar="BASE", help="'mini' or a diffusers folder.")] = None,
+    out: Annotated[str | None, typer.Option(metavar="FILE", help="The LoRA file to write.")] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin anew, whatever an earlier run left.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a LoRA from a folder of captioned pictures; the same command again resumes it."""
+
+    def verb() -> None:
+        from .config import load_config
+
+        given = list(arguments or ())
+        file = given.pop(0) if given and "=" not in given[0] else None
+        options = {"data.images": images, "data.trigger": trigger, "base.path": base, "output.path": out}
+        if file is None and images is not None and out is None:
+            options["output.path"] = f"out/{Path(images).resolve().name}.safetensors"
+        # As TOML text, whatever it looks like: a trigger word of digits stays a word.
+        given += [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
+        if file is None and not given:
+            raise typer.BadParameter("name a CONFIG.toml, or give --images DIR and --trigger WORD")
+        config = load_config(file, given)
+        from . import api
+
+        _quiet_libraries()
+        report = api.train(config, restart=restart)
+        result = report.result
+        if as_json:
+            fields = {key: getattr(result, key) for key in ("output", "steps", "seconds", "loss", "resumed_from")}
+            _emit({**fields, "samples": report.samples})
+        elif result.loss is None:
+            typer.echo(f"{result.output}: this run is complete already; --restart would begin anew")
+        else:
+            done = f"{result.steps} steps, the last tenth at loss {result.loss:.4f}, {result.seconds:.0f} s"
+            since = f", resumed from step {result.resumed_from}" if result.resumed_from else ""
+            size = result.output.stat().st_size / 1e6
+            typer.echo(f"{result.output}: {size:.1f} MB, {done}{since}")
+            if report.samples:
+                typer.echo(f"{report.samples}: samples")
+
+    _guard(verb)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="Several make several pictures.")],
+    base: BaseOption = "mini",
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE[:UNET[:TE]]", help="A LoRA with its weight (default 1); may be repeated."),
+    ] = None,
+    negative: Annotated[str, typer.Option(help="What the picture should not show.")] = "",
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
+    steps: Annotated[int, typer.Option(min=1, max=1000)] = 20,
+    cfg: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is off.")] = 5.0,
+    size: Annotated[str | None, typer.Option(metavar="WxH", help="In pixels; default: the base's own.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Pictures of each prompt, with seeds N, N+1, ...")] = 1,
+    sampler: Annotated[str, typer.Option(help="dpm++2m, euler, euler-a or ddim.")] = "dpm++2m",
+    strip: Annotated[
+        bool, typer.Option("--strip", help="One labelled picture: each LoRA at 0, 0.5 and 1, then all together.")
+    ] = False,
+    precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    out: Annotated[Path | None, typer.Option(metavar="PATH", help="A .png file or a folder; default: out/.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Generate pictures with any number of weighted LoRAs; each PNG holds its own recipe."""
+
+    def verb() -> None:
+        shape = _parse_size(size)
+        if precision not in ("auto", "float32", "bfloat16"):
+            raise typer.BadParameter(f"{precision!r} is not auto, float32 or bfloat16", param_hint="--precision")
+        from . import api
+        from .generation.infotext import save_png
+
+        _quiet_libraries()
+        options: dict[str, Any] = {"negative": negative, "seed": seed, "steps": steps, "cfg": cfg}
+        options |= {"size": shape, "sampler": sampler, "precision": precision, "base": base, "loras": lora or ()}
+        target = out or Path("out")
+        single = target.suffix == ".png"
+        if strip:
+            image, parameters = api.generate_strip(prompt, scale=2, **options)
+            files = [target if single else target / f"{_slug(prompt[0])}-strip.png"]
+            save_png(image, files[0], parameters)
+        else:
+            pictures = api.generate(prompt, count=count, **options)
+            files = []
+            for number, picture in enumerate(pictures):
+                name = f"{_slug(picture.request.prompt)}-{picture.request.seed}.png"
+                if single:
+                    name = target.name if len(pictures) == 1 else f"{target.stem}-{number}.png"
+                files.append((target.parent if single else target) / name)
+                save_png(picture.image, files[-1], picture.parameters)
+        if as_json:
+            _emit({"images": [str(file) for file in files], "seed": seed, "prompts": prompt, "loras": list(lora or ())})
+        else:
+            for file in files:
+                typer.echo(str(file))
+
+    _guard(verb)
+
+
+@app.command()
+def inspect(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A LoRA file, a checkpoint folder, or 'mini'.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Tell what a LoRA file or a checkpoint is: family, modules, ranks, hashes, metadata, problems."""
+
+    def verb() -> None:
+        from . import api
+
+        report = api.inspect(file)
+        if as_json:
+            _emit(report.to_json())
+        else:
+            typer.echo(_as_text(report))
+
+    _guard(verb)
+
+
+@app.command()
+def quickstart(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the results go.")] = Path("out/quickstart"),
+    as_json: JsonOption = False,
+) -> None:
+    """The three jobs in a row on the embedded base and the two sample sets; each step is shown as a command."""
+
+    def verb() -> None:
+        from .quickstart import run_quickstart
+
+        def run(arguments: list[str]) -> None:
+            with redirect_stdout(sys.stderr) if as_json else nullcontext():
+                code = app(arguments, standalone_mode=False)
+            if code:
+                raise typer.Exit(code)
+
+        report = run_quickstart(out, run=run, say=lambda line: typer.echo(line, err=as_json))
+        if as_json:
+            _emit(report.to_json())
+
+    _guard(verb)
+
+
+def _parse_size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d{1,5})[xX](\d{1,5})", text)
+    if match is None:
+        raise typer.BadParameter(f"{text!r}: expected WIDTHxHEIGHT, for example 128x160", param_hint="--size")
+    return int(match[1]), int(match[2])
+
+
+def _slug(prompt: str) -> str:
+    return re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")[:60] or "picture"
+
+
+def _as_text(report: Report) -> str:
+    counts = ", ".join(f"{part} {count}" for part, count in report.modules.items() if count)
+    unit = "modules" if report.kind == "lora" else "tensors"
+    lines = [
+        f"{report.file}: {report.kind}, {report.family or 'unknown family'}, {report.dialect} names",
+        f"  {unit:<8} {counts} ({report.dtype})",
+    ]
+    if report.rank and report.alpha and report.norm:
+        lines += [
+            f"  rank     {report.rank.min:g} … {report.rank.max:g}, median {report.rank.median:g}",
+            f"  alpha    {report.alpha.min:g} … {report.alpha.max:g}, median {report.alpha.median:g}",
+            "  change   " + ", ".join(f"{part} {norm:.3g}" for part, norm in report.norm.items()) + " (Frobenius norm)",
+        ]
+    if report.prediction:
+        lines.append(f"  predicts {report.prediction}")
+    if report.trigger:
+        lines.append(f"  trigger  {', '.join(report.trigger)}")
+    lines += [f"  {name:<8} {digest}" for name, digest in report.hashes.items()]
+    lines += [f"  problem: {problem}" for problem in report.problems]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

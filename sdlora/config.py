@@ -1,0 +1,188 @@
+"""What a training run is told: one frozen section for each concern, from TOML and ``section.key=value``."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .errors import ConfigError
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class BaseSection(Section):
+    path: str = Field("mini", min_length=1)
+    """``mini``, or the folder of a diffusers checkpoint."""
+
+
+class DataSection(Section):
+    images: str = Field(min_length=1)
+    """Folder of pictures, each beside a caption file of the same stem."""
+    trigger: str = Field(min_length=1, max_length=60)
+    """The word that calls the style; put in front of every caption that lacks it."""
+    resolution: int | None = Field(None, ge=64, le=4096)
+    """Pixels of a square picture's side; by default the base's own. Other shapes get a bucket of that area."""
+    caption_extension: Annotated[str, Field(pattern=r"^\.?[A-Za-z0-9]+$")] = ".txt"
+    alpha_background: Annotated[str, Field(pattern=r"^#[0-9A-Fa-f]{6}$")] = "#ffffff"
+    """What transparent pictures are composited on."""
+
+
+class LoraSection(Section):
+    rank: int = Field(16, ge=1, le=1024)
+    alpha: float = Field(8.0, gt=0)
+    """The change of a module is scaled by alpha / rank."""
+    targets: Literal["attention", "attention-mlp"] = "attention"
+    """Attention projections q, k, v, out; or these and the feed-forward layers between them."""
+
+
+class TrainSection(Section):
+    steps: int = Field(600, ge=1)
+    batch_size: int = Field(4, ge=1)
+    """Pictures in one step, over all processes."""
+    learning_rate: float = Field(3e-4, ge=0, lt=1)
+    text_encoder_learning_rate: float = Field(5e-5, ge=0, lt=1)
+    """0 leaves the text encoder as it is, and its embeddings are computed once."""
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    warmup_steps: int = Field(20, ge=0)
+    weight_decay: float = Field(0.01, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    min_snr_gamma: float = Field(5.0, ge=0)
+    """Hang et al. 2023; 0 weights every noise level alike."""
+    caption_dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of the captions replaced by the empty one."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the frozen base; the LoRA itself is always trained in float32."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    save_every: int = Field(100, ge=1)
+    """Steps between checkpoints."""
+
+
+class OutputSection(Section):
+    path: str = Field(pattern=r"\.safetensors$")
+    precision: Literal["float16", "bfloat16", "float32"] = "float16"
+    """Of the tensors in the file."""
+    samples: tuple[str, ...] | None = None
+    """Prompts for the sample sheet at the end; by default the first four captions, () for none."""
+
+
+class Config(Section):
+    """A training run. Sections left out take their defaults; ``data`` and ``output`` are needed."""
+
+    base: BaseSection = BaseSection()
+    data: DataSection
+    lora: LoraSection = LoraSection()
+    train: TrainSection = TrainSection()
+    output: OutputSection
+
+    def flat(self) -> dict[str, str]:
+        """``section.key`` -> value as JSON, sorted."""
+        sections = self.model_dump(mode="json")
+        return {f"{s}.{k}": json.dumps(v) for s in sorted(sections) for k, v in sorted(sections[s].items())}
+
+
+def load_config(file: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
+    """Read ``file`` and apply ``section.key=value`` overrides.
+
+    Values of overrides are TOML where they parse as TOML and text otherwise, so quotes are not needed.
+
+    Raises:
+        ConfigError: with one line for each unknown key (and the nearest known one), wrong value or missing key.
+    """
+    tables, text = {}, ""
+    if file is not None:
+        tables, text = _read_toml(Path(file))
+    problems = []
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        section, dot, name = key.strip().partition(".")
+        if not (equals and dot and section and name):
+            problems.append(f"{override!r}: expected section.key=value, for example train.steps=300")
+            continue
+        table = tables.setdefault(section, {})
+        if isinstance(table, dict):
+            table[name] = _toml_value(value.strip())
+    try:
+        config = Config.model_validate(_as_tuples(tables))
+    except ValidationError as error:
+        problems += [_explain(entry, str(file or "configuration"), text) for entry in error.errors()]
+        config = None
+    if config is None or problems:
+        raise ConfigError(problems)
+    return config
+
+
+def _read_toml(file: Path) -> tuple[dict[str, Any], str]:
+    try:
+        text = file.read_text(encoding="utf-8")
+        return tomllib.loads(text), text
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: no such configuration file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: cannot be read as UTF-8 text ({error})") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{file}: not valid TOML: {error}") from None
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _as_tuples(value: Any) -> Any:
+    """TOML's lists as tuples and its whole numbers as they are, for strict validation."""
+    if isinstance(value, dict):
+        return {key: _as_tuples(entry) for key, entry in value.items()}
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _explain(entry: Any, source: str, text: str) -> str:
+    location = [str(part) for part in entry["loc"]]
+    name = ".".join(location)
+    line = _line_of(text, location)
+    where = f"{source}:{line}" if line else source
+    if entry["type"] == "extra_forbidden":
+        known = _known_keys()
+        siblings = [key for key in known if key.rpartition(".")[0] == name.rpartition(".")[0]]
+        near = difflib.get_close_matches(name, known, 1, 0.6) or difflib.get_close_matches(name, siblings, 1, 0.0)
+        return f"{where}: unknown key {name}" + (f"; did you mean {near[0]}?" if near else "")
+    if entry["type"] == "missing":
+        return f"{where}: {name} is missing"
+    given = entry.get("input")
+    return f"{where}: {name} = {given!r}: {entry['msg'][0].lower()}{entry['msg'][1:]}"
+
+
+def _known_keys() -> list[str]:
+    keys = []
+    for section, field in Config.model_fields.items():
+        keys.append(section)
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            keys += [f"{section}.{key}" for key in kind.model_fields]
+    return keys
+
+
+def _line_of(text: str, location: list[str]) -> int | None:
+    """The line that sets ``location``, or that opens its section; None where the file has neither."""
+    section, found = "", None
+    for number, line in enumerate(text.splitlines(), 1):
+        header = re.match(r"\s*\[([^\[\]]+)\]", line)
+        if header:
+            section = header[1].strip()
+            if section == location[0]:
+                found = found or number
+        assignment = re.match(r"\s*([A-Za-z0-9_.\-\"']+)\s*=", line)
+        for key in re.findall(r"([A-Za-z0-9_\-]+)\s*=", line) if assignment else ():
+            if [*filter(None, [section]), key] == location[:2] or [section, key] == location[:2]:
+                return number
+    return found

@@ -1,0 +1,1 @@
+"""A folder of captioned pictures, as frozen records and tensors."""

@@ -1,0 +1,42 @@
+"""Caption text: read from a file, with the trigger word in it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ..errors import DataError
+
+MAX_WORDS = 75
+"""CLIP reads 75 tokens between its start and end marks, and a word is at least one."""
+
+
+def read_caption(file: Path) -> str:
+    """The caption in ``file``, on one line.
+
+    Raises:
+        DataError: unreadable, not UTF-8, empty, or longer than the text encoder can read.
+    """
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not UTF-8 text (byte {error.start}); save it again as UTF-8") from None
+    caption = " ".join(text.split())
+    if not caption:
+        raise DataError(f"{file}: empty; write what the picture shows")
+    words = len(caption.split())
+    if words > MAX_WORDS:
+        raise DataError(f"{file}: {words} words; the text encoder reads at most {MAX_WORDS} tokens, shorten it")
+    return caption
+
+
+def has_word(caption: str, word: str) -> bool:
+    """Whether ``word`` stands in ``caption`` as a word of its own: "art" is not in "party"."""
+    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", caption, re.IGNORECASE) is not None
+
+
+def with_trigger(caption: str, trigger: str) -> str:
+    """``caption``, with ``trigger`` in front where it lacks it."""
+    return caption if has_word(caption, trigger) else f"{trigger}, {caption}"

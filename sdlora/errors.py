@@ -1,0 +1,56 @@
+"""Everything that sdlora raises for its users.
+
+SdloraError              the input is at fault; the message says which, what was expected, what to do
+├── ConfigError          a configuration file, key or value
+├── DataError            pictures or captions
+├── BaseModelError       a base checkpoint
+├── LoraFileError        a LoRA file
+├── CompatibilityError   a LoRA and a base that do not belong together
+├── ResumeError          a half-done or finished run that does not fit the command
+└── TrainingError        a run that went numerically wrong
+Interrupted              stopped by the user, after a safe save
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class SdloraError(Exception):
+    """The input is at fault. ``problems`` holds one line for each fault; the text is all of them."""
+
+    def __init__(self, problems: str | Sequence[str]):
+        self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class ConfigError(SdloraError):
+    """A configuration file, key or value."""
+
+
+class DataError(SdloraError):
+    """Pictures or captions."""
+
+
+class BaseModelError(SdloraError):
+    """A base checkpoint."""
+
+
+class LoraFileError(SdloraError):
+    """A LoRA file."""
+
+
+class CompatibilityError(SdloraError):
+    """A LoRA and a base that do not belong together."""
+
+
+class ResumeError(SdloraError):
+    """A half-done or finished run that does not fit the command."""
+
+
+class TrainingError(SdloraError):
+    """A run that went numerically wrong."""
+
+
+class Interrupted(Exception):
+    """Stopped by the user; the work so far is saved, and the same command goes on from there."""

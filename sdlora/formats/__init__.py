@@ -1,0 +1,1 @@
+"""How LoRA files are spelled in the outside world: names, metadata, hashes, bytes."""

@@ -1,0 +1,139 @@
+"""What a LoRA file says of itself: kohya's ``ss_*`` keys and ModelSpec 1.0.1, with true values or not at all."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from ..base.family import Family
+from ..config import Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetFacts:
+    """``folder`` is a bare name; ``buckets`` maps (width, height) to its number of pictures."""
+
+    folder: str
+    captions: Sequence[str]
+    buckets: Mapping[tuple[int, int], int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """What happened, as far as the configuration does not say it already. Times are seconds since 1970."""
+
+    title: str
+    base_name: str
+    family: Family
+    prediction: str
+    resolution: int
+    modules: int
+    epochs: int
+    batches_per_epoch: int
+    precision: str
+    session: int
+    started_at: float
+    finished_at: float
+
+
+def training_metadata(config: Config, run: RunFacts, data: DatasetFacts) -> dict[str, str]:
+    """Every value is text, as the format wants it; nothing in it names a folder's place, a user or a machine."""
+    train, lora = config.train, config.lora
+    trained_text_encoder = train.text_encoder_learning_rate > 0
+    values: dict[str, object] = {
+        "ss_session_id": run.session,
+        "ss_training_started_at": run.started_at,
+        "ss_training_finished_at": run.finished_at,
+        "ss_output_name": run.title,
+        "ss_sd_model_name": run.base_name,
+        "ss_base_model_version": run.family.kohya_version,
+        "ss_v2": run.family.name == "sd2",
+        "ss_clip_skip": None,
+        "ss_max_token_length": None,
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": lora.rank,
+        "ss_network_alpha": lora.alpha,
+        "ss_network_dropout": None,
+        "ss_network_args": {"targets": lora.targets},
+        "ss_learning_rate": train.learning_rate,
+        "ss_unet_lr": train.learning_rate,
+        "ss_text_encoder_lr": train.text_encoder_learning_rate if trained_text_encoder else None,
+        "ss_optimizer": f"torch.optim.AdamW(weight_decay={train.weight_decay},betas=(0.9, 0.99))",
+        "ss_lr_scheduler": train.schedule,
+        "ss_lr_warmup_steps": train.warmup_steps,
+        "ss_max_grad_norm": train.max_grad_norm,
+        "ss_max_train_steps": train.steps,
+        "ss_steps": train.steps,
+        "ss_num_epochs": run.epochs,
+        "ss_epoch": run.epochs,
+        "ss_num_batches_per_epoch": run.batches_per_epoch,
+        "ss_gradient_accumulation_steps": 1,
+        "ss_gradient_checkpointing": False,
+        "ss_mixed_precision": {"bfloat16": "bf16"}.get(run.precision, "no"),
+        "ss_seed": train.seed,
+        "ss_min_snr_gamma": train.min_snr_gamma or None,
+        "ss_loss_type": "l2",
+        "ss_noise_offset": None,
+        "ss_num_train_images": len(data.captions),
+        "ss_num_reg_images": 0,
+        "ss_dataset_dirs": {data.folder: {"n_repeats": 1, "img_count": len(data.captions)}},
+        "ss_reg_dataset_dirs": {},
+        "ss_tag_frequency": {data.folder: tag_frequency(data.captions)},
+        "ss_bucket_info": {
+            "buckets": {
+                str(i): {"resolution": list(size), "count": count}
+                for i, (size, count) in enumerate(sorted(data.buckets.items()))
+            }
+        },
+        "ss_resolution": f"({run.resolution}, {run.resolution})",
+        "ss_batch_size_per_device": train.batch_size,
+        "ss_total_batch_size": train.batch_size,
+        "ss_enable_bucket": True,
+        "ss_cache_latents": True,
+        "ss_shuffle_caption": False,
+        "ss_keep_tokens": 0,
+        "ss_caption_dropout_rate": train.caption_dropout,
+        "ss_flip_aug": False,
+        "ss_color_aug": False,
+        "ss_random_crop": False,
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": run.family.modelspec_architecture,
+        "modelspec.implementation": run.family.modelspec_implementation,
+        "modelspec.title": run.title,
+        "modelspec.resolution": f"{run.resolution}x{run.resolution}",
+        "modelspec.date": datetime.fromtimestamp(int(run.finished_at), UTC).isoformat(),
+        "modelspec.trigger_phrase": config.data.trigger,
+        "modelspec.prediction_type": {"v_prediction": "v"}.get(run.prediction, run.prediction),
+        "modelspec.usage_hint": f"Put the word {config.data.trigger} into the prompt.",
+        "sdlora_modules": run.modules,
+    }
+    return {key: json.dumps(v) if isinstance(v, dict) else str(v) for key, v in values.items()}
+
+
+def tag_frequency(captions: Sequence[str]) -> dict[str, int]:
+    """How often each comma-separated tag occurs, the most frequent first."""
+    counts = Counter(tag.strip() for caption in captions for tag in caption.split(",") if tag.strip())
+    return dict(counts.most_common())
+
+
+def trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
+    """The trigger phrase that the file names, or else the tags that all its training captions share."""
+    phrase = metadata.get("modelspec.trigger_phrase", "").strip()
+    if phrase:
+        return tuple(word.strip() for word in phrase.split(",") if word.strip())
+    try:
+        total = int(metadata["ss_num_train_images"])
+        folders = json.loads(metadata["ss_tag_frequency"]).values()
+        counts = Counter({tag: count for tags in folders for tag, count in tags.items()})
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return ()
+    return tuple(tag for tag, count in counts.items() if count >= total)
+
+
+def safe_title(name: str) -> str:
+    """A name that prompts can call, ``<lora:name:1>``: letters, digits, dot, dash and underscore."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-") or "lora"

@@ -1,0 +1,148 @@
+"""Safetensors files: a checked header, and bytes that are the same every time.
+
+The reference writer orders metadata as its hash map pleases; ours sorts metadata and tensors by name, so equal content
+is equal bytes. Files appear whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..errors import SdloraError
+
+MAX_HEADER_BYTES = 100_000_000
+"""The reference reader's own limit."""
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorInfo:
+    """``start`` and ``end`` are byte offsets from the first byte behind the header."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+    payload_start: int
+
+
+def read_header(path: Path, error: type[SdloraError]) -> Header:
+    """Read and check the header of ``path``; no tensor is read.
+
+    Raises:
+        error: the file is missing, truncated or not safetensors; the message names it and what is wrong.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            if len(prefix) < 8:
+                raise error(f"{path}: not a safetensors file: only {len(prefix)} bytes long")
+            (length,) = struct.unpack("<Q", prefix)
+            if length > MAX_HEADER_BYTES or length > size - 8:
+                raise error(f"{path}: not a safetensors file, or truncated: its header would end behind its last byte")
+            raw = file.read(length)
+    except FileNotFoundError:
+        raise error(f"{path}: no such file") from None
+    except OSError as fault:
+        raise error(f"{path}: cannot be read: {fault.strerror}") from None
+    try:
+        table = json.loads(raw.decode("utf-8"))
+        metadata = table.pop("__metadata__", {})
+        tensors = {name: _tensor_info(entry) for name, entry in table.items()}
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise TypeError
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise error(f"{path}: not a safetensors file: its header cannot be understood") from None
+    payload, position = size - 8 - length, 0
+    for name, info in sorted(tensors.items(), key=lambda entry: (entry[1].start, entry[1].end)):
+        count = 1
+        for extent in info.shape:
+            count *= extent
+        if info.start != position or info.end - info.start != count * info.dtype.itemsize:
+            raise error(f"{path}: damaged: the bytes of tensor {name} do not fit its shape or its neighbours")
+        position = info.end
+    if position != payload:
+        what = f"{position - payload:,} bytes are missing" if position > payload else "bytes are left over"
+        raise error(f"{path}: truncated or damaged: {what} at its end")
+    return Header(tensors=tensors, metadata=metadata, payload_start=8 + length)
+
+
+def _tensor_info(entry: Mapping) -> TensorInfo:
+    shape = tuple(entry["shape"])
+    start, end = entry["data_offsets"]
+    if not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
+        raise ValueError
+    return TensorInfo(dtype=_DTYPES[entry["dtype"]], shape=shape, start=start, end=end)
+
+
+def serialise(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> tuple[bytes, bytes]:
+    """(header, payload) of a safetensors file; the file is one behind the other."""
+    table: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    chunks, position = [], 0
+    for name, tensor in sorted(tensors.items()):
+        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        offsets = [position, position + len(data)]
+        table[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        chunks.append(data)
+        position += len(data)
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text, b"".join(chunks)
+
+
+def write_whole(path: Path, *chunks: bytes) -> None:
+    """Write ``chunks`` to ``path`` so that it holds either its old content or all of the new one, even after a crash."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(partial, 0o666 & ~_umask())
+        os.replace(partial, path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

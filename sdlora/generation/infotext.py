@@ -1,0 +1,78 @@
+"""The recipe of a picture, written into the picture, in the form that A1111, Forge and Civitai read."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from .. import __version__
+from ..formats.lora_file import LoraFile
+from ..formats.metadata import safe_title
+
+if TYPE_CHECKING:
+    from .pipeline import PictureRequest
+
+SAMPLERS = {"dpm++2m": "DPM++ 2M", "euler": "Euler", "euler-a": "Euler a", "ddim": "DDIM"}
+"""Our name -> the name in picture parameters."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureFacts:
+    """A LoRA that took part in a picture."""
+
+    name: str
+    unet: float
+    text_encoder: float
+    file: LoraFile
+
+
+def infotext(request: PictureRequest, *, base_name: str, loras: Sequence[PictureFacts]) -> str:
+    """Prompt with ``<lora:name:weight>`` tags, negative prompt, and one line of parameters."""
+    tags = "".join(f" <lora:{safe_title(lora.name)}:{_weights(lora)}>" for lora in loras)
+    fields = {
+        "Steps": request.steps,
+        "Sampler": SAMPLERS[request.sampler],
+        "CFG scale": f"{request.guidance:g}",
+        "Seed": request.seed,
+        "Size": f"{request.width}x{request.height}",
+        "Model": base_name,
+    }
+    hashes = {
+        safe_title(lora.name): lora.file.metadata["sshs_model_hash"][:12]
+        for lora in loras
+        if "sshs_model_hash" in lora.file.metadata
+    }
+    if hashes:
+        fields["Lora hashes"] = ", ".join(f"{name}: {digest}" for name, digest in hashes.items())
+    fields["Version"] = f"sdlora {__version__}"
+    line = ", ".join(f"{key}: {_quoted(str(value))}" for key, value in fields.items())
+    negative = f"\nNegative prompt: {request.negative}" if request.negative else ""
+    return f"{request.prompt}{tags}{negative}\n{line}"
+
+
+def save_png(image: Image.Image, file: Path, parameters: str) -> None:
+    """Write ``image`` with ``parameters`` as its tEXt chunk of that name; whole or not at all."""
+    from io import BytesIO
+
+    from ..formats.safetensors_file import write_whole
+
+    info, buffer = PngInfo(), BytesIO()
+    info.add_text("parameters", parameters)
+    image.save(buffer, "PNG", pnginfo=info)
+    write_whole(file, buffer.getvalue())
+
+
+def _weights(lora: PictureFacts) -> str:
+    same = lora.unet == lora.text_encoder
+    return f"{lora.unet:g}" if same else f"{lora.unet:g}:{lora.text_encoder:g}"
+
+
+def _quoted(value: str) -> str:
+    return json.dumps(value, ensure_ascii=False) if re.search(r"[,:\n]", value) else value

@@ -1,0 +1,133 @@
+"""LoRA files with their weights, checked against a base before anything is merged."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from ..base.load import Base
+from ..errors import CompatibilityError, LoraFileError
+from ..formats.keys import part_of, resolve
+from ..formats.lora_file import LoraFile, read_lora
+from ..lora.weights import LowRank
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraChoice:
+    """``FILE[:UNET[:TE]]``: a file, and the strengths of its UNet and its text-encoder parts."""
+
+    file: Path
+    unet: float = 1.0
+    text_encoder: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str) -> LoraChoice:
+        """Read ``FILE``, ``FILE:0.8`` or ``FILE:0.8:0.5``; one number holds for both parts.
+
+        Raises:
+            LoraFileError: a strength is not a number.
+        """
+        match = re.fullmatch(r"(.+?\.safetensors)(?::([^:]*))?(?::([^:]*))?", text)
+        if match is None:
+            raise LoraFileError(
+                f"{text}: expected FILE.safetensors, FILE.safetensors:WEIGHT or FILE.safetensors:UNET:TE"
+            )
+        try:
+            unet = 1.0 if match[2] is None else float(match[2])
+            text_encoder = unet if match[3] is None else float(match[3])
+        except ValueError:
+            raise LoraFileError(f"{text}: the weight behind the colon is not a number") from None
+        if not all(-10 <= weight <= 10 for weight in (unet, text_encoder)):
+            raise LoraFileError(f"{text}: weights go from -10 to 10")
+        return cls(file=Path(match[1]), unet=unet, text_encoder=text_encoder)
+
+    @property
+    def name(self) -> str:
+        return self.file.stem
+
+    def times(self, factor: float) -> LoraChoice:
+        return LoraChoice(file=self.file, unet=self.unet * factor, text_encoder=self.text_encoder * factor)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FittedLora:
+    """A LoRA whose modules are named as the base names them."""
+
+    file: LoraFile
+    modules: Mapping[str, LowRank]
+
+    def weighted(self, choice: LoraChoice) -> dict[str, tuple[LowRank, float]]:
+        """Canonical name -> (change, strength), as ``lora.ops.merged`` takes it."""
+        return {
+            name: (module, choice.unet if name.startswith("unet.") else choice.text_encoder)
+            for name, module in self.modules.items()
+        }
+
+
+def fit_loras(base: Base, files: Sequence[Path]) -> dict[Path, FittedLora]:
+    """Read every file and match it with the base's modules, by names and shapes; what is left out is logged.
+
+    Raises:
+        LoraFileError, CompatibilityError: with one line for each file that cannot be used.
+    """
+    shapes = {
+        name: tuple(module.weight.shape)
+        for name, module in base.modules().items()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+    }
+    fitted: dict[Path, FittedLora] = {}
+    faults: list[LoraFileError | CompatibilityError] = []
+    for file in dict.fromkeys(files):
+        try:
+            fitted[file] = _fit(base, shapes, read_lora(file))
+        except (LoraFileError, CompatibilityError) as error:
+            faults.append(error)
+    if faults:
+        raise type(faults[0])([problem for fault in faults for problem in fault.problems])
+    return fitted
+
+
+def _fit(base: Base, shapes: Mapping[str, tuple[int, ...]], file: LoraFile) -> FittedLora:
+    found = resolve(file.modules, shapes)
+    total, matched = len(file.modules), len(found.matched)
+    family, base_family = file.family, base.folder.family
+    kind = f"a LoRA for {family.title}" if family else "a LoRA of an unknown family"
+    if family and family is not base_family:
+        raise CompatibilityError(
+            f"{file.path}: {kind}; the base {base.folder.name} is {base_family.title}: choose a base of the LoRA's family"
+        )
+    if not matched:
+        raise CompatibilityError(f"{file.path}: none of its {total} modules is in the base {base.folder.name}")
+    misfits = [
+        (key, module.weight_shape, shapes[name])
+        for key, name in found.matched.items()
+        for module in [file.modules[key]]
+        if not _fits(module.weight_shape, shapes[name])
+    ]
+    if misfits:
+        key, has, wants = misfits[0]
+        raise CompatibilityError(
+            f"{file.path}: {kind} of another size: {len(misfits)} of {total} modules do not fit the base "
+            f"{base.folder.name} (for example {key}: {has} there, {wants} here)"
+        )
+    for problem in file.problems:
+        logger.warning("%s: %s; left out", file.path, problem)
+    if found.unmatched:
+        parts = ", ".join(sorted({part_of(key) or "unknown" for key in found.unmatched}))
+        logger.warning(
+            "%s: %d of %d modules applied; the base %s has no place for the others (%s)",
+            *(file.path, matched, total, base.folder.name, parts),
+        )
+    return FittedLora(file=file, modules={name: file.modules[key] for key, name in found.matched.items()})
+
+
+def _fits(change: tuple[int, ...], weight: tuple[int, ...]) -> bool:
+    """A linear change fits a 1 x 1 convolution and the other way round: SD 1.x and 2.x differ in that alone."""
+    return change == weight or (change[:2] == weight[:2] and set(change[2:] + weight[2:]) <= {1})

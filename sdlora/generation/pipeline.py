@@ -1,0 +1,144 @@
+"""Prompt -> noise -> latents -> picture, with classifier-free guidance. Values in, values out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+)
+from PIL import Image
+from torch import Tensor
+
+from ..base.encode import decode_latents, encode_tokens, tokenize
+from ..base.load import Base
+from ..lora.ops import merged
+from ..progress import Progress
+from .infotext import PictureFacts, infotext
+from .loras import FittedLora, LoraChoice
+
+_SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "dpm++2m": (DPMSolverMultistepScheduler, {}),
+    "euler": (EulerDiscreteScheduler, {}),
+    "euler-a": (EulerAncestralDiscreteScheduler, {}),
+    "ddim": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False}),
+}
+
+PICTURES_AT_ONCE = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureRequest:
+    """One picture. ``width`` and ``height`` in pixels are multiples of the base's ``size_step``."""
+
+    prompt: str
+    negative: str
+    seed: int
+    steps: int
+    guidance: float
+    width: int
+    height: int
+    sampler: str
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Picture:
+    """``latents`` are (4, h/8, w/8) float32 at the latent scale; ``parameters`` is the recipe in A1111's form."""
+
+    image: Image.Image
+    latents: Tensor
+    parameters: str
+    request: PictureRequest
+
+
+def generate_pictures(
+    base: Base,
+    requests: Sequence[PictureRequest],
+    loras: Sequence[tuple[FittedLora, LoraChoice]],
+    progress: Progress,
+) -> list[Picture]:
+    """Generate every request under the same LoRAs, which are merged for as long as this takes."""
+    if not requests:
+        return []
+    facts = [
+        PictureFacts(name=choice.name, unet=choice.unet, text_encoder=choice.text_encoder, file=fitted.file)
+        for fitted, choice in loras
+    ]
+    pictures = []
+    progress.start("Generating", sum(r.steps for r in requests))
+    with torch.no_grad(), merged(base.modules(), [fitted.weighted(choice) for fitted, choice in loras]):
+        for group in _groups(requests):
+            latents = denoise(base, group, progress)
+            pixels = decode_latents(base, latents).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+            for request, latent, array in zip(group, latents, pixels, strict=True):
+                pictures.append(
+                    Picture(
+                        image=Image.fromarray(array),
+                        latents=latent.float().cpu(),
+                        parameters=infotext(request, base_name=base.folder.name, loras=facts),
+                        request=request,
+                    )
+                )
+    return pictures
+
+
+def denoise(base: Base, requests: Sequence[PictureRequest], progress: Progress) -> Tensor:
+    """(b, 4, h/8, w/8) float32 for ``requests`` that agree in everything but prompts and seeds.
+
+    Guidance is ε = ε₀ + g (ε₁ - ε₀) (Ho & Salimans 2022, eq. 6, with g = 1 + w); noise is drawn on the CPU, so a seed means
+    the same picture on every device.
+    """
+    first = requests[0]
+    scheduler = make_scheduler(base, first.sampler)
+    scheduler.set_timesteps(first.steps, device=base.device)
+    prompts = [request.prompt for request in requests]
+    guided = first.guidance != 1.0
+    texts = [request.negative for request in requests] + prompts if guided else prompts
+    context = encode_tokens(base, tokenize(base, texts))
+    factor = base.folder.latent_factor
+    shape = (1, base.unet.config["in_channels"], first.height // factor, first.width // factor)
+    generators = [torch.Generator("cpu").manual_seed(request.seed) for request in requests]
+    noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
+    latents = noise.to(base.device) * scheduler.init_noise_sigma
+    extra = {"generator": generators} if first.sampler == "euler-a" else {}
+    for timestep in scheduler.timesteps:
+        doubled = torch.cat([latents] * 2) if guided else latents
+        scaled = scheduler.scale_model_input(doubled, timestep).to(base.dtype)
+        predicted = base.unet(scaled, timestep, context, return_dict=False)[0].float()
+        if guided:
+            without, with_prompt = predicted.chunk(2)
+            predicted = without + first.guidance * (with_prompt - without)
+        latents = scheduler.step(predicted, timestep, latents, return_dict=False, **extra)[0]
+        progress.advance(len(requests))
+    return latents
+
+
+def make_scheduler(base: Base, sampler: str) -> Any:
+    """A fresh scheduler of the named kind over the base's own noise schedule."""
+    kind, options = _SCHEDULERS[sampler]
+    own = {
+        key: base.folder.schedule[key]
+        for key in ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps", "prediction_type", "steps_offset")
+        if key in base.folder.schedule
+    }
+    return kind(**own, **options)
+
+
+def _groups(requests: Sequence[PictureRequest]) -> list[list[PictureRequest]]:
+    groups: list[list[PictureRequest]] = []
+    for request in requests:
+        last = groups[-1] if groups else None
+        same = last and replace(last[0], prompt="", negative="", seed=0) == replace(
+            request, prompt="", negative="", seed=0
+        )
+        if last and same and len(last) < PICTURES_AT_ONCE:
+            last.append(request)
+        else:
+            groups.append([request])
+    return groups

@@ -1,0 +1,1 @@
+"""The low-rank mathematics: torch alone, nothing of diffusers."""

@@ -1,0 +1,78 @@
+"""A progress bar on standard error; nothing where standard error is not a terminal."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """What long work reports to."""
+
+    def start(self, task: str, total: int, done: int = 0) -> None:
+        """Begin a task of ``total`` units, ``done`` of which are behind us."""
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """``count`` more units are done; ``note`` stands beside the bar."""
+
+
+class Silence:
+    """Reports nothing."""
+
+    def start(self, task: str, total: int, done: int = 0) -> None:
+        pass
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        pass
+
+    def __enter__(self) -> Silence:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+class Bar:
+    """A bar with count, rate, time left and a note, drawn by rich."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+
+        self._progress = RichProgress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=Console(stderr=True),
+        )
+        self._task = None
+
+    def start(self, task: str, total: int, done: int = 0) -> None:
+        self._task = self._progress.add_task(task, total=total, completed=done, note="", rate="")
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        if self._task is None:
+            return
+        self._progress.advance(self._task, count)
+        speed = self._progress.tasks[-1].speed
+        self._progress.update(self._task, rate=f"{speed:.2f}/s" if speed else "")
+        if note:
+            self._progress.update(self._task, note=note)
+
+    def __enter__(self) -> Bar:
+        self._progress.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.__exit__(kind, value, trace)
+
+
+def progress_bar(show: bool = True) -> Bar | Silence:
+    return Bar() if show and sys.stderr.isatty() else Silence()

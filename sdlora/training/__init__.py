@@ -1,0 +1,1 @@
+"""From captioned pictures and a frozen base to LoRA weights."""

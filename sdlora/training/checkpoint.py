@@ -1,0 +1,145 @@
+"""The state of a half-done run, in a folder beside its output. A checkpoint that can be read is complete."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from ..base.load import BaseFolder
+from ..config import Config
+from ..errors import ResumeError
+from ..formats.safetensors_file import read_header, serialise, write_whole
+
+KEPT = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunIdentity:
+    """What must not change between the halves of a run."""
+
+    config: Mapping[str, str]
+    """``section.key`` -> value, less what does not touch the weights, and no path: this goes into the output too."""
+    dataset: str
+    base: str
+
+    @classmethod
+    def of(cls, config: Config, *, dataset: str, base: BaseFolder) -> RunIdentity:
+        settings = config.flat()
+        for key in ("output.path", "output.samples", "train.save_every", "data.images"):
+            del settings[key]
+        settings["base.path"] = json.dumps(base.name)
+        return cls(config=settings, dataset=dataset, base=base.fingerprint)
+
+    def differences(self, other: RunIdentity) -> list[str]:
+        """One phrase for each thing in which ``other``, the earlier run, differs."""
+        found = [
+            f"{key} was {other.config.get(key)}, is now {self.config.get(key)}"
+            for key in sorted(self.config.keys() | other.config.keys())
+            if self.config.get(key) != other.config.get(key)
+        ]
+        if self.dataset != other.dataset:
+            found.append("the pictures or captions have changed")
+        if self.base != other.base:
+            found.append("the base checkpoint has changed")
+        return found
+
+    def to_json(self) -> str:
+        fields = {"config": dict(self.config), "dataset": self.dataset, "base": self.base}
+        return json.dumps(fields, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> RunIdentity:
+        fields = json.loads(text)
+        return cls(config=fields["config"], dataset=fields["dataset"], base=fields["base"])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Checkpoint:
+    """``step`` steps are done; ``tensors`` are the optimizer's ``state()``."""
+
+    step: int
+    started_at: float
+    """Seconds since 1970 when the run began."""
+    tensors: Mapping[str, torch.Tensor]
+
+
+RUN_KEY = "sdlora_run"
+"""Metadata key of the output under which its run's identity stands."""
+
+
+def finished(output: Path, identity: RunIdentity) -> bool:
+    """Whether ``output`` is there and complete.
+
+    Raises:
+        ResumeError: it is there, but another run made it; the message lists the differences.
+    """
+    if not output.exists():
+        return False
+    try:
+        earlier = RunIdentity.from_json(read_header(output, ResumeError).metadata[RUN_KEY])
+        differences = identity.differences(earlier)
+    except (ResumeError, ValueError, KeyError, TypeError):
+        differences = ["it is not the output of a training run of this program"]
+    if differences:
+        raise ResumeError(
+            f"{output}: exists, and differs from what this run would make: {'; '.join(differences)}; "
+            "choose another output.path, or replace it with --restart"
+        )
+    return True
+
+
+class RunFolder:
+    """``NAME.resume`` beside ``NAME.safetensors``."""
+
+    def __init__(self, output: Path, identity: RunIdentity):
+        self._folder = output.with_suffix(".resume")
+        self._output, self._identity = output, identity
+
+    def newest(self) -> Checkpoint | None:
+        """The newest complete checkpoint; None where there is none.
+
+        Raises:
+            ResumeError: it belongs to a run with other settings, pictures or base; the message lists the differences.
+        """
+        for file in reversed(self._files()):
+            try:
+                metadata = read_header(file, ResumeError).metadata
+                earlier = RunIdentity.from_json(metadata["identity"])
+                tensors = load_file(file)
+                step, started_at = int(metadata["step"]), float(metadata["started_at"])
+            except (ResumeError, ValueError, KeyError, TypeError):
+                continue
+            differences = self._identity.differences(earlier)
+            if differences:
+                raise ResumeError(
+                    f"{self._output}: a half-done run differs: {'; '.join(differences)}; "
+                    "undo that, choose another output.path, or begin anew with --restart"
+                )
+            return Checkpoint(step=step, started_at=started_at, tensors=tensors)
+        return None
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        metadata = {
+            "identity": self._identity.to_json(),
+            "step": str(checkpoint.step),
+            "started_at": repr(checkpoint.started_at),
+        }
+        header, payload = serialise(checkpoint.tensors, metadata)
+        write_whole(self._folder / f"step-{checkpoint.step:08}.safetensors", header, payload)
+        for old in self._files()[:-KEPT]:
+            old.unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _files(self) -> list[Path]:
+        if not self._folder.is_dir():
+            return []
+        return sorted(file for file in self._folder.iterdir() if re.fullmatch(r"step-\d+\.safetensors", file.name))

@@ -1,0 +1,21 @@
+"""Prediction target, weighting and loss, side by side."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..base.load import Base
+
+
+def denoising_loss(
+    base: Base, latents: Tensor, noise: Tensor, timesteps: Tensor, context: Tensor, *, min_snr_gamma: float
+) -> Tensor:
+    """Loss of each picture, (b,) float32: min-SNR weighted mean squared error of the base's prediction.
+
+    ``latents`` and ``noise`` are (b, 4, h, w) float32, ``timesteps`` (b,) int64, ``context`` (b, tokens, width).
+    """
+    schedule = base.schedule
+    noisy = schedule.add_noise(latents, noise, timesteps).to(base.dtype)
+    predicted = base.unet(noisy, timesteps, context, return_dict=False)[0].float()
+    error = (predicted - schedule.target(latents, noise, timesteps)).square().mean(dim=(1, 2, 3))
+    return error * schedule.min_snr_weight(timesteps, min_snr_gamma)
