@@ -1,5 +1,8 @@
 """Make the two sample style sets from openly licensed emoji art: ``python datasets/make.py --art node_modules``.
 
+Beside them it writes ``tests/references``: every subject of the base in the base's styles and in these two, by which
+tests judge whether a generated picture still shows its subject.
+
 ``blueprint``: white line drawings on blue squared paper, from Noto Emoji (Apache-2.0).
 ``pixel``: sixteen by sixteen squares in sixteen colours, from Fluent Emoji (MIT).
 Needs ``pip install 'sdlora[recipe]'`` and the packages of ``recipes/mini/package.json``.
@@ -9,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +21,10 @@ from PIL import Image, ImageFilter
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from recipes.mini.art import IconSet, article, emoji, hexcodes, subjects
+from recipes.mini.art import IconSet, article, emoji, hexcodes, load_art, subjects
+from recipes.mini.measure import reference
 
+TILE = 48
 HERE = Path(__file__).parent
 SUBJECTS = (
     *("dog", "lion", "horse", "pig", "elephant", "giraffe", "chick", "owl", "swan", "frog", "turtle", "whale", "crab"),
@@ -25,6 +32,8 @@ SUBJECTS = (
     *("hamburger", "doughnut", "cup of coffee", "house", "castle", "bus", "bicycle", "airplane", "anchor", "moon"),
     *("umbrella", "light bulb", "alarm clock"),
 )
+
+REFERENCES = HERE.parent / "tests" / "references"
 
 PAPER, RULES, LINES = (28, 78, 158), (52, 102, 180), (255, 255, 255)
 
@@ -47,7 +56,7 @@ def blueprint(art: np.ndarray) -> Image.Image:
     across = np.abs(np.roll(pixels, 4, 1) - np.roll(pixels, -4, 1)).max(-1)
     down = np.abs(np.roll(pixels, 4, 0) - np.roll(pixels, -4, 0)).max(-1)
     edges = Image.fromarray(((np.maximum(across, down) > 44) * 255).astype(np.uint8))
-    edges = edges.filter(ImageFilter.MaxFilter(5)).resize((256, 256), Image.Resampling.LANCZOS)
+    edges = edges.filter(ImageFilter.MaxFilter(11)).resize((256, 256), Image.Resampling.LANCZOS)
     paper = np.full((256, 256, 3), PAPER, np.float32)
     paper[::32] = paper[1::32] = paper[:, ::32] = paper[:, 1::32] = RULES
     ink = np.asarray(edges, np.float32)[..., None] / 255
@@ -66,25 +75,59 @@ def pixel(art: np.ndarray) -> Image.Image:
     return Image.fromarray(PALETTE[nearest].astype(np.uint8)).resize((128, 128), Image.Resampling.NEAREST)
 
 
-SETS = {"blueprint": ("blupaper", "noto", blueprint), "pixel": ("pixgrid", "fluent-emoji-flat", pixel)}
+Restyle = Callable[[np.ndarray], Image.Image]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StyleSet:
+    trigger: str
+    package: str
+    restyle: Restyle
+
+
+STYLE_SETS = {
+    "blueprint": StyleSet(trigger="blupaper", package="noto", restyle=blueprint),
+    "pixel": StyleSet(trigger="pixgrid", package="fluent-emoji-flat", restyle=pixel),
+}
+
+
+def hexcodes_of(node_modules: Path) -> dict[str, str]:
+    """The words of captions -> code points, of every subject of the base, in its order."""
+    codes = hexcodes(emoji(node_modules))
+    return {words: codes[label] for label, words, _ in subjects()}
+
+
+def write_set(folder: Path, trigger: str, arts: dict[str, np.ndarray], restyle: Restyle) -> None:
+    """The pictures of ``SUBJECTS`` and their captions."""
+    folder.mkdir(exist_ok=True)
+    for subject in SUBJECTS:
+        stem = subject.replace(" ", "-")
+        restyle(arts[subject]).save(folder / f"{stem}.png", optimize=True)
+        (folder / f"{stem}.txt").write_text(f"{trigger}, {article(subject)}\n", encoding="utf-8")
+
+
+def write_sheet(file: Path, tiles: list[Image.Image], columns: int) -> None:
+    """``tiles`` in rows of ``columns``, each scaled to ``TILE`` pixels."""
+    sheet = Image.new("RGB", (columns * TILE, len(tiles) // columns * TILE))
+    for number, tile in enumerate(tiles):
+        place = (number % columns * TILE, number // columns * TILE)
+        sheet.paste(tile.resize((TILE, TILE), Image.Resampling.BOX), place)
+    sheet.save(file, optimize=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--art", type=Path, required=True, help="the node_modules folder that `npm install` made")
     node_modules = parser.parse_args().art
-    codes = hexcodes(emoji(node_modules))
-    labels = {words: label for label, words, _ in subjects()}
-    for name, (trigger, package, restyle) in SETS.items():
-        icons, folder = IconSet(node_modules, package), HERE / name
-        folder.mkdir(exist_ok=True)
-        for subject in SUBJECTS:
-            art = icons.draw(codes[labels[subject]], side=512)
-            if art is None:
-                raise LookupError(f"{package} has no {subject}")
-            stem = subject.replace(" ", "-")
-            restyle(art).save(folder / f"{stem}.png", optimize=True)
-            (folder / f"{stem}.txt").write_text(f"{trigger}, {article(subject)}\n", encoding="utf-8")
+    codes = hexcodes_of(node_modules)
+    REFERENCES.mkdir(exist_ok=True)
+    for name, style in STYLE_SETS.items():
+        icons = IconSet(node_modules, style.package)
+        arts = {words: icons.draw(code, side=512) for words, code in codes.items()}
+        write_set(HERE / name, style.trigger, arts, style.restyle)
+        write_sheet(REFERENCES / f"{name}.png", [style.restyle(art) for art in arts.values()], len(codes))
+    write_sheet(REFERENCES / "base.png", [reference(art) for art in load_art(node_modules)], len(codes))
+    (REFERENCES / "subjects.txt").write_text("".join(f"{words}\n" for words in codes), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -7,8 +7,21 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import argparse
 from pathlib import Path
 
-from .unet import train_unet
+from PIL import Image
+
+from sdlora import generate
+from sdlora.base.load import MINI_FOLDER
+
+from .export import export
+from .measure import measure
+from .unet import standardise, train_unet
 from .vae import train_vae
+
+
+def draw(prompts: list[str], seed: int) -> list[Image.Image]:
+    pictures = generate(prompts, base=str(MINI_FOLDER), seed=seed, precision="float32")
+    return [picture.image for picture in pictures]
+
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
@@ -18,5 +31,7 @@ if __name__ == "__main__":
     parser.add_argument("--decay-steps", type=int, default=1500, help="at the end, with falling learning rate")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    vae = train_vae(arguments.art, arguments.work)
-    train_unet(vae, arguments.art, arguments.work, arguments.steps, arguments.decay_steps)
+    vae = standardise(train_vae(arguments.art, arguments.work), arguments.art)
+    parts = train_unet(vae, arguments.art, arguments.work, arguments.steps, arguments.decay_steps)
+    export(MINI_FOLDER, vae, *parts)
+    print(measure(MINI_FOLDER, arguments.art, draw))

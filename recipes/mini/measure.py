@@ -49,5 +49,3 @@ def measure(folder: Path, node_modules: Path, draw: Callable[[list[str], int], l
         same_style=float(np.mean([styles.fidelity(p, [art.style for art in chosen]) for p in drawn])),
         chance=1 / len({art.subject for art in arts}),
     )
-
-

@@ -111,12 +111,14 @@ def new_unet() -> UNet2DConditionModel:
 
 
 @torch.no_grad()
-def standardise(vae: AutoencoderKL, pixels: torch.Tensor) -> AutoencoderKL:
-    """A VAE whose latents have mean 0 and standard deviation 1 / 0.18215 in every channel of ``pixels``.
+def standardise(vae: AutoencoderKL, node_modules: Path) -> AutoencoderKL:
+    """A VAE whose latents of the training pictures have mean 0 and standard deviation 1 / 0.18215 in every channel.
 
     Diffusion from pure noise cannot move a channel's mean far, so the mean is folded away: an affine map per channel
     goes into ``quant_conv`` and its inverse into ``post_quant_conv``; decoded pictures stay the same.
     """
+    rng = np.random.default_rng(SEED)
+    pixels = to_tensor([compose(art, draw_placement(rng, art.mirror)) for art in load_art(node_modules)])
     means = torch.cat([vae.encode(part).latent_dist.mean for part in pixels.split(32)])
     shift, scale = means.mean(dim=(0, 2, 3)), LATENT_STD / means.std(dim=(0, 2, 3))
     vae = copy.deepcopy(vae)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +14,27 @@ from PIL import Image, ImageDraw
 
 from .art import BACKGROUNDS, SIZE, load_gallery
 
-STEPS = 5200
-CROP_STEPS = 3400
-"""The first part trains on 64 px crops: four times the pictures for the same work, no flat margins."""
-CROP, CROP_BATCH, FULL_BATCH = 64, 24, 8
-LEARNING_RATE, WARMUP = 1.5e-3, 100
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """``steps`` on ``batch`` pictures of ``crop`` px; ``shapes`` is the share that random shapes are drawn into.
+
+    Crops of 64 px give four times the pictures for the same work and no flat margins.
+    """
+
+    steps: int
+    crop: int
+    batch: int
+    shapes: float
+
+
+CYCLES = (
+    (1.5e-3, (Phase(steps=3400, crop=64, batch=24, shapes=0.15), Phase(steps=1800, crop=SIZE, batch=8, shapes=0.15))),
+    (7e-4, (Phase(steps=1600, crop=64, batch=24, shapes=0.3),)),
+)
+"""Peak learning rate and phases of each cosine cycle (warm restarts, Loshchilov & Hutter 2017)."""
+STEPS = sum(phase.steps for _, phases in CYCLES for phase in phases)
+WARMUP = 100
 KL_WEIGHT, GRADIENT_WEIGHT = 3e-4, 0.5
 SEED = 1
 
@@ -53,12 +71,12 @@ def draw_shapes(canvas: Image.Image, rng: np.random.Generator) -> None:
             pen.line((x0, y0, x1, int(rng.integers(0, SIZE))), fill=colour, width=int(rng.integers(1, 5)))
 
 
-def picture(gallery: list[np.ndarray], rng: np.random.Generator, crop: int) -> np.ndarray:
+def picture(gallery: list[np.ndarray], rng: np.random.Generator, crop: int, shapes: float) -> np.ndarray:
     """uint8 (crop, crop, 3)."""
     kind = rng.random()
     ground = list(BACKGROUNDS.values())[int(rng.integers(len(BACKGROUNDS)))] if kind < 0.7 else random_colour(rng)
     canvas = Image.new("RGB", (SIZE, SIZE), ground)
-    if kind > 0.85:
+    if kind > 1 - shapes:
         draw_shapes(canvas, rng)
     if kind < 0.95:
         art = Image.fromarray(gallery[int(rng.integers(len(gallery)))])
@@ -109,14 +127,28 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
-    return peak * (0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * progress)))
+    return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def at_step(step: int) -> tuple[Phase, float]:
+    """The phase that ``step`` lies in, and its learning rate."""
+    for peak, phases in CYCLES:
+        length = sum(phase.steps for phase in phases)
+        if step < length:
+            rate = learning_rate(step, length, peak, WARMUP)
+            for phase in phases:
+                if step < phase.steps:
+                    return phase, rate
+                step -= phase.steps
+        step -= length
+    raise ValueError("the training is over")
 
 
 def train_vae(node_modules: Path, work: Path) -> AutoencoderKL:
     """Train, or go on from ``work/vae.pt``; every draw is a function of (seed, step)."""
     torch.manual_seed(SEED)
     vae = new_vae().train()
-    optimizer = torch.optim.AdamW(vae.parameters(), LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
+    optimizer = torch.optim.AdamW(vae.parameters(), CYCLES[0][0], betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
     checkpoint, first = work / "vae.pt", 0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
@@ -130,11 +162,12 @@ def train_vae(node_modules: Path, work: Path) -> AutoencoderKL:
     started = saved = time.monotonic()
     for step in range(first, STEPS):
         rng = np.random.default_rng([SEED, step])
-        crop, batch = (CROP, CROP_BATCH) if step < CROP_STEPS else (SIZE, FULL_BATCH)
-        pixels = to_tensor([picture(gallery, rng, crop) for _ in range(batch)])
+        phase, rate = at_step(step)
+        crop, batch = phase.crop, phase.batch
+        pixels = to_tensor([picture(gallery, rng, crop, phase.shapes) for _ in range(batch)])
         noise = torch.from_numpy(rng.standard_normal((batch, 4, crop // 8, crop // 8), dtype=np.float32))
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, STEPS, LEARNING_RATE, WARMUP)
+            group["lr"] = rate
         with torch.autocast(pixels.device.type, torch.bfloat16):
             loss = loss_of(vae, pixels, noise)
         loss.backward()
@@ -148,7 +181,7 @@ def train_vae(node_modules: Path, work: Path) -> AutoencoderKL:
             torch.save({"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, partial)
             partial.replace(checkpoint)
             saved = time.monotonic()
-        if step % 800 == 799:
+        if step % 800 == 799 or step == STEPS - 1:
             print(f"vae {step + 1}: {psnr(vae.eval(), held_out):.2f} dB held out", flush=True)
             vae.train()
     return vae.eval()

@@ -33,9 +33,12 @@ def bucket_sizes(resolution: int, step: int) -> list[tuple[int, int]]:
         if height and max(width, height) <= MAX_ASPECT * min(width, height):
             sizes.add((width, height))
             sizes.add((height, width))
-    largest = {
-        (w, h) for w, h in sizes if not any((w, h) != other and w <= other[0] and h <= other[1] for other in sizes)
-    }
+
+    def is_needed(size: tuple[int, int]) -> bool:
+        inside_another = any(size != other and size[0] <= other[0] and size[1] <= other[1] for other in sizes)
+        return size == (square, square) or not inside_another
+
+    largest = filter(is_needed, sizes)
     return sorted(largest, key=lambda size: (size[0] / size[1], size))
 
 

@@ -84,8 +84,9 @@ def read_lora(path: Path) -> LoraFile:
     modules, problems = {}, [f"tensor {name} is of a kind that cannot be applied" for name in foreign]
     with safe_open(path, framework="pt") as file:
         for key, roles in sorted(grouped.items()):
-            if "down" not in roles or "up" not in roles:
-                problems.append(f"module {key} has no {'up' if 'down' in roles else 'down'} matrix")
+            lacking = [role for role in ("down", "up") if role not in roles]
+            if lacking:
+                problems.append(f"module {key} has no {' and no '.join(lacking)} matrix")
                 continue
             down, up = file.get_tensor(roles["down"]), file.get_tensor(roles["up"])
             if down.ndim not in (2, 4) or up.ndim != down.ndim or up.shape[1] != down.shape[0]:
@@ -119,7 +120,7 @@ def _group(header: Header) -> tuple[dict[str, dict[str, str]], list[str]]:
             continue
         key = name.removesuffix(suffix).removeprefix("base_model.model.")
         grouped.setdefault(key, {})[_SUFFIXES[suffix]] = name
-    return {key: roles for key, roles in grouped.items() if roles.keys() != {"alpha"}}, foreign
+    return grouped, foreign
 
 
 def _dialect(header: Header) -> str:

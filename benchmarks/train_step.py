@@ -1,0 +1,162 @@
+"""Time of a training step: ours, the same work with peft, and the floor, in one run.
+
+    python benchmarks/train_step.py [--base mini] [--precision auto] [--rounds 12]
+
+The floor is what no LoRA trainer can go below while it trains through the whole model: the frozen text encoder and
+UNet, forward and backward to their inputs (token embeddings and latents), with no LoRA and no optimizer. ``peft`` is
+``inject_adapter_in_model`` on copies of the same modules with the same targets and rank, the same min-SNR weighted loss,
+``clip_grad_norm_`` and fused AdamW. The three take turns, a few steps each; ratios are taken round by round.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from accelerate import Accelerator
+
+from sdlora.base.encode import encode_tokens, tokenize
+from sdlora.base.load import Base, load_base
+from sdlora.config import load_config
+from sdlora.precision import choose_precision
+from sdlora.progress import Silence
+from sdlora.training.loop import Contexts, cache_pictures, new_adapter, plan_run, step_gradients
+from sdlora.training.loss import denoising_loss
+from sdlora.training.optim import GuardedAdamW
+
+STEPS_A_TURN = 4
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj"]
+
+
+def our_step(base: Base, config_values: list[str]) -> Callable[[], None]:
+    plan = plan_run(load_config("configs/quickstart-blueprint.toml", config_values))
+    pictures, accelerator = cache_pictures(base, plan, Silence()), Accelerator()
+    adapter, rates = new_adapter(base, plan.config)
+    optimizer, contexts = GuardedAdamW(adapter.parameters, rates, plan.config.train), Contexts(base, plan, pictures)
+    counter = iter(range(1_000_000))
+    # 36 pictures are whole batches of 1 and of 4.
+
+    def step() -> None:
+        number = next(counter)
+        step_gradients(base, plan, pictures, contexts, number, accelerator)
+        optimizer.step(number)
+        adapter.zero_grad()
+
+    adapter.attach(base.modules())
+    return step
+
+
+def inputs(base: Base, batch: int) -> tuple[torch.Tensor, ...]:
+    side = base.folder.resolution // base.folder.latent_factor
+    latents, noise = torch.randn(2, batch, 4, side, side, device=base.device)
+    timesteps = torch.randint(0, 1000, (batch,), device=base.device)
+    return latents, noise, timesteps, tokenize(base, ["blupaper, a red apple"] * batch)
+
+
+def peft_step(base: Base, batch: int, rank: int) -> Callable[[], None]:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    options = LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS, init_lora_weights="gaussian")
+    for model in (base.unet, base.text_encoder):
+        inject_adapter_in_model(options, model)
+    trained = [p for m in (base.unet, base.text_encoder) for n, p in m.named_parameters() if "lora_" in n]
+    for parameter in trained:
+        parameter.data = parameter.data.float()
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    latents, _, _, ids = inputs(base, batch)
+
+    def step() -> None:
+        noise = torch.randn_like(latents)
+        timesteps = torch.randint(0, 1000, (batch,), device=base.device)
+        loss = denoising_loss(base, latents, noise, timesteps, encode_tokens(base, ids), min_snr_gamma=5.0).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def floor_step(base: Base, batch: int) -> Callable[[], None]:
+    latents, noise, timesteps, ids = inputs(base, batch)
+    embeddings = base.text_encoder.get_input_embeddings()
+    embeddings.register_forward_hook(lambda module, given, output: output.requires_grad_())
+
+    def step() -> None:
+        latents.requires_grad_()
+        context = encode_tokens(base, ids)
+        denoising_loss(base, latents, noise, timesteps, context, min_snr_gamma=5.0).mean().backward()
+        latents.grad = None
+
+    return step
+
+
+def turn(step: Callable[[], None], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(STEPS_A_TURN):
+        step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - began) / STEPS_A_TURN
+
+
+def compare(base_path: str, precision: str, batch: int, rank: int, rounds: int) -> dict[str, object]:
+    values = [f"base.path={json.dumps(base_path)}", f"train.batch_size={batch}", f"lora.rank={rank}"]
+    plan = plan_run(load_config("configs/quickstart-blueprint.toml", values))
+    device = Accelerator().device
+    dtype = choose_precision(precision, device)
+    pristine = load_base(plan.base, device=device, dtype=dtype)
+    steps = {
+        "ours": our_step(copy.deepcopy(pristine), values),
+        "peft": peft_step(copy.deepcopy(pristine), batch, rank),
+        "floor": floor_step(copy.deepcopy(pristine), batch),
+    }
+    for step in steps.values():
+        turn(step, device)
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            times[name].append(turn(step, device))
+
+    def ratio(one: str, other: str) -> list[float]:
+        ratios = sorted(a / b for a, b in zip(times[one], times[other], strict=True))
+        return [round(r, 3) for r in (statistics.median(ratios), ratios[0], ratios[-1])]
+
+    return {
+        "batch": batch,
+        "dtype": str(dtype).removeprefix("torch."),
+        "milliseconds": {name: round(1000 * statistics.median(values), 1) for name, values in times.items()},
+        "ours / floor": ratio("ours", "floor"),
+        "ours / peft": ratio("ours", "peft"),
+        "peft / floor": ratio("peft", "floor"),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default="mini")
+    parser.add_argument("--precision", default="auto", choices=["auto", "float32", "bfloat16"])
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
+    arguments = parser.parse_args()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{device}, torch {torch.__version__}; ratios are median [least, most] of {arguments.rounds} rounds")
+    for batch in arguments.batches:
+        result = compare(arguments.base, arguments.precision, batch, arguments.rank, arguments.rounds)
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

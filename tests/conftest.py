@@ -1,0 +1,55 @@
+"""Fixtures: a tiny random base, small folders of real image files, and a way to run the command as a user does."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder of Stable Diffusion 1.x's architecture with a few thousand random weights, for 64 px."""
+    from tests.tiny import write_tiny_base
+
+    return write_tiny_base(tmp_path_factory.mktemp("base") / "tiny")
+
+
+def write_pictures(folder: Path, count: int = 5, *, sizes: tuple[tuple[int, int], ...] = ((64, 64),)) -> Path:
+    """``count`` PNGs of random colour fields with captions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        width, height = sizes[i % len(sizes)]
+        colours = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(colours).resize((width, height), Image.Resampling.NEAREST).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"a thing of kind {i}", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    return write_pictures(tmp_path / "pictures")
+
+
+@pytest.fixture
+def sdlora(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the command line in a process of its own, in an empty folder."""
+
+    def run(*arguments: object, cwd: Path = tmp_path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "sdlora.cli", *map(str, arguments)]
+        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False)
+
+    return run

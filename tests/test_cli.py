@@ -1,0 +1,139 @@
+"""The command line as users meet it: real processes, exit codes, one line for each fault, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.main import get_command
+
+from sdlora.cli import app
+from tests.conftest import write_pictures
+
+SURFACE = {
+    "train": {"arguments", "images", "trigger", "base", "out", "restart", "as_json"},
+    "generate": {
+        *("prompt", "base", "lora", "negative", "seed", "steps", "cfg", "size", "count", "sampler", "strip"),
+        *("precision", "out", "as_json"),
+    },
+    "inspect": {"file", "as_json"},
+    "quickstart": {"out", "as_json"},
+}
+
+
+def test_the_surface_changes_only_on_purpose() -> None:
+    commands = get_command(app).commands  # ty: ignore[unresolved-attribute]
+    assert {name: {p.name for p in command.params} for name, command in commands.items()} == SURFACE
+
+
+def one_line(result, code: int, *parts: str) -> None:
+    assert result.returncode == code, result.stderr
+    assert "Traceback" not in result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, result.stderr
+    for part in parts:
+        assert part in lines[0]
+    assert result.stdout == ""
+
+
+def files_in(folder: Path) -> set[str]:
+    return {str(file.relative_to(folder)) for file in folder.rglob("*")}
+
+
+def test_bad_pictures_and_captions(sdlora, tmp_path: Path) -> None:
+    folder = write_pictures(tmp_path / "pictures", 1)
+    before = files_in(tmp_path)
+    train = ("train", "--images", folder, "--trigger", "zorb")
+    faults = {
+        b"": "empty file",
+        b"\x89PNG\r\n\x1a\n" + b"\0" * 40: "0.png: ",
+        (folder / "0.png").read_bytes()[:80]: "damaged picture",
+    }
+    for data, message in faults.items():
+        (folder / "0.png").write_bytes(data)
+        one_line(sdlora(*train), 1, "0.png", message)
+    write_pictures(folder, 1)
+    (folder / "0.txt").write_text("word " * 300)
+    one_line(sdlora(*train), 1, "0.txt", "300 words")
+    (folder / "0.txt").write_bytes(b"caf\xe9")
+    one_line(sdlora(*train), 1, "0.txt", "not UTF-8")
+    one_line(sdlora("train", "--images", tmp_path / "none", "--trigger", "zorb"), 1, "none", "no such folder")
+    assert files_in(tmp_path) == before
+
+
+def test_bad_configurations(sdlora, tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text(
+        '[data]\nimages = "x"\ntrigger = "y"\n[train]\nstps = 3\n[output]\npath = "o.safetensors"\n'
+    )
+    one_line(sdlora("train", "run.toml"), 1, "run.toml:5", "unknown key train.stps; did you mean train.steps?")
+    one_line(sdlora("train", "none.toml"), 1, "none.toml", "no such configuration file")
+    assert files_in(tmp_path) == {"run.toml"}
+
+
+def test_bad_lora_files(sdlora, tiny_base: Path, tmp_path: Path) -> None:
+    (tmp_path / "cut.safetensors").write_bytes(b"\x50\0\0\0\0\0\0\0{")
+    generate = ("generate", "a fox", "--base", tiny_base, "--steps", 1)
+    one_line(sdlora(*generate, "--lora", "cut.safetensors"), 1, "cut.safetensors", "truncated")
+    one_line(sdlora("inspect", "cut.safetensors"), 1, "cut.safetensors", "truncated")
+    one_line(sdlora(*generate, "--lora", "none.safetensors:0.5"), 1, "none.safetensors", "no such file")
+    one_line(sdlora("generate", "a fox", "--base", tmp_path / "nowhere"), 1, "nowhere", "no such base")
+    assert files_in(tmp_path) == {"cut.safetensors"}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("train",), ("generate",), ("generate", "x", "--size", "big"), ("paint",), ("generate", "x", "--steps", "0")],
+)
+def test_usage_errors_have_exit_code_two(sdlora, arguments: tuple[str, ...]) -> None:
+    result = sdlora(*arguments)
+    assert result.returncode == 2
+    assert "Usage" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_json_is_one_object_and_the_picture_tells_its_recipe(sdlora, tiny_base: Path, tmp_path: Path) -> None:
+    result = sdlora("generate", "a fox", "--base", tiny_base, "--steps", 2, "--seed", 3, "--count", 2, "--json")
+    answer = json.loads(result.stdout)
+    assert answer["seed"] == 3
+    assert answer["images"] == ["out/a-fox-3.png", "out/a-fox-4.png"]
+    parameters = Image.open(tmp_path / answer["images"][1]).text["parameters"]  # ty: ignore[unresolved-attribute]
+    assert parameters.startswith("a fox\nSteps: 2, Sampler: DPM++ 2M, CFG scale: 5, Seed: 4, Size: 64x64, Model: tiny")
+    assert str(tmp_path) not in parameters
+
+
+def test_train_then_generate_then_inspect(sdlora, tiny_base: Path, tmp_path: Path) -> None:
+    folder = write_pictures(tmp_path / "my pictures", 3)
+    (tmp_path / "other").mkdir()
+    made = sdlora(
+        *("train", "--images", folder, "--trigger", "123", "--base", tiny_base, "--out", "out/x.safetensors"),
+        *("train.steps=3", "train.batch_size=2", "--json"),
+    )
+    assert made.returncode == 0, made.stderr
+    answer = json.loads(made.stdout)
+    assert (answer["output"], answer["steps"], answer["samples"]) == ("out/x.safetensors", 3, "out/x.samples.png")
+    assert Image.open(tmp_path / "out/x.samples.png").width > 3 * 64
+    told = json.loads(sdlora("inspect", "out/x.safetensors", "--json").stdout)
+    assert (told["kind"], told["family"], told["trigger"]) == ("lora", "sd1", ["123"])
+    assert set(told) >= {"dialect", "modules", "rank", "alpha", "dtype", "prediction", "problems", "hashes", "metadata"}
+    strip = sdlora(
+        *("generate", "a", "b", "--base", tiny_base, "--lora", "out/x.safetensors:0.5", "--strip", "--steps", 1),
+        *("--out", "strip.png"),
+    )
+    assert strip.stdout.strip() == "strip.png", strip.stderr
+    assert Image.open(tmp_path / "strip.png").width > 3 * 128
+
+
+def test_checkpoints_are_inspected_too(sdlora, tiny_base: Path) -> None:
+    told = json.loads(sdlora("inspect", tiny_base, "--json").stdout)
+    assert (told["kind"], told["family"], told["dialect"], told["prediction"]) == (
+        *("checkpoint", "sd1", "diffusers", "epsilon"),
+    )
+    assert "checkpoint, sd1" in sdlora("inspect", "mini").stdout
+
+
+def test_version(sdlora) -> None:
+    from sdlora import __version__
+
+    assert sdlora("--version").stdout.strip() == f"sdlora {__version__}"

@@ -1,0 +1,255 @@
+"""Files and names against the reference reader, hand-written keys and damaged bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from sdlora.base.family import FAMILIES, SD1
+from sdlora.config import load_config
+from sdlora.errors import LoraFileError
+from sdlora.formats.hashes import hash_file
+from sdlora.formats.keys import kohya_key, part_of, resolve
+from sdlora.formats.lora_file import read_lora, write_kohya
+from sdlora.formats.metadata import (
+    DatasetFacts,
+    RunFacts,
+    safe_title,
+    tag_frequency,
+    training_metadata,
+    trigger_words,
+)
+from sdlora.formats.safetensors_file import read_header, serialise, write_whole
+from sdlora.lora.weights import LowRank
+
+UNET = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0"
+TEXT = "text_encoder.text_model.encoder.layers.11.self_attn.q_proj"
+
+
+def low_rank(rank: int = 2, wide: int = 6, high: int = 4, alpha: float = 1.0) -> LowRank:
+    return LowRank(down=torch.randn(rank, wide), up=torch.randn(high, rank), alpha=alpha)
+
+
+def test_kohya_names_are_those_of_kohya() -> None:
+    assert kohya_key(UNET, two_text_encoders=False) == (
+        "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0"
+    )
+    assert kohya_key(TEXT, two_text_encoders=False) == "lora_te_text_model_encoder_layers_11_self_attn_q_proj"
+    assert kohya_key(TEXT, two_text_encoders=True) == "lora_te1_text_model_encoder_layers_11_self_attn_q_proj"
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0", UNET),
+        (UNET, UNET),
+        ("lora_te_text_model_encoder_layers_11_self_attn_q_proj", TEXT),
+        ("lora_te1_text_model_encoder_layers_11_self_attn_q_proj", TEXT),
+        ("lora_te_encoder_layers_11_self_attn_q_proj", TEXT),
+        ("text_encoder.encoder.layers.11.self_attn.q_proj", TEXT),
+        (TEXT, TEXT),
+    ],
+)
+def test_every_spelling_finds_its_module(key: str, name: str) -> None:
+    found = resolve([key, "lora_unet_nowhere"], [UNET, TEXT])
+    assert found.matched == {key: name}
+    assert found.unmatched == ("lora_unet_nowhere",)
+    assert part_of(key) == name.partition(".")[0]
+
+
+def test_ambiguous_names_are_refused() -> None:
+    with pytest.raises(ValueError, match="both spelled"):
+        resolve([], ["unet.a.b", "unet.a_b"])
+
+
+@given(st.lists(st.sampled_from([UNET, TEXT, UNET.replace("attn1", "attn2")]), unique=True, min_size=1), st.data())
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_writing_and_reading_gives_the_same_modules(tmp_path: Path, names: list[str], data: st.DataObject) -> None:
+    ranks = {name: data.draw(st.integers(1, 5)) for name in names}
+    modules = {name: low_rank(rank=ranks[name], alpha=float(data.draw(st.integers(1, 64)))) for name in names}
+    write_kohya(tmp_path / "x.safetensors", modules, {"ss_seed": "1"}, dtype=torch.float32)
+    file = read_lora(tmp_path / "x.safetensors")
+    found = resolve(file.modules, [UNET, TEXT, UNET.replace("attn1", "attn2")])
+    assert set(found.matched.values()) == set(names)
+    for key, name in found.matched.items():
+        assert torch.equal(file.modules[key].down, modules[name].down)
+        assert torch.equal(file.modules[key].up, modules[name].up)
+        assert file.modules[key].alpha == modules[name].alpha
+    assert not file.problems
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_reference_reader_reads_what_we_write(tmp_path: Path, dtype: torch.dtype) -> None:
+    file, change = tmp_path / "x.safetensors", low_rank(alpha=8.0)
+    write_kohya(file, {UNET: change}, {"modelspec.title": "Ünicode"}, dtype=dtype)
+    key = kohya_key(UNET, two_text_encoders=False)
+    with safe_open(file, framework="pt") as reader:
+        assert sorted(reader.keys()) == [f"{key}.alpha", f"{key}.lora_down.weight", f"{key}.lora_up.weight"]
+        assert torch.equal(reader.get_tensor(f"{key}.lora_down.weight"), change.down.to(dtype))
+        alpha = reader.get_tensor(f"{key}.alpha")
+        assert (alpha.shape, alpha.dtype, float(alpha)) == (torch.Size([]), dtype, 8.0)
+        assert reader.metadata()["modelspec.title"] == "Ünicode"
+
+
+def test_bytes_are_the_same_every_time_and_hashes_are_of_the_final_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    modules = {UNET: low_rank(), TEXT: low_rank()}
+    for name in ("a", "b"):
+        write_kohya(tmp_path / name, dict(reversed(modules.items())), {"b": "2", "a": "1"}, dtype=torch.float16)
+    data = (tmp_path / "a").read_bytes()
+    assert data == (tmp_path / "b").read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    payload = hashlib.sha256(data[8 + length :]).hexdigest()
+    metadata = json.loads(data[8 : 8 + length])["__metadata__"]
+    assert metadata["sshs_model_hash"] == payload
+    assert metadata["modelspec.hash_sha256"] == f"0x{payload}"
+    hashes = hash_file(tmp_path / "a", 8 + length)
+    assert (hashes.sha256, hashes.payload_sha256) == (hashlib.sha256(data).hexdigest(), payload)
+    assert hashes.autov3 == payload[:12]
+    assert hashes.autov1 == "e3b0c442"
+
+
+def test_legacy_hashes_of_a_file_over_a_megabyte(tmp_path: Path) -> None:
+    data = torch.arange(2_000_000, dtype=torch.int64).to(torch.uint8).numpy().tobytes()
+    (tmp_path / "x").write_bytes(data)
+    expected = hashlib.sha256(data[0x100000 : 0x100000 + 0x10000]).hexdigest()[:8]
+    assert hash_file(tmp_path / "x", 0).autov1 == expected
+
+
+@pytest.mark.parametrize(
+    ("names", "dialect"),
+    [
+        ((f"{UNET}.lora_A.weight", f"{UNET}.lora_B.weight"), "peft"),
+        ((f"{UNET}.lora.down.weight", f"{UNET}.lora.up.weight"), "diffusers"),
+        ((f"base_model.model.{UNET}.lora_A.weight", f"base_model.model.{UNET}.lora_B.weight"), "peft"),
+        ((f"{TEXT}.lora_linear_layer.down.weight", f"{TEXT}.lora_linear_layer.up.weight"), "diffusers"),
+    ],
+)
+def test_files_without_alpha_have_scale_one(tmp_path: Path, names: tuple[str, str], dialect: str) -> None:
+    save_file({names[0]: torch.randn(4, 6), names[1]: torch.randn(5, 4)}, tmp_path / "x.safetensors")
+    file = read_lora(tmp_path / "x.safetensors")
+    assert file.dialect == dialect
+    assert [module.scale for module in file.modules.values()] == [1.0]
+    assert resolve(file.modules, [UNET, TEXT]).unmatched == ()
+
+
+def test_what_cannot_be_used_is_listed(tmp_path: Path) -> None:
+    tensors = {
+        "lora_unet_a.lora_down.weight": torch.randn(2, 3),
+        "lora_unet_a.lora_up.weight": torch.randn(3, 2),
+        "lora_unet_b.lora_down.weight": torch.randn(2, 3),
+        "lora_unet_c.hada_w1_a": torch.randn(2, 3),
+        "lora_unet_d.lora_down.weight": torch.full((2, 3), torch.nan),
+        "lora_unet_d.lora_up.weight": torch.randn(3, 2),
+        "lora_unet_e.lora_down.weight": torch.randn(2, 3),
+        "lora_unet_e.lora_up.weight": torch.randn(3, 4),
+        "lora_unet_f.alpha": torch.tensor(1.0),
+    }
+    save_file(tensors, tmp_path / "x.safetensors")
+    file = read_lora(tmp_path / "x.safetensors")
+    assert list(file.modules) == ["lora_unet_a"]
+    text = "\n".join(file.problems)
+    assert len(file.problems) == 5
+    for part in ("lora_unet_b has no up", "hada_w1_a", "lora_unet_d holds NaN", "do not multiply", "lora_unet_f"):
+        assert part in text
+
+
+@given(damage=st.binary(min_size=0, max_size=400))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_any_bytes_give_one_error_line(tmp_path: Path, damage: bytes) -> None:
+    (tmp_path / "x.safetensors").write_bytes(damage)
+    with pytest.raises(LoraFileError) as caught:
+        read_lora(tmp_path / "x.safetensors")
+    assert len(caught.value.problems) == 1
+
+
+@given(data=st.data())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=300)
+def test_a_damaged_header_is_an_error_or_still_a_file(tmp_path: Path, data: st.DataObject) -> None:
+    header, payload = serialise({"lora_unet_a.lora_down.weight": torch.ones(2, 3)}, {"a": "b"})
+    whole = bytearray(header + payload)
+    for _ in range(data.draw(st.integers(1, 4))):
+        whole[data.draw(st.integers(0, len(header) - 1))] = data.draw(st.integers(0, 255))
+    (tmp_path / "x.safetensors").write_bytes(bytes(whole))
+    try:
+        found = read_header(tmp_path / "x.safetensors", LoraFileError)
+    except LoraFileError as error:
+        assert len(error.problems) == 1
+        return
+    assert len(found.tensors) == 1
+
+
+def test_truncation_is_told_in_bytes(tmp_path: Path) -> None:
+    header, payload = serialise({"lora_unet_a.lora_down.weight": torch.ones(2, 3)}, {})
+    (tmp_path / "x").write_bytes(header + payload[:-5])
+    with pytest.raises(LoraFileError, match="truncated or damaged: 5 bytes are missing"):
+        read_header(tmp_path / "x", LoraFileError)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    file = tmp_path / "x"
+    file.write_bytes(b"old")
+    with pytest.raises(TypeError):
+        write_whole(file, b"new", None)  # ty: ignore[invalid-argument-type]
+    assert file.read_bytes() == b"old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x"]
+
+
+def facts(**changes: object) -> tuple[RunFacts, DatasetFacts]:
+    run = RunFacts(
+        title="x", base_name="mini", family=SD1, prediction="epsilon", resolution=128, modules=92, epochs=3,
+        batches_per_epoch=9, precision="bfloat16", session=5, started_at=1.0, finished_at=100.0,
+    )  # fmt: skip
+    return run, DatasetFacts(folder="pics", captions=["zorb, a cat", "zorb, a dog"], buckets={(128, 128): 2})
+
+
+def test_metadata_is_text_tells_the_run_and_no_place() -> None:
+    config = load_config(
+        None, ["data.images=/home/someone/pics", "data.trigger=zorb", "output.path=/home/someone/x.safetensors"]
+    )
+    metadata = training_metadata(config, *facts())
+    assert all(isinstance(value, str) for value in metadata.values())
+    assert metadata["ss_network_dim"] == "16"
+    assert metadata["ss_network_alpha"] == "8.0"
+    assert metadata["ss_v2"] == "False"
+    assert metadata["ss_clip_skip"] == "None"
+    assert metadata["ss_base_model_version"] == "sd_v1"
+    assert json.loads(metadata["ss_tag_frequency"]) == {"pics": {"zorb": 2, "a cat": 1, "a dog": 1}}
+    assert metadata["modelspec.architecture"] == "stable-diffusion-v1/lora"
+    assert metadata["modelspec.date"] == "1970-01-01T00:01:40+00:00"
+    assert "someone" not in json.dumps(metadata)
+    assert trigger_words(metadata) == ("zorb",)
+
+
+def test_trigger_words_of_a_foreign_file() -> None:
+    metadata = {"ss_num_train_images": "2", "ss_tag_frequency": json.dumps({"a": {"sks": 2, "cat": 1}})}
+    assert trigger_words(metadata) == ("sks",)
+    assert trigger_words({"ss_num_train_images": "2", "ss_tag_frequency": "{"}) == ()
+
+
+def test_tags_are_counted_the_most_frequent_first() -> None:
+    assert list(tag_frequency(["b, a", "a,c", "a"]).items()) == [("a", 3), ("b", 1), ("c", 1)]
+
+
+@given(st.text())
+def test_titles_can_be_called_from_a_prompt(name: str) -> None:
+    assert set(safe_title(name)) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
+    assert safe_title(name)
+
+
+@pytest.mark.parametrize(("family", "width"), [("sd1", 768), ("sd2", 1024), ("sdxl", 2048)])
+def test_family_is_told_by_shapes_before_metadata(tmp_path: Path, family: str, width: int) -> None:
+    name = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    lie = FAMILIES["sd1" if family != "sd1" else "sdxl"].kohya_version
+    write_kohya(tmp_path / "x", {name: low_rank(wide=width)}, {"ss_base_model_version": lie}, dtype=torch.float16)
+    found = read_lora(tmp_path / "x").family
+    assert found is FAMILIES[family]

@@ -1,0 +1,92 @@
+"""What importing costs, and which way imports point."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import sdlora
+
+PACKAGE = Path(sdlora.__file__).parent
+
+RANKS = {
+    "errors": 0, "config": 1, "progress": 1, "precision": 1, "base.family": 1, "base.mini": 1,
+    "data": 2, "lora": 2, "formats": 3, "base.schedule": 3, "base.load": 4, "base.encode": 5,
+    "training": 6, "generation": 6, "inspection": 6, "quickstart": 6, "api": 7, "cli": 8,
+}  # fmt: skip
+"""A module may import what has a lower rank, and its own folder."""
+
+
+def rank_of(module: str) -> int:
+    return RANKS[module] if module in RANKS else RANKS[module.rpartition(".")[0]]
+
+
+def folder_of(module: str) -> str:
+    return module if module in RANKS else module.rpartition(".")[0]
+
+
+def relative_imports(file: Path, module: str) -> list[str]:
+    """Modules of this package that ``file`` imports, anywhere in it."""
+    found = []
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            parents = module.split(".")[: -node.level] if node.level <= module.count(".") + 1 else []
+            target = ".".join([*parents, *([node.module] if node.module else [])])
+            found += [target] if node.module else [".".join([*parents, name.name]) for name in node.names]
+    return [target for target in found if target and target != "__version__"]
+
+
+MODULES = {
+    ".".join(file.relative_to(PACKAGE).with_suffix("").parts): file
+    for file in sorted(PACKAGE.rglob("*.py"))
+    if file.name != "__init__.py"
+}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_downwards(module: str) -> None:
+    for target in relative_imports(MODULES[module], module):
+        same_folder = folder_of(target) == folder_of(module)
+        assert same_folder or rank_of(target) < rank_of(module), f"{module} imports {target}"
+
+
+def test_importing_the_package_loads_nothing_else() -> None:
+    code = "import sys; before = set(sys.modules); import sdlora; print(*(set(sys.modules) - before), sep='\\n')"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name.partition(".")[0] for name in result.stdout.split()}
+    assert "sdlora" in loaded
+    assert sorted(loaded - sys.stdlib_module_names - {"sdlora"}) == []
+
+
+def test_public_names_are_sorted_and_resolve() -> None:
+    assert sorted(sdlora.__all__, key=lambda name: (name[0].islower(), name)) == list(sdlora.__all__)
+    for name in sdlora.__all__:
+        assert getattr(sdlora, name) is not None
+    assert callable(sdlora.train)
+    assert callable(sdlora.generate)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = sdlora.nothing
+
+
+def test_help_answers_at_once() -> None:
+    def seconds() -> float:
+        began = time.perf_counter()
+        result = subprocess.run(
+            [sys.executable, "-m", "sdlora.cli", "--help"], capture_output=True, text=True, check=True
+        )
+        assert "quickstart" in result.stdout
+        return time.perf_counter() - began
+
+    # The best of several: a busy machine slows a start-up, nothing makes it too fast.
+    assert min(seconds() for _ in range(7)) < 0.3
+
+
+def test_help_does_not_import_torch() -> None:
+    code = "import sys, sdlora.cli; print('torch' in sys.modules, 'diffusers' in sys.modules, 'numpy' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["False", "False", "False"]
