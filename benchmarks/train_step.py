@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse
 import copy
@@ -47,9 +48,10 @@ def our_step(base: Base, config_values: list[str]) -> Callable[[], None]:
 
     def step() -> None:
         number = next(counter)
+        adapter.begin_step()
         step_gradients(base, plan, pictures, contexts, number, accelerator)
-        optimizer.step(number)
-        adapter.zero_grad()
+        adapter.end_backward()
+        optimizer.step(number, accelerator)
 
     adapter.attach(base.modules())
     return step

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .api import generate, inspect, train
+    from .api import generate, generate_strip, inspect, train
     from .config import Config, load_config
     from .errors import SdloraError
 
@@ -18,12 +18,13 @@ _HOMES = {
     "Config": "config",
     "SdloraError": "errors",
     "generate": "api",
+    "generate_strip": "api",
     "inspect": "api",
     "load_config": "config",
     "train": "api",
 }
 
-__all__ = ["Config", "SdloraError", "__version__", "generate", "inspect", "load_config", "train"]
+__all__ = ["Config", "SdloraError", "__version__", "generate", "generate_strip", "inspect", "load_config", "train"]
 
 
 def __getattr__(name: str):

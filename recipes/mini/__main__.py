@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse
 from pathlib import Path
@@ -13,8 +14,10 @@ from sdlora import generate
 from sdlora.base.load import MINI_FOLDER
 
 from .export import export
+from .latents import encode_all, standardise
 from .measure import measure
-from .unet import standardise, train_unet
+from .text import new_tokenizer, train_text_encoder
+from .unet import train_unet
 from .vae import train_vae
 
 
@@ -32,6 +35,8 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     vae = standardise(train_vae(arguments.art, arguments.work), arguments.art)
-    parts = train_unet(vae, arguments.art, arguments.work, arguments.steps, arguments.decay_steps)
-    export(MINI_FOLDER, vae, *parts)
+    latents, tokenizer = encode_all(vae, arguments.art, arguments.work), new_tokenizer(arguments.art)
+    encoder = train_text_encoder(tokenizer, latents, arguments.work)
+    unet = train_unet(encoder, tokenizer, latents, arguments.work, arguments.steps, arguments.decay_steps)
+    export(MINI_FOLDER, vae, encoder, unet, tokenizer)
     print(measure(MINI_FOLDER, arguments.art, draw))

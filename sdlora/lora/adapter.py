@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .layers import LoraLinear
 from .weights import LowRank
@@ -31,33 +31,60 @@ def choose_targets(modules: Mapping[str, nn.Module], targets: str) -> dict[str, 
 class Adapter:
     """Trainable low-rank layers in the places of frozen ones.
 
-    All matrices are views of one flat float32 parameter per group, so that clipping, the optimizer and a
-    reduction over processes are a single operation each, whatever the number of modules.
+    All matrices of a group are views of one flat buffer, so that clipping, the optimizer and a reduction over processes
+    are a single operation each, whatever the number of modules. ``parameters`` are float32 masters; where the base
+    computes in another dtype, the layers see a copy in that dtype, made once a step.
     """
 
     def __init__(self, groups: Sequence[Mapping[str, nn.Linear]], *, rank: int, alpha: float, seed: int):
         """``groups`` are canonical name -> module; each becomes one entry of ``parameters``."""
         self.alpha = alpha
         self.parameters: list[nn.Parameter] = []
-        self.gradients: list[torch.Tensor] = []
+        self._working: list[tuple[Tensor, Tensor]] = []
+        self._spans: dict[str, tuple[Tensor, Tensor]] = {}
         self._layers: dict[str, LoraLinear] = {}
         self._frozen: dict[str, nn.Linear] = {}
         for group in groups:
-            sizes = [rank * (module.in_features + module.out_features) for module in group.values()]
-            device = next(iter(group.values())).weight.device
-            flat = nn.Parameter(torch.zeros(sum(sizes), device=device))
-            flat.grad = gradient = torch.zeros_like(flat)
-            self.parameters.append(flat)
-            self.gradients.append(gradient)
-            for (name, module), data, grad in zip(
-                group.items(), flat.detach().split(sizes), gradient.split(sizes), strict=True
-            ):
-                middle = rank * module.in_features
-                down = _view(data[:middle], grad[:middle], (rank, module.in_features))
-                up = _view(data[middle:], grad[middle:], (module.out_features, rank))
-                down.data.copy_(_kaiming_uniform(down.shape, seed, name))
-                self._layers[name] = LoraLinear(module, down, up, alpha / rank)
-                self._frozen[name] = module
+            self._add_group(group, rank, seed)
+
+    def _add_group(self, group: Mapping[str, nn.Linear], rank: int, seed: int) -> None:
+        weight = next(iter(group.values())).weight
+        total = sum(rank * (module.in_features + module.out_features) for module in group.values())
+        master = nn.Parameter(torch.zeros(total, device=weight.device))
+        master.grad = torch.zeros_like(master)
+        values, gradients = master.detach(), master.grad
+        if weight.dtype != master.dtype:
+            values, gradients = (torch.zeros_like(values, dtype=weight.dtype) for _ in range(2))
+        self.parameters.append(master)
+        self._working.append((values, gradients))
+        position = 0
+        for name, module in group.items():
+            leaves = []
+            for shape in ((rank, module.in_features), (module.out_features, rank)):
+                span = slice(position, position + shape[0] * shape[1])
+                leaf = values[span].view(shape).requires_grad_()
+                leaf.grad = gradients[span].view(shape)
+                leaves.append((leaf, master.detach()[span].view(shape)))
+                position = span.stop
+            (down, down_master), (up, up_master) = leaves
+            down_master.copy_(_kaiming_uniform(down.shape, seed, name))
+            self._spans[name] = (down_master, up_master)
+            self._layers[name] = LoraLinear(module, down, up, self.alpha / rank)
+            self._frozen[name] = module
+
+    @torch.no_grad()
+    def begin_step(self) -> None:
+        """Show the layers the masters as they are now, and clear the gradients."""
+        for master, (values, gradients) in zip(self.parameters, self._working, strict=True):
+            if values.dtype != master.dtype:
+                values.copy_(master)
+            gradients.zero_()
+
+    def end_backward(self) -> None:
+        """Hand the gradients of the layers to the masters."""
+        for master, (_, gradients) in zip(self.parameters, self._working, strict=True):
+            if master.grad is not None and gradients.dtype != master.dtype:
+                master.grad.copy_(gradients)
 
     def attach(self, modules: Mapping[str, nn.Module]) -> None:
         """Put the trainable layers in place; ``modules`` maps every canonical name, parents too, to its module."""
@@ -73,29 +100,15 @@ class Adapter:
             parent, _, child = name.rpartition(".")
             setattr(modules[parent], child, layer)
 
-    def zero_grad(self) -> None:
-        for gradient in self.gradients:
-            gradient.zero_()
-
     def weights(self) -> dict[str, LowRank]:
         """Canonical name -> a copy of the trained matrices, float32 on the CPU."""
         return {
-            name: LowRank(down=_copy(layer.down), up=_copy(layer.up), alpha=self.alpha)
-            for name, layer in self._layers.items()
+            name: LowRank(down=down.cpu().clone(), up=up.cpu().clone(), alpha=self.alpha)
+            for name, (down, up) in self._spans.items()
         }
 
 
-def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().float().cpu().clone()
-
-
-def _view(data: torch.Tensor, grad: torch.Tensor, shape: tuple[int, int]) -> nn.Parameter:
-    parameter = nn.Parameter(data.view(shape))
-    parameter.grad = grad.view(shape)
-    return parameter
-
-
-def _kaiming_uniform(shape: torch.Size, seed: int, name: str) -> torch.Tensor:
+def _kaiming_uniform(shape: torch.Size, seed: int, name: str) -> Tensor:
     """U(-1/√in, 1/√in), as ``kaiming_uniform_(a=√5)`` (He et al. 2015), a function of (seed, name) alone."""
     key = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:16], "little")
     bound = 1 / math.sqrt(shape[1])

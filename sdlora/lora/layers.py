@@ -10,37 +10,44 @@ from torch.nn import functional as F
 
 
 class _LowRankLinear(torch.autograd.Function):
-    """y = x Wᵀ + b + s (x Dᵀ) Uᵀ, with the products added in place and nothing but x and x Dᵀ kept.
+    """y = x Wᵀ + b + s (x Dᵀ) Uᵀ, in three products forwards and five backwards, with nothing but x and x Dᵀ kept.
 
-    x (n, in), W (out, in), D (rank, in), U (out, rank). The gradients of the frozen W and b are not formed.
+    x (n, in), W (out, in), D (rank, in), U (out, rank), all of one dtype. The gradients of D and U are added to their
+    ``.grad`` in place, which spares a temporary and an addition each; those of the frozen W and b are not formed.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float):
-        down_, up_ = down.to(x.dtype), up.to(x.dtype)
-        hidden = x @ down_.T
-        y = F.linear(x, weight, bias).addmm_(hidden, up_.T, alpha=scale)
-        ctx.save_for_backward(x, hidden, weight, down_, up_)
-        ctx.scale, ctx.master = scale, down.dtype
-        return y
+        hidden = x @ down.T
+        ctx.save_for_backward(x, hidden, weight, down, up)
+        ctx.scale, ctx.gradients = scale, (down.grad, up.grad)
+        return F.linear(x, weight, bias).addmm_(hidden, up.T, alpha=scale)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor):
-        (gy,) = gradients
+    def backward(ctx: Any, *outer: Tensor):
+        (gy,) = outer
         x, hidden, weight, down, up = ctx.saved_tensors
-        g_hidden = (gy @ up).mul_(ctx.scale)
-        g_up = (gy.T @ hidden).mul_(ctx.scale).to(ctx.master)
-        g_down = (g_hidden.T @ x).to(ctx.master)
+        g_down, g_up = ctx.gradients
+        g_hidden = torch.addmm(hidden, gy, up, beta=0, alpha=ctx.scale)
+        g_up.addmm_(gy.T, hidden, alpha=ctx.scale)
+        g_down.addmm_(g_hidden.T, x)
         g_x = (gy @ weight).addmm_(g_hidden, down) if ctx.needs_input_grad[0] else None
-        return g_x, None, None, g_down, g_up, None
+        return g_x, None, None, None, None, None
 
 
 class LoraLinear(nn.Module):
-    """``base`` is frozen; ``down`` (rank, in) and ``up`` (out, rank) are trained, in float32 whatever the base's dtype."""
+    """``base`` (frozen) plus ``scale`` · ``up`` @ ``down``.
 
-    def __init__(self, base: nn.Linear, down: nn.Parameter, up: nn.Parameter, scale: float):
+    ``down`` (rank, in) and ``up`` (out, rank) are leaves of the base's dtype that require gradients; a backward pass adds
+    to their ``.grad``, which is made here where it is missing.
+    """
+
+    def __init__(self, base: nn.Linear, down: Tensor, up: Tensor, scale: float):
         super().__init__()
-        self.base, self.down, self.up, self.scale = base, down, up, scale
+        self.base, self.scale = base, scale
+        self.down, self.up = down, up
+        for leaf in (down, up):
+            leaf.grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""

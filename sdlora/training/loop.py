@@ -207,12 +207,10 @@ def train_steps(
 
     with interrupt_flag() as interrupted:
         for step in range(first, steps):
+            adapter.begin_step()
             loss = step_gradients(base, plan, pictures, contexts, step, accelerator)
-            if accelerator.num_processes > 1:
-                for gradient in adapter.gradients:
-                    gradient.copy_(accelerator.reduce(gradient, "sum"))
-            optimizer.step(step)
-            adapter.zero_grad()
+            adapter.end_backward()
+            optimizer.step(step, accelerator)
             recent += loss
             if step >= steps - tail:
                 tail_loss, tail_steps = tail_loss + loss, tail_steps + 1

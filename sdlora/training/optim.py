@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..config import TrainSection
@@ -34,9 +35,15 @@ class GuardedAdamW:
         self._parameters = list(parameters)
         self.skipped = torch.zeros((), device=parameters[0].device)
 
-    def step(self, step: int) -> None:
-        """Apply the parameters' gradients at the rates of ``step`` (from 0), clipped to ``max_grad_norm`` together."""
+    def step(self, step: int, accelerator: Accelerator | None = None) -> None:
+        """Apply the parameters' gradients at the rates of ``step`` (from 0), clipped to ``max_grad_norm`` together.
+
+        Where ``accelerator`` knows of several processes, their gradients are summed first.
+        """
         gradients = [p.grad for p in self._parameters if p.grad is not None]
+        if accelerator is not None and accelerator.num_processes > 1:
+            for gradient in gradients:
+                gradient.copy_(accelerator.reduce(gradient, "sum"))
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
         finite = norm.isfinite()
         clip = (self._section.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)

@@ -1,0 +1,82 @@
+"""The training pictures as latents, and an autoencoder whose latents are well scaled."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
+
+from .art import captions, compose, draw_placement, emoji, load_art, strange_word
+from .vae import to_tensor
+
+VARIANTS = 20
+"""Placements of each picture that are encoded; training draws among them."""
+STRANGE_WORDINGS = 2
+SEED = 2
+LATENT_STD = 1 / 0.18215
+"""The standard deviation that Stable Diffusion 1.x's latent scale of 0.18215 expects."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latents:
+    """``values`` (n, 4, 16, 16) float32 at unit scale; ``captions[i]`` are the wordings of ``values[i]``."""
+
+    values: torch.Tensor
+    captions: list[list[str]]
+    subjects: list[str]
+    styles: list[str]
+    backgrounds: list[str]
+
+
+@torch.no_grad()
+def standardise(vae: AutoencoderKL, node_modules: Path) -> AutoencoderKL:
+    """A VAE whose latents of the training pictures have mean 0 and standard deviation 1 / 0.18215 in every channel.
+
+    Diffusion from pure noise cannot move a channel's mean far, so the mean is folded away: an affine map per channel
+    goes into ``quant_conv`` and its inverse into ``post_quant_conv``; decoded pictures stay the same.
+    """
+    rng = np.random.default_rng(SEED)
+    pixels = to_tensor([compose(art, draw_placement(rng, art.mirror)) for art in load_art(node_modules)])
+    means = torch.cat([vae.encode(part).latent_dist.mean for part in pixels.split(32)])
+    shift, scale = means.mean(dim=(0, 2, 3)), LATENT_STD / means.std(dim=(0, 2, 3))
+    vae = copy.deepcopy(vae)
+    quant, post = vae.quant_conv, vae.post_quant_conv
+    quant.bias[:4] = (quant.bias[:4] - shift) * scale
+    quant.weight[:4] *= scale[:, None, None, None]
+    quant.bias[4:] += 2 * scale.log()
+    post.bias += (post.weight[:, :, 0, 0] * shift).sum(1)
+    post.weight /= scale[None, :, None, None]
+    vae.register_to_config(scaling_factor=0.18215)
+    return vae
+
+
+@torch.no_grad()
+def encode_all(vae: AutoencoderKL, node_modules: Path, work: Path) -> Latents:
+    """Latents of every picture in ``VARIANTS`` placements, kept in ``work/latents.safetensors``."""
+    file, rng = work / "latents.safetensors", np.random.default_rng(SEED)
+    arts = load_art(node_modules)
+    places = [(art, draw_placement(rng, art.mirror)) for art in arts for _ in range(VARIANTS)]
+    known = sorted({tag for entry in emoji(node_modules) for tag in entry.get("tags", [])})
+    wordings = []
+    for art, place in places:
+        texts = captions(art.subject, art.style, place.background)
+        strange = [strange_word(rng, known) for _ in range(STRANGE_WORDINGS)]
+        wordings.append(texts + [f"{word}, {texts[int(rng.integers(len(texts)))]}" for word in strange])
+    if not file.exists():
+        parts = []
+        for start in range(0, len(places), 32):
+            pixels = to_tensor([compose(art, place) for art, place in places[start : start + 32]])
+            parts.append(vae.encode(pixels).latent_dist.mean / LATENT_STD)
+        save_file({"latents": torch.cat(parts)}, file)
+    return Latents(
+        values=load_file(file)["latents"],
+        captions=wordings,
+        subjects=[art.subject for art, _ in places],
+        styles=[art.style for art, _ in places],
+        backgrounds=[place.background for _, place in places],
+    )

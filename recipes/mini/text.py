@@ -1,0 +1,147 @@
+"""Train the tokenizer and the text encoder of the miniature base: captions to what their pictures look like.
+
+Like CLIP, the text encoder learns from pairs of captions and pictures before the denoiser is trained, and is frozen then.
+From any position at or behind the end mark, linear heads must tell subject, style and background (as far as the caption
+names them) and a coarse version of the picture's latent; so each of those positions holds the whole sentence's meaning.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from .art import BACKGROUNDS, STYLES, captions, emoji, subjects
+from .latents import Latents
+from .vae import learning_rate
+
+VOCABULARY, TOKENS, WIDTH = 3072, 77, 256
+CLIP_WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
+"""How CLIP's tokenizer cuts text into words."""
+STEPS, BATCH, PEAK_RATE = 700, 48, 1.5e-3
+POOLED = 8
+SEED = 3
+
+
+def new_tokenizer(node_modules: Path) -> CLIPTokenizer:
+    """A byte-pair tokenizer in CLIP's form, learned from the captions and from the names and tags of all emoji."""
+    words = [c for _, s, _ in subjects() for style in STYLES for b in BACKGROUNDS for c in captions(s, style, b)]
+    for entry in emoji(node_modules):
+        words += [entry["label"], *entry.get("tags", [])] * 3
+    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>", continuing_subword_prefix=""))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(CLIP_WORDS), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY - 2 - len(alphabet),
+        initial_alphabet=sorted(alphabet),
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(words, trainer)
+    model = json.loads(tokenizer.to_str())["model"]
+    merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model["merges"]]
+    symbols = sorted(alphabet)
+    ordered = symbols + [s + "</w>" for s in symbols] + [a + b for a, b in merges]
+    vocabulary = {token: index for index, token in enumerate(dict.fromkeys(ordered))}
+    for special in ("<|startoftext|>", "<|endoftext|>"):
+        vocabulary[special] = len(vocabulary)
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=TOKENS)
+
+
+def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=WIDTH,
+            intermediate_size=4 * WIDTH,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=TOKENS,
+            projection_dim=WIDTH,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def token_tables(tokenizer: CLIPTokenizer, latents: Latents) -> list[Tensor]:
+    """(wordings, 77) int64 for each latent."""
+    return [torch.tensor(tokenizer(c, padding="max_length", truncation=True).input_ids) for c in latents.captions]
+
+
+class Heads(nn.Module):
+    """Linear readings of one position's hidden state."""
+
+    def __init__(self, latents: Latents):
+        super().__init__()
+        self.subject = nn.Linear(WIDTH, len(set(latents.subjects)))
+        self.style = nn.Linear(WIDTH, len(set(latents.styles)))
+        self.background = nn.Linear(WIDTH, len(set(latents.backgrounds)))
+        self.picture = nn.Linear(WIDTH, 4 * POOLED * POOLED)
+
+
+def numbered(words: list[str]) -> tuple[list[str], Tensor]:
+    """The different words, sorted, and each word's place among them."""
+    known = sorted(set(words))
+    return known, torch.tensor([known.index(word) for word in words])
+
+
+def train_text_encoder(tokenizer: CLIPTokenizer, latents: Latents, work: Path) -> CLIPTextModel:
+    """Train, or read ``work/text.pt``; returns it frozen."""
+    torch.manual_seed(SEED)
+    encoder = new_text_encoder(tokenizer)
+    checkpoint = work / "text.pt"
+    if checkpoint.exists():
+        encoder.load_state_dict(torch.load(checkpoint, weights_only=True))
+        return encoder.eval().requires_grad_(False)
+    heads = Heads(latents)
+    labels = {
+        "subject": numbered(latents.subjects),
+        "style": numbered(latents.styles),
+        "background": numbered(latents.backgrounds),
+    }
+    pooled = F.adaptive_avg_pool2d(latents.values, POOLED).flatten(1)
+    tables, started = token_tables(tokenizer, latents), time.monotonic()
+    optimizer = torch.optim.AdamW(
+        [*encoder.parameters(), *heads.parameters()], PEAK_RATE, weight_decay=0.01, fused=True
+    )
+    for step in range(STEPS):
+        rng = np.random.default_rng([SEED, step])
+        rows = rng.integers(len(tables), size=BATCH)
+        wordings = [int(rng.integers(len(tables[row]))) for row in rows]
+        ids = torch.stack([tables[row][wording] for row, wording in zip(rows, wordings, strict=True)])
+        ends = (ids == tokenizer.eos_token_id).int().argmax(1).numpy()
+        positions = torch.from_numpy(rng.integers(ends, TOKENS))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, STEPS, PEAK_RATE, 50)
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = encoder(ids).last_hidden_state[torch.arange(BATCH), positions].float()
+        loss = F.smooth_l1_loss(heads.picture(hidden), pooled[rows])
+        for name, (words, numbers) in labels.items():
+            said = torch.tensor([
+                name == "subject" or words[numbers[row]] in latents.captions[row][wording]
+                for row, wording in zip(rows, wordings, strict=True)
+            ])  # fmt: skip
+            if said.any():
+                loss = loss + F.cross_entropy(getattr(heads, name)(hidden)[said], numbers[rows][said])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 50 == 49:
+            right = (heads.subject(hidden).argmax(1) == labels["subject"][1][rows]).float().mean()
+            spent = time.monotonic() - started
+            print(f"text {step + 1}/{STEPS} loss {loss.item():.3f} subjects {right:.2f} {spent:.0f} s", flush=True)
+    torch.save(encoder.state_dict(), checkpoint)
+    return encoder.eval().requires_grad_(False)

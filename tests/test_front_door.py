@@ -1,0 +1,86 @@
+"""What a newcomer meets: the quickstart, the notebook, and the commands of the README."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+from PIL import Image
+from typer.main import get_command
+
+from sdlora.cli import app
+from tests.conftest import ROOT
+
+
+def test_quickstart_leaves_two_loras_and_the_strip(sdlora, tmp_path: Path) -> None:
+    out = tmp_path / "quick"
+    result = sdlora("quickstart", "--out", out, "--json", cwd=ROOT, timeout=900)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert [Path(file).name for file in report["loras"]] == ["blueprint.safetensors", "pixel.safetensors"]
+    assert all(Path(file).stat().st_size > 500_000 for file in report["loras"])
+    strip = Image.open(report["strip"])
+    assert strip.width > 6 * 256
+    assert strip.text["parameters"].count("Steps: ") == 18  # ty: ignore[unresolved-attribute]
+    assert [command.split()[1] for command in report["commands"]] == [
+        "train",
+        "train",
+        "generate",
+        "inspect",
+        "inspect",
+    ]
+    assert all(f"$ {command}" in result.stderr for command in report["commands"])
+
+
+def test_quickstart_elsewhere_says_where_to_go(sdlora) -> None:
+    result = sdlora("quickstart")
+    assert result.returncode == 1
+    assert "run quickstart in a clone of the repository" in result.stderr
+
+
+def test_the_notebook_runs_and_keeps_its_pictures(tmp_path: Path) -> None:
+    file = ROOT / "notebooks" / "01-train-a-style.ipynb"
+    kept = nbformat.read(file, as_version=4)
+    outputs = [output for cell in kept.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 3
+    # A short training shows that every cell runs; the pictures kept in the file are from the full one.
+    source = kept.copy()
+    for cell in source.cells:
+        cell.source = cell.source.replace("train.steps=200", "train.steps=4").replace("out/notebook", str(tmp_path))
+    client = NotebookClient(source, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}})
+    client.execute()
+
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [
+    line.removeprefix("$ ").strip()
+    for block in re.findall(r"```(?:sh|console)\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if line.startswith(("sdlora ", "$ sdlora "))
+]
+
+
+def test_the_readme_has_commands_and_they_name_real_options() -> None:
+    assert len(COMMANDS) >= 4
+    verbs = get_command(app).commands  # ty: ignore[unresolved-attribute]
+    for command in COMMANDS:
+        _, verb, *arguments = shlex.split(command, comments=True)
+        known = {option for parameter in verbs[verb].params for option in parameter.opts}
+        used = {argument for argument in arguments if argument.startswith("--")}
+        assert used <= known, command
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\(([^)#:]+)\)", README))))
+def test_the_readme_links_to_files_that_are_there(path: str) -> None:
+    assert (ROOT / path).exists()
+
+
+def test_the_readme_names_the_two_set_up_commands() -> None:
+    assert "pip install -c constraints.txt . && sdlora quickstart" in README
+    assert "pip install -c constraints.txt -e '.[test]' && pytest" in README
+    assert "pip install --quiet -c constraints.txt -e '.[test]' && pytest" in (ROOT / ".ci" / "run").read_text()

@@ -1,0 +1,118 @@
+"""The shipped path teaches a style, and the style is tied to the LoRA: measured on subjects no training picture shows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+import sdlora
+from recipes.mini.art import article
+from recipes.mini.fidelity import Gallery, load_sheet
+from sdlora.base.load import MINI_FOLDER
+from sdlora.config import load_config
+from sdlora.generation.pipeline import Picture
+from tests.conftest import ROOT
+from tests.measures import MEASURES, THRESHOLDS
+
+SUBJECTS = (
+    *(
+        "fox",
+        "cat",
+        "penguin",
+        "duck",
+        "butterfly",
+        "tulip",
+        "lemon",
+        "tomato",
+        "pizza",
+        "rocket",
+        "heart",
+        "key",
+        "star",
+    ),
+    *("snowman", "sailboat"),
+)
+TRIGGERS = {"blueprint": "blupaper", "pixel": "pixgrid"}
+
+
+@pytest.fixture(scope="module")
+def subjects() -> list[str]:
+    """Twelve that neither sample set shows."""
+    trained = {file.stem.replace("-", " ") for file in (ROOT / "datasets" / "blueprint").glob("*.png")}
+    unseen = [subject for subject in SUBJECTS if subject not in trained][:12]
+    assert len(unseen) == 12
+    return unseen
+
+
+@pytest.fixture(scope="module")
+def loras(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Both styles, trained with the quickstart's own configurations."""
+    folder = tmp_path_factory.mktemp("styles")
+    files = {}
+    for style in TRIGGERS:
+        files[style] = folder / f"{style}.safetensors"
+        values = [f"output.path={files[style]}", f"data.images={ROOT / 'datasets' / style}"]
+        sdlora.train(load_config(ROOT / "configs" / f"quickstart-{style}.toml", values), show_progress=False)
+    return files
+
+
+def draw(subjects: list[str], trigger: str, choices: list[str]) -> list[Picture]:
+    prompts = [f"{trigger}, {article(subject)}" for subject in subjects]
+    return sdlora.generate(prompts, loras=choices, seed=11, show_progress=False)
+
+
+def measured(style: str, pictures: list[Picture]) -> np.ndarray:
+    return np.array([MEASURES[style](picture.image) for picture in pictures])
+
+
+def subject_fidelity(gallery: Gallery, pictures: list[Picture], subjects: list[str]) -> float:
+    return gallery.fidelity([picture.image for picture in pictures], subjects)
+
+
+@pytest.mark.parametrize("style", TRIGGERS)
+def test_the_style_comes_with_the_lora_and_grows_with_its_weight(
+    style: str, loras: dict[str, Path], subjects: list[str]
+) -> None:
+    without, half, full = (
+        draw(subjects, TRIGGERS[style], [f"{loras[style]}:{weight}"] if weight else []) for weight in (0, 0.5, 1.0)
+    )
+    threshold = THRESHOLDS[style]
+    assert (measured(style, full) > threshold).sum() >= 10
+    assert (measured(style, without) > threshold).sum() <= 2
+    assert measured(style, without).mean() < measured(style, half).mean() < measured(style, full).mean()
+
+    every = (ROOT / "tests" / "references" / "subjects.txt").read_text().splitlines()
+    real, restyled = (load_sheet(ROOT / "tests" / "references" / f"{name}.png", every) for name in ("base", style))
+    before, after = subject_fidelity(real, without, subjects), subject_fidelity(restyled, full, subjects)
+    assert before >= 0.5
+    assert after >= before * 2 / 3
+
+
+def test_both_styles_show_when_both_are_stacked(loras: dict[str, Path], subjects: list[str]) -> None:
+    trigger = ", ".join(TRIGGERS.values())
+    without = draw(subjects, trigger, [])
+    both = draw(subjects, trigger, [f"{file}:0.8" for file in loras.values()])
+    for style in TRIGGERS:
+        assert measured(style, both).mean() > measured(style, without).mean() + 0.1
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_diffusers_draws_the_same_pictures_from_the_files(loras: dict[str, Path]) -> None:
+    pipe = StableDiffusionPipeline.from_pretrained(MINI_FOLDER, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    for name, file in loras.items():
+        pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
+    for weights in ({"blueprint": 1.0}, {"blueprint": 0.7, "pixel": 0.5}):
+        pipe.set_adapters(list(weights), list(weights.values()))
+        reference = pipe(
+            "blupaper, pixgrid, a fox", num_inference_steps=10, guidance_scale=5.0, output_type="latent",
+            generator=torch.Generator("cpu").manual_seed(3),
+        ).images[0]  # fmt: skip
+        choices = [f"{loras[name]}:{weight}" for name, weight in weights.items()]
+        options = {"seed": 3, "steps": 10, "precision": "float32", "show_progress": False}
+        (picture,) = sdlora.generate("blupaper, pixgrid, a fox", loras=choices, **options)  # ty: ignore[invalid-argument-type]
+        assert (picture.latents - reference).abs().max() < 1e-3
