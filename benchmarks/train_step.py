@@ -17,6 +17,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse
 import copy
+import itertools
 import json
 import statistics
 import time
@@ -30,30 +31,21 @@ from sdlora.base.load import Base, load_base
 from sdlora.config import load_config
 from sdlora.precision import choose_precision
 from sdlora.progress import Silence
-from sdlora.training.loop import Contexts, cache_pictures, new_adapter, plan_run, step_gradients
 from sdlora.training.loss import denoising_loss
-from sdlora.training.optim import GuardedAdamW
+from sdlora.training.plan import RunPlan, plan_run
+from sdlora.training.session import open_session
 
 STEPS_A_TURN = 4
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj"]
 
 
-def our_step(base: Base, config_values: list[str]) -> Callable[[], None]:
-    plan = plan_run(load_config("configs/quickstart-blueprint.toml", config_values))
-    pictures, accelerator = cache_pictures(base, plan, Silence()), Accelerator()
-    adapter, rates = new_adapter(base, plan.config)
-    optimizer, contexts = GuardedAdamW(adapter.parameters, rates, plan.config.train), Contexts(base, plan, pictures)
-    counter = iter(range(1_000_000))
-    # 36 pictures are whole batches of 1 and of 4.
+def our_step(base: Base, plan: RunPlan) -> Callable[[], None]:
+    session, counter = open_session(plan, base, Accelerator(), Silence()), itertools.count()
+    session.adapter.attach(base.modules())
 
     def step() -> None:
-        number = next(counter)
-        adapter.begin_step()
-        step_gradients(base, plan, pictures, contexts, number, accelerator)
-        adapter.end_backward()
-        optimizer.step(number, accelerator)
+        session.step(next(counter))
 
-    adapter.attach(base.modules())
     return step
 
 
@@ -120,7 +112,7 @@ def compare(base_path: str, precision: str, batch: int, rank: int, rounds: int) 
     dtype = choose_precision(precision, device)
     pristine = load_base(plan.base, device=device, dtype=dtype)
     steps = {
-        "ours": our_step(copy.deepcopy(pristine), values),
+        "ours": our_step(copy.deepcopy(pristine), plan),
         "peft": peft_step(copy.deepcopy(pristine), batch, rank),
         "floor": floor_step(copy.deepcopy(pristine), batch),
     }

@@ -19,7 +19,8 @@ from .generation.pipeline import Picture, PictureRequest, generate_pictures
 from .inspection import Report, inspect_file
 from .precision import choose_precision
 from .progress import progress_bar
-from .training.loop import TrainResult, plan_run, run_training
+from .training.loop import TrainResult, run_training
+from .training.plan import plan_run
 
 
 @dataclass(frozen=True, kw_only=True)

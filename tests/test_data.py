@@ -174,7 +174,7 @@ def test_an_epoch_shows_each_picture_once(counts: list[int], batch_size: int, se
     assert all(1 <= len(batch) <= batch_size for batch in batches)
     assert all(any(set(batch) <= set(bucket) for bucket in buckets) for batch in batches)
     first = epoch * plan.batches_per_epoch
-    assert [plan.batch(first + i) for i in range(plan.batches_per_epoch)] == batches
+    assert [plan.batch(first + i) for i in range(plan.batches_per_epoch)] == list(batches)
 
 
 def test_epochs_and_seeds_differ() -> None:

@@ -19,7 +19,7 @@ import sdlora as package
 from sdlora.config import Config, load_config
 from sdlora.errors import BaseModelError, ConfigError, DataError, ResumeError, TrainingError
 from sdlora.formats.safetensors_file import read_header
-from sdlora.training.loop import plan_run
+from sdlora.training.plan import plan_run
 from tests.conftest import write_pictures
 
 STEPS = 12
@@ -65,7 +65,8 @@ def test_file_holds_every_module_and_the_change_is_not_zero(finished: tuple[Path
     assert report.norm
     assert min(report.norm.values()) > 0.01
     metadata = report.metadata
-    assert json.loads(metadata["ss_bucket_info"])["buckets"]["0"] == {"resolution": [64, 64], "count": 5}
+    buckets = json.loads(metadata["ss_bucket_info"])["buckets"]
+    assert [buckets[i] for i in "01"] == [{"resolution": [64, 64], "count": 3}, {"resolution": [80, 48], "count": 2}]
     assert metadata["ss_steps"] == str(STEPS)
     assert str(tiny_base.parent) not in json.dumps(metadata)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -39,14 +40,19 @@ class BatchPlan:
         epoch, position = divmod(step, self.batches_per_epoch)
         return self.epoch(epoch)[position]
 
-    def epoch(self, epoch: int) -> list[tuple[int, ...]]:
+    def epoch(self, epoch: int) -> tuple[tuple[int, ...], ...]:
         """Every batch of an epoch, in order: each picture once."""
-        rng = np.random.default_rng([self.seed, _ORDER, epoch])
-        batches = []
-        for bucket in self.buckets:
-            order = [bucket[i] for i in rng.permutation(len(bucket))]
-            batches += [tuple(order[i : i + self.batch_size]) for i in range(0, len(order), self.batch_size)]
-        return [batches[i] for i in rng.permutation(len(batches))]
+        return _epoch(self, epoch)
+
+
+@lru_cache(maxsize=2)
+def _epoch(plan: BatchPlan, epoch: int) -> tuple[tuple[int, ...], ...]:
+    rng = np.random.default_rng([plan.seed, _ORDER, epoch])
+    batches = []
+    for bucket in plan.buckets:
+        order = [bucket[i] for i in rng.permutation(len(bucket))]
+        batches += [tuple(order[i : i + plan.batch_size]) for i in range(0, len(order), plan.batch_size)]
+    return tuple(batches[i] for i in rng.permutation(len(batches)))
 
 
 @dataclass(frozen=True, kw_only=True)

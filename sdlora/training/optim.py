@@ -33,7 +33,7 @@ class GuardedAdamW:
         self._rates, self._section = tuple(rates), section
         self._adam = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=section.weight_decay, fused=True)
         self._parameters = list(parameters)
-        self.skipped = torch.zeros((), device=parameters[0].device)
+        self._skipped = torch.zeros((), device=parameters[0].device)
 
     def step(self, step: int, accelerator: Accelerator | None = None) -> None:
         """Apply the parameters' gradients at the rates of ``step`` (from 0), clipped to ``max_grad_norm`` together.
@@ -54,11 +54,15 @@ class GuardedAdamW:
         # The fused kernel leaves parameters and moments alone where found_inf is 1.
         setattr(self._adam, "found_inf", (~finite).float())  # noqa: B010
         self._adam.step()
-        self.skipped += ~finite
+        self._skipped += ~finite
+
+    def skipped_steps(self) -> int:
+        """How many steps were left out so far; waits for the device."""
+        return int(self._skipped.item())
 
     def state(self) -> dict[str, Tensor]:
         """Everything that ``restore`` needs, by name."""
-        tensors = {"skipped": self.skipped}
+        tensors = {"skipped": self._skipped}
         for i, parameter in enumerate(self._parameters):
             tensors[f"parameter.{i}"] = parameter.detach()
             for name, tensor in self._adam.state[parameter].items():
@@ -68,7 +72,7 @@ class GuardedAdamW:
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of ``state``. Raises ``KeyError`` or ``RuntimeError`` where the tensors do not fit."""
-        self.skipped.copy_(tensors["skipped"])
+        self._skipped.copy_(tensors["skipped"])
         for i, parameter in enumerate(self._parameters):
             parameter.copy_(tensors[f"parameter.{i}"])
             self._adam.state[parameter] = {
