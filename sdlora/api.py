@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from accelerate import PartialState
 from PIL import Image
 
 from .base.load import Base, choose_device, find_base, load_base
@@ -44,7 +45,7 @@ def train(config: Config, *, restart: bool = False, show_progress: bool = True) 
     prompts = config.output.samples
     if prompts is None:
         prompts = tuple(dict.fromkeys(item.caption for item in plan.items))[:4]
-    if not prompts or result.loss is None:
+    if not prompts or result.loss is None or not PartialState().is_main_process:
         return TrainReport(result=result, samples=None)
     pictures = generate(
         [with_trigger(prompt, config.data.trigger) for prompt in prompts],
@@ -116,7 +117,8 @@ def generate_strip(
     if 0 in strengths:
         columns.append(("no LoRA", []))
     for fitted, choice in studio.pairs:
-        columns += [(f"{choice.name} {s:g}", [(fitted, choice.times(s))]) for s in strengths if s]
+        weaker = [choice.times(strength) for strength in strengths if strength]
+        columns += [(f"{scaled.name} {scaled.unet:g}", [(fitted, scaled)]) for scaled in weaker]
     if len(studio.pairs) > 1:
         columns.append(("both" if len(studio.pairs) == 2 else "all", studio.pairs))
     pictures = []
@@ -142,6 +144,7 @@ class Studio:
 
     @classmethod
     def open(cls, base: str, loras: Sequence[str | LoraChoice], *, precision: str) -> Studio:
+        """Load ``base`` and read ``loras``; raises ``SdloraError`` where one cannot be used with the other."""
         folder = find_base(base)
         choices = [LoraChoice.parse(lora) if isinstance(lora, str) else lora for lora in loras]
         device = choose_device()
@@ -160,6 +163,7 @@ class Studio:
         size: tuple[int, int] | None = None,
         sampler: str = "dpm++2m",
     ) -> PictureRequest:
+        """A request with the base's own size where none is given; raises ``SdloraError`` for what the base cannot do."""
         folder = self.base.folder
         width, height = size or (folder.resolution, folder.resolution)
         problems = []

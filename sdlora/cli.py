@@ -42,10 +42,10 @@ def main() -> None:
     app()
 
 
-def _guard(verb: Callable[[], None]) -> None:
+def _guard(run: Callable[[], None]) -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
-        verb()
+        run()
     except SdloraError as error:
         for problem in error.problems:
             typer.echo(f"error: {problem}", err=True)
@@ -90,7 +90,7 @@ def train(
 ) -> None:
     """Train a LoRA from a folder of captioned pictures; the same command again resumes it."""
 
-    def verb() -> None:
+    def run() -> None:
         from .config import load_config
 
         given = list(arguments or ())
@@ -121,7 +121,7 @@ def train(
             if report.samples:
                 typer.echo(f"{report.samples}: samples")
 
-    _guard(verb)
+    _guard(run)
 
 
 @app.command()
@@ -148,8 +148,10 @@ def generate(
 ) -> None:
     """Generate pictures with any number of weighted LoRAs; each PNG holds its own recipe."""
 
-    def verb() -> None:
+    def run() -> None:
         shape = _parse_size(size)
+        if strip and count > 1:
+            raise typer.BadParameter("a strip shows one seed; leave --count out", param_hint="--strip")
         if precision not in ("auto", "float32", "bfloat16"):
             raise typer.BadParameter(f"{precision!r} is not auto, float32 or bfloat16", param_hint="--precision")
         from . import api
@@ -179,7 +181,7 @@ def generate(
             for file in files:
                 typer.echo(str(file))
 
-    _guard(verb)
+    _guard(run)
 
 
 @app.command()
@@ -189,7 +191,7 @@ def inspect(
 ) -> None:
     """Tell what a LoRA file or a checkpoint is: family, modules, ranks, hashes, metadata, problems."""
 
-    def verb() -> None:
+    def run() -> None:
         from . import api
 
         report = api.inspect(file)
@@ -198,7 +200,7 @@ def inspect(
         else:
             typer.echo(_as_text(report))
 
-    _guard(verb)
+    _guard(run)
 
 
 @app.command()
@@ -208,20 +210,20 @@ def quickstart(
 ) -> None:
     """The three jobs in a row on the embedded base and the two sample sets; each step is shown as a command."""
 
-    def verb() -> None:
+    def run() -> None:
         from .quickstart import run_quickstart
 
-        def run(arguments: list[str]) -> None:
+        def command(arguments: list[str]) -> None:
             with redirect_stdout(sys.stderr) if as_json else nullcontext():
                 code = app(arguments, standalone_mode=False)
             if code:
                 raise typer.Exit(code)
 
-        report = run_quickstart(out, run=run, say=lambda line: typer.echo(line, err=as_json))
+        report = run_quickstart(out, run=command, say=lambda line: typer.echo(line, err=as_json))
         if as_json:
             _emit(report.to_json())
 
-    _guard(verb)
+    _guard(run)
 
 
 def _parse_size(text: str | None) -> tuple[int, int] | None:

@@ -11,6 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -45,12 +46,20 @@ def pictures(tmp_path: Path) -> Path:
     return write_pictures(tmp_path / "pictures")
 
 
+def run_sdlora(*arguments: object, cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own."""
+    command = [sys.executable, "-m", "sdlora.cli", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False)
+
+
 @pytest.fixture
 def sdlora(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run the command line in a process of its own, in an empty folder."""
+    """``run_sdlora`` in an empty folder."""
+    return partial(run_sdlora, cwd=tmp_path)
 
-    def run(*arguments: object, cwd: Path = tmp_path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "sdlora.cli", *map(str, arguments)]
-        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False)
 
-    return run
+@pytest.fixture(scope="session")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProcess[str]:
+    """The finished ``sdlora quickstart --json``, as a newcomer runs it."""
+    out = tmp_path_factory.mktemp("quickstart") / "out"
+    return run_sdlora("quickstart", "--out", out, "--json", cwd=ROOT, timeout=900)

@@ -214,7 +214,7 @@ def facts(**changes: object) -> tuple[RunFacts, DatasetFacts]:
 
 def test_metadata_is_text_tells_the_run_and_no_place() -> None:
     config = load_config(
-        None, ["data.images=/home/someone/pics", "data.trigger=zorb", "output.path=/home/someone/x.safetensors"]
+        None, ["data.images=/mnt/someone/pics", "data.trigger=zorb", "output.path=/mnt/someone/x.safetensors"]
     )
     metadata = training_metadata(config, *facts())
     assert all(isinstance(value, str) for value in metadata.values())

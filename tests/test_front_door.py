@@ -17,11 +17,9 @@ from sdlora.cli import app
 from tests.conftest import ROOT
 
 
-def test_quickstart_leaves_two_loras_and_the_strip(sdlora, tmp_path: Path) -> None:
-    out = tmp_path / "quick"
-    result = sdlora("quickstart", "--out", out, "--json", cwd=ROOT, timeout=900)
-    assert result.returncode == 0, result.stderr
-    report = json.loads(result.stdout)
+def test_quickstart_leaves_two_loras_and_the_strip(quickstart) -> None:
+    assert quickstart.returncode == 0, quickstart.stderr
+    report = json.loads(quickstart.stdout)
     assert [Path(file).name for file in report["loras"]] == ["blueprint.safetensors", "pixel.safetensors"]
     assert all(Path(file).stat().st_size > 500_000 for file in report["loras"])
     strip = Image.open(report["strip"])
@@ -34,7 +32,7 @@ def test_quickstart_leaves_two_loras_and_the_strip(sdlora, tmp_path: Path) -> No
         "inspect",
         "inspect",
     ]
-    assert all(f"$ {command}" in result.stderr for command in report["commands"])
+    assert all(f"$ {command}" in quickstart.stderr for command in report["commands"])
 
 
 def test_quickstart_elsewhere_says_where_to_go(sdlora) -> None:

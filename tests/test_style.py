@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,6 @@ import sdlora
 from recipes.mini.art import article
 from recipes.mini.fidelity import Gallery, load_sheet
 from sdlora.base.load import MINI_FOLDER
-from sdlora.config import load_config
 from sdlora.generation.pipeline import Picture
 from tests.conftest import ROOT
 from tests.measures import MEASURES, THRESHOLDS
@@ -49,15 +49,10 @@ def subjects() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def loras(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Both styles, trained with the quickstart's own configurations."""
-    folder = tmp_path_factory.mktemp("styles")
-    files = {}
-    for style in TRIGGERS:
-        files[style] = folder / f"{style}.safetensors"
-        values = [f"output.path={files[style]}", f"data.images={ROOT / 'datasets' / style}"]
-        sdlora.train(load_config(ROOT / "configs" / f"quickstart-{style}.toml", values), show_progress=False)
-    return files
+def loras(quickstart) -> dict[str, Path]:
+    """Both styles, as the quickstart trains them."""
+    files = [Path(file) for file in json.loads(quickstart.stdout)["loras"]]
+    return {file.stem: file for file in files}
 
 
 def draw(subjects: list[str], trigger: str, choices: list[str]) -> list[Picture]:

@@ -120,7 +120,7 @@ def load_base(folder: BaseFolder, *, device: torch.device, dtype: torch.dtype) -
     if prediction not in ("epsilon", "v_prediction"):
         raise BaseModelError(f"{folder.name}: prediction type {prediction!r} is not supported")
 
-    def load(part: str, kind: Callable[..., T], **options: Any) -> T:
+    def loaded(part: str, kind: Callable[..., T], **options: Any) -> T:
         try:
             return kind(str(where / part), local_files_only=True, **options)
         except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
@@ -128,15 +128,15 @@ def load_base(folder: BaseFolder, *, device: torch.device, dtype: torch.dtype) -
             raise BaseModelError(f"{folder.name}: its {part} cannot be loaded: {reason}") from None
 
     parts = {
-        "unet": load("unet", UNet2DConditionModel.from_pretrained, torch_dtype=dtype),
-        "text_encoder": load("text_encoder", CLIPTextModel.from_pretrained, dtype=dtype),
-        "vae": load("vae", AutoencoderKL.from_pretrained, torch_dtype=torch.float32),
+        "unet": loaded("unet", UNet2DConditionModel.from_pretrained, torch_dtype=dtype),
+        "text_encoder": loaded("text_encoder", CLIPTextModel.from_pretrained, dtype=dtype),
+        "vae": loaded("vae", AutoencoderKL.from_pretrained, torch_dtype=torch.float32),
     }
     for part in parts.values():
         part.to(device).requires_grad_(False).eval()
     return Base(
         folder=folder,
-        tokenizer=load("tokenizer", CLIPTokenizer.from_pretrained),
+        tokenizer=loaded("tokenizer", CLIPTokenizer.from_pretrained),
         schedule=NoiseSchedule.scaled_linear(
             start=folder.schedule.get("beta_start", 0.00085),
             end=folder.schedule.get("beta_end", 0.012),
@@ -148,6 +148,7 @@ def load_base(folder: BaseFolder, *, device: torch.device, dtype: torch.dtype) -
 
 
 def choose_device() -> torch.device:
+    """The first of CUDA, Apple's Metal and the CPU that is there."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
