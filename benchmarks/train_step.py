@@ -109,7 +109,7 @@ def compare(base_path: str, precision: str, batch: int, rank: int, rounds: int) 
     values = [f"base.path={json.dumps(base_path)}", f"train.batch_size={batch}", f"lora.rank={rank}"]
     plan = plan_run(load_config("configs/quickstart-blueprint.toml", values))
     device = Accelerator().device
-    dtype = choose_precision(precision, device)
+    dtype = choose_precision(precision, device, unet_parameters=plan.base.unet_parameters)
     pristine = load_base(plan.base, device=device, dtype=dtype)
     steps = {
         "ours": our_step(copy.deepcopy(pristine), plan),

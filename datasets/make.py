@@ -3,7 +3,7 @@
 Beside them it writes ``tests/references``: every subject of the base in the base's styles and in these two, by which
 tests judge whether a generated picture still shows its subject.
 
-``blueprint``: white line drawings on blue squared paper, from Noto Emoji (Apache-2.0).
+``blueprint``: negative prints, white ink on blue paper, from Noto Emoji (Apache-2.0).
 ``pixel``: sixteen by sixteen squares in sixteen colours, from Fluent Emoji (MIT).
 Needs ``pip install 'sdlora[recipe]'`` and the packages of ``recipes/mini/package.json``.
 """
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -35,7 +35,7 @@ SUBJECTS = (
 
 REFERENCES = HERE.parent / "tests" / "references"
 
-PAPER, RULES, LINES = (28, 78, 158), (52, 102, 180), (255, 255, 255)
+PAPER, INK = (44, 104, 206), (255, 255, 255)
 
 PALETTE = np.array(
     [
@@ -47,20 +47,12 @@ PALETTE = np.array(
 
 
 def blueprint(art: np.ndarray) -> Image.Image:
-    """uint8 (n, n, 4) -> RGB 256²: the edges between the art's colours as white lines on squared blue paper."""
-    drawing = Image.new("RGBA", (1024, 1024), (150, 150, 150, 0))
-    drawing.alpha_composite(Image.fromarray(art).resize((832, 832), Image.Resampling.LANCZOS), (96, 96))
-    # The silhouette counts as an edge of its own: grey art on a grey ground has an outline too.
-    bands = [*drawing.convert("RGB").split(), drawing.getchannel("A").point(lambda alpha: alpha // 2)]
-    pixels = np.stack([np.asarray(band.filter(ImageFilter.GaussianBlur(4)), np.float32) for band in bands], -1)
-    across = np.abs(np.roll(pixels, 4, 1) - np.roll(pixels, -4, 1)).max(-1)
-    down = np.abs(np.roll(pixels, 4, 0) - np.roll(pixels, -4, 0)).max(-1)
-    edges = Image.fromarray(((np.maximum(across, down) > 44) * 255).astype(np.uint8))
-    edges = edges.filter(ImageFilter.MaxFilter(11)).resize((256, 256), Image.Resampling.LANCZOS)
-    paper = np.full((256, 256, 3), PAPER, np.float32)
-    paper[::32] = paper[1::32] = paper[:, ::32] = paper[:, 1::32] = RULES
-    ink = np.asarray(edges, np.float32)[..., None] / 255
-    return Image.fromarray((paper * (1 - ink) + np.array(LINES) * ink).round().astype(np.uint8))
+    """uint8 (n, n, 4) -> RGB 256²: a negative print, white ink on blue paper where the art on white is dark."""
+    drawing = Image.new("RGBA", (256, 256), (255, 255, 255, 255))
+    drawing.alpha_composite(Image.fromarray(art).resize((216, 216), Image.Resampling.LANCZOS), (20, 20))
+    darkness = 1 - np.asarray(drawing.convert("L"), np.float32)[..., None] / 255
+    ink = (darkness * 1.25).clip(0, 1)
+    return Image.fromarray((np.array(PAPER) * (1 - ink) + np.array(INK) * ink).round().astype(np.uint8))
 
 
 def pixel(art: np.ndarray) -> Image.Image:

@@ -148,7 +148,9 @@ class Studio:
         folder = find_base(base)
         choices = [LoraChoice.parse(lora) if isinstance(lora, str) else lora for lora in loras]
         device = choose_device()
-        loaded = load_base(folder, device=device, dtype=choose_precision(precision, device))
+        loaded = load_base(
+            folder, device=device, dtype=choose_precision(precision, device, unet_parameters=folder.unet_parameters)
+        )
         fitted = fit_loras(loaded, [choice.file for choice in choices])
         return cls(base=loaded, pairs=[(fitted[choice.file], choice) for choice in choices])
 

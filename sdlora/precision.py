@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import torch
 
+SMALL_UNET = 100_000_000
+"""Parameters. Below it a CPU spends more time on converting than bfloat16 products save (``benchmarks/train_step.py``)."""
 
-def choose_precision(wish: str, device: torch.device) -> torch.dtype:
-    """``auto`` is bfloat16 where the device multiplies it in hardware, float32 elsewhere."""
+
+def choose_precision(wish: str, device: torch.device, *, unet_parameters: int) -> torch.dtype:
+    """``auto`` is bfloat16 where the device multiplies it in hardware and the UNet is large enough to gain from it."""
     if wish != "auto":
         return getattr(torch, wish)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     if device.type == "cpu":
-        return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
+        gains = unet_parameters >= SMALL_UNET and torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if gains else torch.float32
     return torch.float32

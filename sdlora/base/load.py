@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,7 @@ class BaseFolder:
     """Pixels to a latent, along a side."""
     size_step: int
     """Pixels that width and height must be multiples of, so that every level of the UNet halves evenly."""
+    unet_parameters: int
     schedule: dict[str, Any]
     fingerprint: str
     """Over the parts' configurations and tensor headers: tells bases apart without reading their weights."""
@@ -104,6 +106,7 @@ def find_base(path: str) -> BaseFolder:
         resolution=unet["sample_size"] * factor,
         latent_factor=factor,
         size_step=factor * 2 ** (len(unet["block_out_channels"]) - 1),
+        unet_parameters=_count_parameters(folder / "unet"),
         schedule=schedule,
         fingerprint=_fingerprint(folder),
     )
@@ -128,9 +131,9 @@ def load_base(folder: BaseFolder, *, device: torch.device, dtype: torch.dtype) -
             raise BaseModelError(f"{folder.name}: its {part} cannot be loaded: {reason}") from None
 
     parts = {
-        "unet": loaded("unet", UNet2DConditionModel.from_pretrained, torch_dtype=dtype),
-        "text_encoder": loaded("text_encoder", CLIPTextModel.from_pretrained, dtype=dtype),
-        "vae": loaded("vae", AutoencoderKL.from_pretrained, torch_dtype=torch.float32),
+        "unet": loaded("unet", UNet2DConditionModel.from_pretrained, torch_dtype=dtype, use_safetensors=True),
+        "text_encoder": loaded("text_encoder", CLIPTextModel.from_pretrained, dtype=dtype, use_safetensors=True),
+        "vae": loaded("vae", AutoencoderKL.from_pretrained, torch_dtype=torch.float32, use_safetensors=True),
     }
     for part in parts.values():
         part.to(device).requires_grad_(False).eval()
@@ -161,6 +164,11 @@ def _read_json(file: Path) -> dict[str, Any]:
         raise BaseModelError(f"{file}: missing from the checkpoint") from None
     except (OSError, ValueError) as error:
         raise BaseModelError(f"{file}: cannot be read as JSON: {error}") from None
+
+
+def _count_parameters(part: Path) -> int:
+    headers = [read_header(file, BaseModelError) for file in part.iterdir() if file.suffix == ".safetensors"]
+    return sum(math.prod(info.shape) for header in headers for info in header.tensors.values())
 
 
 def _fingerprint(folder: Path) -> str:

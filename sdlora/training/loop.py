@@ -59,7 +59,7 @@ def run_training(plan: RunPlan, *, restart: bool, progress: Progress) -> TrainRe
     checkpoint = folder.newest()
 
     accelerator = Accelerator()
-    dtype = choose_precision(config.train.precision, accelerator.device)
+    dtype = choose_precision(config.train.precision, accelerator.device, unet_parameters=plan.base.unet_parameters)
     base = load_base(plan.base, device=accelerator.device, dtype=dtype)
     session = open_session(plan, base, accelerator, progress)
     first, started_at = 0, began
