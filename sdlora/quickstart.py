@@ -12,8 +12,8 @@ from typing import Any
 from .errors import DataError
 
 STYLES = ("blueprint", "pixel")
-PROMPTS = ("blupaper, pixgrid, a fox", "blupaper, pixgrid, a rocket", "blupaper, pixgrid, a sailboat")
-STRENGTH = "0.8"
+PROMPTS = ("blupaper, pixgrid, a fox", "blupaper, pixgrid, a tomato", "blupaper, pixgrid, a penguin")
+STRENGTH = "1"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,7 +49,7 @@ def test_the_notebook_runs_and_keeps_its_pictures(tmp_path: Path) -> None:
     # A short training shows that every cell runs; the pictures kept in the file are from the full one.
     source = kept.copy()
     for cell in source.cells:
-        cell.source = cell.source.replace("train.steps=200", "train.steps=4").replace("out/notebook", str(tmp_path))
+        cell.source = cell.source.replace("train.steps=300", "train.steps=4").replace("out/notebook", str(tmp_path))
     client = NotebookClient(source, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}})
     client.execute()
 

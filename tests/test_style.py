@@ -12,7 +12,7 @@ from diffusers import StableDiffusionPipeline
 
 import sdlora
 from recipes.mini.art import article
-from recipes.mini.fidelity import Gallery, load_sheet
+from recipes.mini.fidelity import load_sheet
 from sdlora.base.load import MINI_FOLDER
 from sdlora.generation.pipeline import Picture
 from tests.conftest import ROOT
@@ -64,10 +64,6 @@ def measured(style: str, pictures: list[Picture]) -> np.ndarray:
     return np.array([MEASURES[style](picture.image) for picture in pictures])
 
 
-def subject_fidelity(gallery: Gallery, pictures: list[Picture], subjects: list[str]) -> float:
-    return gallery.fidelity([picture.image for picture in pictures], subjects)
-
-
 @pytest.mark.parametrize("style", TRIGGERS)
 def test_the_style_comes_with_the_lora_and_grows_with_its_weight(
     style: str, loras: dict[str, Path], subjects: list[str]
@@ -75,15 +71,16 @@ def test_the_style_comes_with_the_lora_and_grows_with_its_weight(
     without, half, full = (
         draw(subjects, TRIGGERS[style], [f"{loras[style]}:{weight}"] if weight else []) for weight in (0, 0.5, 1.0)
     )
-    threshold = THRESHOLDS[style]
-    assert (measured(style, full) > threshold).sum() >= 10
-    assert (measured(style, without) > threshold).sum() <= 2
+    assert (measured(style, full) > THRESHOLDS[style]).sum() >= 10
+    assert (measured(style, without) > THRESHOLDS[style]).sum() <= 2
     assert measured(style, without).mean() < measured(style, half).mean() < measured(style, full).mean()
 
-    every = (ROOT / "tests" / "references" / "subjects.txt").read_text().splitlines()
-    real, restyled = (load_sheet(ROOT / "tests" / "references" / f"{name}.png", every) for name in ("base", style))
-    before, after = subject_fidelity(real, without, subjects), subject_fidelity(restyled, full, subjects)
-    assert before >= 0.5
+    # By shapes alone: colours are what a style replaces.
+    references = ROOT / "tests" / "references"
+    every = (references / "subjects.txt").read_text().splitlines()
+    gallery = load_sheet(references / "base.png", every, colour=False)
+    before, after = (gallery.fidelity([picture.image for picture in p], subjects) for p in (without, full))
+    assert before >= 0.4
     assert after >= before * 2 / 3
 
 

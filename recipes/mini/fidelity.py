@@ -23,19 +23,21 @@ class Gallery:
 
     features: np.ndarray
     concepts: tuple[str, ...]
+    colour: bool
 
     @classmethod
-    def of(cls, pictures: Sequence[Image.Image], concepts: Sequence[str]) -> Gallery:
-        """Each picture as it is and mirrored."""
+    def of(cls, pictures: Sequence[Image.Image], concepts: Sequence[str], *, colour: bool = True) -> Gallery:
+        """Each picture as it is and mirrored; without ``colour``, nearness is one of shapes alone."""
         both = [view for picture in pictures for view in (picture, ImageOps.mirror(picture))]
         return cls(
-            features=np.stack([features(view) for view in both]),
+            features=np.stack([features(view, colour=colour) for view in both]),
+            colour=colour,
             concepts=tuple(concept for concept in concepts for _ in range(2)),
         )
 
     def nearest(self, picture: Image.Image) -> str:
         """The concept of the real picture that is nearest to ``picture``."""
-        return self.concepts[int((self.features @ features(picture)).argmax())]
+        return self.concepts[int((self.features @ features(picture, colour=self.colour)).argmax())]
 
     def fidelity(self, pictures: Sequence[Image.Image], concepts: Sequence[str]) -> float:
         """The share of ``pictures`` whose nearest real picture shows the concept that was asked for."""
@@ -47,16 +49,18 @@ class Gallery:
         return 1 / len(set(self.concepts))
 
 
-def features(picture: Image.Image) -> np.ndarray:
-    """(CELLS² · (BINS + 3),) float32 of length √2."""
+def features(picture: Image.Image, *, colour: bool = True) -> np.ndarray:
+    """(CELLS² · (BINS + 3),) float32 of length √2, or the first CELLS² · BINS of it."""
     picture = picture.convert("RGB")
     (left, top, side), ground = _content(np.asarray(picture, np.float32))
     content = Image.new("RGB", (side, side), tuple(int(c) for c in ground))
     content.paste(picture, (-left, -top))
     content = content.resize((SIDE, SIDE), Image.Resampling.BOX)
     pixels = np.asarray(content, np.float32) - ground
-    shape, colour = _orientations(pixels), pixels.reshape(CELLS, SIDE // CELLS, CELLS, SIDE // CELLS, 3).mean((1, 3))
-    return np.concatenate([_unit(shape.ravel()), _unit(colour.ravel())]).astype(np.float32)
+    parts = [_orientations(pixels)]
+    if colour:
+        parts.append(pixels.reshape(CELLS, SIDE // CELLS, CELLS, SIDE // CELLS, 3).mean((1, 3)))
+    return np.concatenate([_unit(part.ravel()) for part in parts]).astype(np.float32)
 
 
 def _content(pixels: np.ndarray) -> tuple[tuple[int, int, int], np.ndarray]:
@@ -91,7 +95,7 @@ def _unit(values: np.ndarray) -> np.ndarray:
     return values / (np.linalg.norm(values) + 1e-6)
 
 
-def load_sheet(file: Path, concepts: Sequence[str]) -> Gallery:
+def load_sheet(file: Path, concepts: Sequence[str], *, colour: bool = True) -> Gallery:
     """A gallery from a sheet of square tiles, row by row, ``len(concepts)`` tiles to a row, a row for each style."""
     sheet = Image.open(file).convert("RGB")
     side = sheet.width // len(concepts)
@@ -100,4 +104,4 @@ def load_sheet(file: Path, concepts: Sequence[str]) -> Gallery:
         for y in range(sheet.height // side)
         for x in range(len(concepts))
     ]
-    return Gallery.of(tiles, list(concepts) * (sheet.height // side))
+    return Gallery.of(tiles, list(concepts) * (sheet.height // side), colour=colour)
