@@ -35,7 +35,7 @@ SUBJECTS = (
 
 REFERENCES = HERE.parent / "tests" / "references"
 
-PAPER, INK = (44, 104, 206), (255, 255, 255)
+PAPER, INK = (80, 136, 230), (255, 255, 255)
 
 PALETTE = np.array(
     [

@@ -58,7 +58,11 @@ def test_the_same_picture_as_the_diffusers_pipeline() -> None:
     reference = pipe(prompt, **options).images[0]
     picture = sdlora.generate(prompt, seed=5, steps=8, precision="float32", show_progress=False)[0]
     assert (picture.latents - reference).abs().max() < 1e-3
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False)
+    pipe.scheduler = DDIMScheduler(
+        **{key: pipe.scheduler.config[key] for key in ("beta_start", "beta_end", "beta_schedule", "steps_offset")},
+        clip_sample=False,
+        set_alpha_to_one=False,
+    )
     reference = pipe(prompt, **options | {"generator": torch.Generator("cpu").manual_seed(5)}).images[0]
     picture = sdlora.generate(prompt, seed=5, steps=8, sampler="ddim", precision="float32", show_progress=False)[0]
     assert (picture.latents - reference).abs().max() < 1e-3
@@ -93,7 +97,8 @@ def test_the_card_tells_licences_recipe_and_quality() -> None:
 
 
 def test_sheet_of_references_holds_every_subject_in_every_style(subjects: list[str]) -> None:
-    sheet = Image.open(REFERENCES / "base.png")
-    side = sheet.width // len(subjects)
-    assert sheet.size == (side * len(subjects), side * len(STYLES))
+    with Image.open(REFERENCES / "base.png") as sheet:
+        size = sheet.size
+    side = size[0] // len(subjects)
+    assert size == (side * len(subjects), side * len(STYLES))
     assert 120 <= len(subjects) <= 250
