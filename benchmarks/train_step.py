@@ -106,7 +106,12 @@ def turn(step: Callable[[], None], device: torch.device) -> float:
 
 
 def compare(base_path: str, precision: str, batch: int, rank: int, rounds: int) -> dict[str, object]:
-    values = [f"base.path={json.dumps(base_path)}", f"train.batch_size={batch}", f"lora.rank={rank}"]
+    values = [
+        f"base.path={json.dumps(base_path)}",
+        f"train.batch_size={batch}",
+        f"lora.rank={rank}",
+        "lora.targets=attention",
+    ]
     plan = plan_run(load_config("configs/quickstart-blueprint.toml", values))
     device = Accelerator().device
     dtype = choose_precision(precision, device, unet_parameters=plan.base.unet_parameters)
