@@ -38,6 +38,11 @@ def one_line(result, code: int, *parts: str) -> None:
     assert result.stdout == ""
 
 
+def width_of(file: Path) -> int:
+    with Image.open(file) as picture:
+        return picture.width
+
+
 def files_in(folder: Path) -> set[str]:
     return {str(file.relative_to(folder)) for file in folder.rglob("*")}
 
@@ -98,7 +103,8 @@ def test_json_is_one_object_and_the_picture_tells_its_recipe(sdlora, tiny_base: 
     answer = json.loads(result.stdout)
     assert answer["seed"] == 3
     assert answer["images"] == ["out/a-fox-3.png", "out/a-fox-4.png"]
-    parameters = Image.open(tmp_path / answer["images"][1]).text["parameters"]  # ty: ignore[unresolved-attribute]
+    with Image.open(tmp_path / answer["images"][1]) as picture:
+        parameters = picture.text["parameters"]  # ty: ignore[unresolved-attribute]
     assert parameters.startswith("a fox\nSteps: 2, Sampler: DPM++ 2M, CFG scale: 5, Seed: 4, Size: 64x64, Model: tiny")
     assert str(tmp_path) not in parameters
 
@@ -113,7 +119,7 @@ def test_train_then_generate_then_inspect(sdlora, tiny_base: Path, tmp_path: Pat
     assert made.returncode == 0, made.stderr
     answer = json.loads(made.stdout)
     assert (answer["output"], answer["steps"], answer["samples"]) == ("out/x.safetensors", 3, "out/x.samples.png")
-    assert Image.open(tmp_path / "out/x.samples.png").width > 3 * 64
+    assert width_of(tmp_path / "out/x.samples.png") > 3 * 64
     told = json.loads(sdlora("inspect", "out/x.safetensors", "--json").stdout)
     assert (told["kind"], told["family"], told["trigger"]) == ("lora", "sd1", ["123"])
     assert set(told) >= {"dialect", "modules", "rank", "alpha", "dtype", "prediction", "problems", "hashes", "metadata"}
@@ -122,7 +128,7 @@ def test_train_then_generate_then_inspect(sdlora, tiny_base: Path, tmp_path: Pat
         *("--out", "strip.png"),
     )
     assert strip.stdout.strip() == "strip.png", strip.stderr
-    assert Image.open(tmp_path / "strip.png").width > 3 * 128
+    assert width_of(tmp_path / "strip.png") > 3 * 128
 
 
 def test_checkpoints_are_inspected_too(sdlora, tiny_base: Path) -> None:

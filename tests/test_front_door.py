@@ -22,9 +22,9 @@ def test_quickstart_leaves_two_loras_and_the_strip(quickstart) -> None:
     report = json.loads(quickstart.stdout)
     assert [Path(file).name for file in report["loras"]] == ["blueprint.safetensors", "pixel.safetensors"]
     assert all(Path(file).stat().st_size > 500_000 for file in report["loras"])
-    strip = Image.open(report["strip"])
-    assert strip.width > 6 * 256
-    assert strip.text["parameters"].count("Steps: ") == 18  # ty: ignore[unresolved-attribute]
+    with Image.open(report["strip"]) as strip:
+        assert strip.width > 6 * 256
+        assert strip.text["parameters"].count("Steps: ") == 18  # ty: ignore[unresolved-attribute]
     assert [command.split()[1] for command in report["commands"]] == [
         "train",
         "train",
@@ -64,7 +64,7 @@ COMMANDS = [
 
 
 def test_the_readme_has_commands_and_they_name_real_options() -> None:
-    assert len(COMMANDS) >= 4
+    assert len(COMMANDS) >= 3
     verbs = get_command(app).commands  # ty: ignore[unresolved-attribute]
     for command in COMMANDS:
         _, verb, *arguments = shlex.split(command, comments=True)
