@@ -29,6 +29,7 @@ from accelerate import Accelerator
 from sdlora.base.encode import encode_tokens, tokenize
 from sdlora.base.load import Base, load_base
 from sdlora.config import load_config
+from sdlora.lora.adapter import ATTENTION
 from sdlora.precision import choose_precision
 from sdlora.progress import Silence
 from sdlora.training.loss import denoising_loss
@@ -36,7 +37,6 @@ from sdlora.training.plan import RunPlan, plan_run
 from sdlora.training.session import open_session
 
 STEPS_A_TURN = 4
-TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj"]
 
 
 def our_step(base: Base, plan: RunPlan) -> Callable[[], None]:
@@ -59,7 +59,7 @@ def inputs(base: Base, batch: int) -> tuple[torch.Tensor, ...]:
 def peft_step(base: Base, batch: int, rank: int) -> Callable[[], None]:
     from peft import LoraConfig, inject_adapter_in_model
 
-    options = LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS, init_lora_weights="gaussian")
+    options = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(ATTENTION), init_lora_weights="gaussian")
     for model in (base.unet, base.text_encoder):
         inject_adapter_in_model(options, model)
     trained = [p for m in (base.unet, base.text_encoder) for n, p in m.named_parameters() if "lora_" in n]
