@@ -22,12 +22,14 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 
-from sdlora.base.encode import encode_tokens, tokenize
+from sdlora.base.encode import Framing, encode_prompts
 from sdlora.base.load import Base, load_base
+from sdlora.base.tokens import PromptTokens, plain, tokenize
 from sdlora.config import load_config
 from sdlora.lora.adapter import ATTENTION
 from sdlora.precision import choose_precision
@@ -49,30 +51,46 @@ def our_step(base: Base, plan: RunPlan) -> Callable[[], None]:
     return step
 
 
-def inputs(base: Base, batch: int) -> tuple[torch.Tensor, ...]:
-    side = base.folder.resolution // base.folder.latent_factor
-    latents, noise = torch.randn(2, batch, 4, side, side, device=base.device)
-    timesteps = torch.randint(0, 1000, (batch,), device=base.device)
-    return latents, noise, timesteps, tokenize(base, ["blupaper, a red apple"] * batch)
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Inputs:
+    latents: torch.Tensor
+    framings: list[Framing]
+    prompts: list[PromptTokens]
+
+    def loss(self, base: Base) -> torch.Tensor:
+        noise = torch.randn_like(self.latents)
+        timesteps = torch.randint(0, 1000, (len(noise),), device=base.device)
+        conditioning = encode_prompts(base, self.prompts)
+        return denoising_loss(
+            base, self.latents, noise, timesteps, conditioning, self.framings, min_snr_gamma=5.0
+        ).mean()
+
+
+def inputs(base: Base, batch: int) -> Inputs:
+    resolution = base.checkpoint.resolution
+    side = resolution // base.checkpoint.latent_factor
+    return Inputs(
+        latents=torch.randn(batch, 4, side, side, device=base.device),
+        framings=[Framing.whole(resolution, resolution)] * batch,
+        prompts=[tokenize(base, plain("blupaper, a red apple"))] * batch,
+    )
 
 
 def peft_step(base: Base, batch: int, rank: int) -> Callable[[], None]:
     from peft import LoraConfig, inject_adapter_in_model
 
     options = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(ATTENTION), init_lora_weights="gaussian")
-    for model in (base.unet, base.text_encoder):
+    models = [base.unet, *(encoder.model for encoder in base.text_encoders)]
+    for model in models:
         inject_adapter_in_model(options, model)
-    trained = [p for m in (base.unet, base.text_encoder) for n, p in m.named_parameters() if "lora_" in n]
+    trained = [p for m in models for n, p in m.named_parameters() if "lora_" in n]
     for parameter in trained:
         parameter.data = parameter.data.float()
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-    latents, _, _, ids = inputs(base, batch)
+    given = inputs(base, batch)
 
     def step() -> None:
-        noise = torch.randn_like(latents)
-        timesteps = torch.randint(0, 1000, (batch,), device=base.device)
-        loss = denoising_loss(base, latents, noise, timesteps, encode_tokens(base, ids), min_snr_gamma=5.0).mean()
-        loss.backward()
+        given.loss(base).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -81,15 +99,15 @@ def peft_step(base: Base, batch: int, rank: int) -> Callable[[], None]:
 
 
 def floor_step(base: Base, batch: int) -> Callable[[], None]:
-    latents, noise, timesteps, ids = inputs(base, batch)
-    embeddings = base.text_encoder.get_input_embeddings()
-    embeddings.register_forward_hook(lambda module, given, output: output.requires_grad_())
+    given = inputs(base, batch)
+    for encoder in base.text_encoders:
+        embeddings = encoder.model.get_input_embeddings()
+        embeddings.register_forward_hook(lambda module, given, output: output.requires_grad_())
 
     def step() -> None:
-        latents.requires_grad_()
-        context = encode_tokens(base, ids)
-        denoising_loss(base, latents, noise, timesteps, context, min_snr_gamma=5.0).mean().backward()
-        latents.grad = None
+        given.latents.requires_grad_()
+        given.loss(base).backward()
+        given.latents.grad = None
 
     return step
 

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .api import generate, generate_strip, inspect, train
-    from .config import Config, load_config
+    from .config import BaseSection, Config, load_config
     from .errors import SdloraError
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "BaseSection": "config",
     "Config": "config",
     "SdloraError": "errors",
     "generate": "api",
@@ -24,7 +25,17 @@ _HOMES = {
     "train": "api",
 }
 
-__all__ = ["Config", "SdloraError", "__version__", "generate", "generate_strip", "inspect", "load_config", "train"]
+__all__ = [
+    "BaseSection",
+    "Config",
+    "SdloraError",
+    "__version__",
+    "generate",
+    "generate_strip",
+    "inspect",
+    "load_config",
+    "train",
+]
 
 
 def __getattr__(name: str):

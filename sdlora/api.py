@@ -9,8 +9,9 @@ from pathlib import Path
 from accelerate import PartialState
 from PIL import Image
 
-from .base.load import Base, choose_device, find_base, load_base
-from .config import Config
+from .base.checkpoint import find_base
+from .base.load import Base, choose_device, load_base
+from .config import BaseSection, Config
 from .data.captions import with_trigger
 from .errors import SdloraError
 from .generation.grid import labelled_grid
@@ -49,7 +50,7 @@ def train(config: Config, *, restart: bool = False, show_progress: bool = True) 
         return TrainReport(result=result, samples=None)
     pictures = generate(
         [with_trigger(prompt, config.data.trigger) for prompt in prompts],
-        base=config.base.path,
+        base=config.base,
         loras=[str(result.output)],
         seed=config.train.seed,
         show_progress=show_progress,
@@ -63,7 +64,7 @@ def train(config: Config, *, restart: bool = False, show_progress: bool = True) 
 def generate(
     prompts: str | Sequence[str],
     *,
-    base: str = "mini",
+    base: str | BaseSection = "mini",
     loras: Sequence[str | LoraChoice] = (),
     negative: str = "",
     seed: int = 0,
@@ -78,6 +79,8 @@ def generate(
     """Generate ``count`` pictures of each prompt, with seeds ``seed``, ``seed + 1`` …, under all ``loras`` at once.
 
     Args:
+        prompts: in A1111's syntax, ``(word:1.2)``, ``[word]``, ``BREAK``; of any length.
+        base: what ``base.path`` of a configuration names, or a whole ``[base]`` section of one.
         loras: ``FILE[:UNET[:TE]]`` or ``LoraChoice``.
         cfg: classifier-free guidance scale; 1 switches it off.
         size: (width, height) in pixels; by default the base's own square.
@@ -99,7 +102,7 @@ def generate(
 def generate_strip(
     prompts: Sequence[str],
     *,
-    base: str = "mini",
+    base: str | BaseSection = "mini",
     loras: Sequence[str | LoraChoice],
     strengths: Sequence[float] = (0.0, 0.5, 1.0),
     scale: int = 1,
@@ -130,9 +133,14 @@ def generate_strip(
     return sheet, "\n\n".join(column[row].parameters for row in range(len(prompts)) for column in pictures)
 
 
-def inspect(path: str | Path) -> Report:
-    """What a LoRA file or a checkpoint folder is. Raises ``SdloraError`` where it is neither."""
-    return inspect_file(str(path))
+def inspect(path: str | Path, *, hashes: bool = False, show_progress: bool = True) -> Report:
+    """What a LoRA file or a checkpoint is; ``hashes`` of a checkpoint are only told when asked for, as they read all of it.
+
+    Raises:
+        SdloraError: it is neither, or it is damaged.
+    """
+    with progress_bar(show_progress) as progress:
+        return inspect_file(str(path), hashes=hashes, progress=progress)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -143,15 +151,14 @@ class Studio:
     pairs: list[tuple[FittedLora, LoraChoice]]
 
     @classmethod
-    def open(cls, base: str, loras: Sequence[str | LoraChoice], *, precision: str) -> Studio:
-        """Load ``base`` and read ``loras``; raises ``SdloraError`` where one cannot be used with the other."""
-        folder = find_base(base)
+    def open(cls, base: str | BaseSection, loras: Sequence[str | LoraChoice], *, precision: str) -> Studio:
+        """Read ``loras`` and load ``base``; raises ``SdloraError`` where they do not fit, before anything is loaded."""
+        checkpoint = find_base(base)
         choices = [LoraChoice.parse(lora) if isinstance(lora, str) else lora for lora in loras]
+        fitted = fit_loras(checkpoint, [choice.file for choice in choices])
         device = choose_device()
-        loaded = load_base(
-            folder, device=device, dtype=choose_precision(precision, device, unet_parameters=folder.unet_parameters)
-        )
-        fitted = fit_loras(loaded, [choice.file for choice in choices])
+        dtype = choose_precision(precision, device, unet_parameters=checkpoint.unet_parameters)
+        loaded = load_base(checkpoint, device=device, dtype=dtype)
         return cls(base=loaded, pairs=[(fitted[choice.file], choice) for choice in choices])
 
     def request(
@@ -166,11 +173,12 @@ class Studio:
         sampler: str = "dpm++2m",
     ) -> PictureRequest:
         """A request with the base's own size where none is given; raises ``SdloraError`` for what the base cannot do."""
-        folder = self.base.folder
-        width, height = size or (folder.resolution, folder.resolution)
+        checkpoint = self.base.checkpoint
+        width, height = size or (checkpoint.resolution, checkpoint.resolution)
         problems = []
-        if width % folder.size_step or height % folder.size_step or min(width, height) <= 0:
-            problems.append(f"size {width}x{height}: sides of {folder.name} are multiples of {folder.size_step} pixels")
+        if width % checkpoint.size_step or height % checkpoint.size_step or min(width, height) <= 0:
+            step = checkpoint.size_step
+            problems.append(f"size {width}x{height}: sides of {checkpoint.name} are multiples of {step} pixels")
         if sampler not in SAMPLERS:
             problems.append(f"sampler {sampler!r} is not known; choose one of {', '.join(SAMPLERS)}")
         if steps < 1:

@@ -33,7 +33,9 @@ app = typer.Typer(
     help="Train style LoRAs for Stable Diffusion, generate pictures with several at once, inspect LoRA files.",
 )
 
-BaseOption = Annotated[str, typer.Option("--base", metavar="BASE", help="'mini' or a diffusers checkpoint folder.")]
+BaseOption = Annotated[
+    str, typer.Option("--base", metavar="BASE", help="'mini', a checkpoint file, or a diffusers folder.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")]
 
 
@@ -83,7 +85,7 @@ def train(
     ] = None,
     images: Annotated[str | None, typer.Option(metavar="DIR", help="Folder of pictures with .txt captions.")] = None,
     trigger: Annotated[str | None, typer.Option(metavar="WORD", help="The word that calls the style.")] = None,
-    base: Annotated[str | None, typer.Option(metavar="BASE", help="'mini' or a diffusers folder.")] = None,
+    base: Annotated[str | None, typer.Option(metavar="BASE", help="'mini', a file or a folder.")] = None,
     out: Annotated[str | None, typer.Option(metavar="FILE", help="The LoRA file to write.")] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Begin anew, whatever an earlier run left.")] = False,
     as_json: JsonOption = False,
@@ -143,6 +145,13 @@ def generate(
         bool, typer.Option("--strip", help="One labelled picture: each LoRA at 0, 0.5 and 1, then all together.")
     ] = False,
     precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    clip_skip: Annotated[int | None, typer.Option(help="Text encoder's layer, 1 being the last.")] = None,
+    vae: Annotated[str | None, typer.Option(metavar="FILE", help="Instead of the base's own.")] = None,
+    text_encoder: Annotated[
+        list[str] | None, typer.Option(metavar="FILE", help="Instead of the base's own; SDXL's second comes second.")
+    ] = None,
+    prediction: Annotated[str, typer.Option(help="auto, epsilon or v_prediction.")] = "auto",
+    attention: Annotated[str, typer.Option(help="auto, sdpa or xformers.")] = "auto",
     out: Annotated[Path | None, typer.Option(metavar="PATH", help="A .png file or a folder; default: out/.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -154,12 +163,24 @@ def generate(
             raise typer.BadParameter("a strip shows one seed; leave --count out", param_hint="--strip")
         if precision not in ("auto", "float32", "bfloat16"):
             raise typer.BadParameter(f"{precision!r} is not auto, float32 or bfloat16", param_hint="--precision")
+        encoders = [*(text_encoder or ()), None, None]
+        from .config import base_section
+
+        section = base_section(
+            path=base,
+            vae=vae,
+            text_encoder=encoders[0],
+            text_encoder_2=encoders[1],
+            prediction=prediction,
+            clip_skip=clip_skip,
+            attention=attention,
+        )
         from . import api
         from .generation.infotext import save_png
 
         _quiet_libraries()
         options: dict[str, Any] = {"negative": negative, "seed": seed, "steps": steps, "cfg": cfg}
-        options |= {"size": shape, "sampler": sampler, "precision": precision, "base": base, "loras": lora or ()}
+        options |= {"size": shape, "sampler": sampler, "precision": precision, "base": section, "loras": lora or ()}
         target = out or Path("out")
         single = target.suffix == ".png"
         if strip:
@@ -186,7 +207,11 @@ def generate(
 
 @app.command()
 def inspect(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="A LoRA file, a checkpoint folder, or 'mini'.")],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A LoRA, a checkpoint file or folder, or 'mini'.")],
+    with_hashes: Annotated[
+        bool,
+        typer.Option("--hash", help="A checkpoint's SHA-256, AutoV1, AutoV2 and AutoV3 too; reads all of it once."),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Tell what a LoRA file or a checkpoint is: family, modules, ranks, hashes, metadata, problems."""
@@ -194,7 +219,7 @@ def inspect(
     def run() -> None:
         from . import api
 
-        report = api.inspect(file)
+        report = api.inspect(file, hashes=with_hashes)
         if as_json:
             _emit(report.to_json())
         else:
@@ -246,6 +271,9 @@ def _as_text(report: Report) -> str:
         f"{report.file}: {report.kind}, {report.family or 'unknown family'}, {report.dialect} names",
         f"  {unit:<8} {counts} ({report.dtype})",
     ]
+    if report.parameters:
+        sizes = ", ".join(f"{part} {count / 1e6:,.1f} M" for part, count in report.parameters.items())
+        lines.append(f"  numbers  {sizes}")
     if report.rank and report.alpha and report.norm:
         lines += [
             f"  rank     {report.rank.min:g} … {report.rank.max:g}, median {report.rank.median:g}",
@@ -253,10 +281,17 @@ def _as_text(report: Report) -> str:
             "  change   " + ", ".join(f"{part} {norm:.3g}" for part, norm in report.norm.items()) + " (Frobenius norm)",
         ]
     if report.prediction:
-        lines.append(f"  predicts {report.prediction}")
+        source = f" (by {report.prediction_source})" if report.prediction_source else ""
+        terminal = ", zero-terminal SNR" if report.zero_terminal_snr else ""
+        lines.append(f"  predicts {report.prediction}{source}{terminal}")
+    if report.resolution:
+        lines.append(f"  made for {report.resolution} x {report.resolution} pixels")
+    if report.ema_tensors:
+        lines.append(f"  EMA      {report.ema_tensors} tensors of averaged weights, not read")
     if report.trigger:
         lines.append(f"  trigger  {', '.join(report.trigger)}")
     lines += [f"  {name:<8} {digest}" for name, digest in report.hashes.items()]
+    lines += [f"  note: {note}" for note in report.notes]
     lines += [f"  problem: {problem}" for problem in report.problems]
     return "\n".join(lines)
 

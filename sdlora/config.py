@@ -21,7 +21,20 @@ class Section(BaseModel):
 
 class BaseSection(Section):
     path: str = Field("mini", min_length=1)
-    """``mini``, or the folder of a diffusers checkpoint."""
+    """``mini``, a checkpoint file (.safetensors, .ckpt), or the folder of a diffusers checkpoint."""
+    vae: str | None = Field(None, min_length=1)
+    """A VAE to use in the place of the checkpoint's own, or where it has none: a file or a folder."""
+    text_encoder: str | None = Field(None, min_length=1)
+    """The same for the text encoder; of SDXL, for the first."""
+    text_encoder_2: str | None = Field(None, min_length=1)
+    prediction: Literal["auto", "epsilon", "v_prediction"] = "auto"
+    """What the UNet predicts; ``auto`` is what the checkpoint says, by metadata, markers or weights."""
+    zero_terminal_snr: bool | None = None
+    """Whether the last timestep is noise alone (Lin et al. 2024); by default what the checkpoint says."""
+    clip_skip: int | None = Field(None, ge=1, le=24)
+    """The text encoder's layer that is read, 1 being the last; by default 1, for SDXL 2."""
+    attention: Literal["auto", "sdpa", "xformers"] = "auto"
+    """``auto`` is torch's own (sdpa); xformers is probed first, and where it cannot run a warning says why."""
 
 
 class DataSection(Section):
@@ -32,6 +45,8 @@ class DataSection(Section):
     resolution: int | None = Field(None, ge=64, le=4096)
     """Pixels of a square picture's side; by default the base's own. Other shapes get a bucket of that area."""
     caption_extension: Annotated[str, Field(pattern=r"^\.?[A-Za-z0-9]+$")] = ".txt"
+    max_token_length: Literal[75, 150, 225] = 225
+    """Tokens of a caption that are read, in chunks of 75."""
     alpha_background: Annotated[str, Field(pattern=r"^#[0-9A-Fa-f]{6}$")] = "#ffffff"
     """What transparent pictures are composited on."""
 
@@ -61,6 +76,8 @@ class TrainSection(Section):
     """Share of the captions replaced by the empty one."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the frozen base; the LoRA itself is always trained in float32."""
+    gradient_checkpointing: bool = False
+    """Compute the UNet's inner values twice instead of keeping them: a quarter slower, and far less memory."""
     seed: int = Field(0, ge=0, lt=2**32)
     save_every: int = Field(100, ge=1)
     """Steps between checkpoints."""
@@ -120,6 +137,26 @@ def load_config(file: str | Path | None = None, overrides: Iterable[str] = ()) -
     return config
 
 
+def base_section(**options: Any) -> BaseSection:
+    """The ``[base]`` section from its keys; those that are None take their defaults.
+
+    Raises:
+        ConfigError: with one line for each wrong value.
+    """
+    given = {key: value for key, value in options.items() if value is not None}
+    try:
+        return BaseSection(**given)
+    except ValidationError as error:
+        lines = [
+            f"base.{entry['loc'][0]} = {entry.get('input')!r}: {_lowered(entry['msg'])}" for entry in error.errors()
+        ]
+        raise ConfigError(lines) from None
+
+
+def _lowered(sentence: str) -> str:
+    return sentence[0].lower() + sentence[1:]
+
+
 def _read_toml(file: Path) -> tuple[dict[str, Any], str]:
     try:
         text = file.read_text(encoding="utf-8")
@@ -159,7 +196,7 @@ def _explain(entry: Any, source: str, text: str) -> str:
     if entry["type"] == "missing":
         return f"{where}: {name} is missing"
     given = entry.get("input")
-    return f"{where}: {name} = {given!r}: {entry['msg'][0].lower()}{entry['msg'][1:]}"
+    return f"{where}: {name} = {given!r}: {_lowered(entry['msg'])}"
 
 
 def _known_keys() -> list[str]:

@@ -1,4 +1,4 @@
-"""What a file is, told without a base: a LoRA file, or a checkpoint folder."""
+"""What a file is, told without a base: a LoRA, or a checkpoint."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .base.load import MINI, BaseFolder, find_base
+from .base.checkpoint import MINI, MINI_FOLDER
+from .base.sniff import PARTS as CHECKPOINT_PARTS
+from .base.sniff import Sniffed, sniff, title_of
 from .errors import LoraFileError
-from .formats.hashes import hash_file
+from .formats.hashes import FileHashes, cached_hashes, hash_file
 from .formats.keys import PARTS, part_of
 from .formats.lora_file import LoraFile, read_lora
 from .formats.metadata import trigger_words
 from .formats.safetensors_file import read_header
+from .formats.tensor_files import PICKLES, open_tensor_file
+from .progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +43,19 @@ class Report:
     """Frobenius norm of the change, over all modules of a part."""
     dtype: str | None
     prediction: str | None
+    prediction_source: str | None = None
+    """By what a checkpoint's prediction type was told."""
+    zero_terminal_snr: bool | None = None
+    resolution: int | None = None
+    """Side in pixels of the square picture that a checkpoint was made for."""
+    parameters: dict[str, int] | None = None
+    """Of a checkpoint, by part."""
+    ema_tensors: int | None = None
     trigger: tuple[str, ...]
     problems: tuple[str, ...]
+    """What is wrong with it, or why it cannot be used."""
+    notes: tuple[str, ...] = ()
+    """What is worth knowing and does no harm."""
     hashes: dict[str, str]
     metadata: dict[str, str]
 
@@ -48,15 +63,22 @@ class Report:
         return asdict(self)
 
 
-def inspect_file(path: str) -> Report:
-    """Report on a LoRA file, ``mini``, or the folder of a diffusers checkpoint.
+def inspect_file(path: str, *, hashes: bool, progress: Progress) -> Report:
+    """Report on a LoRA file, ``mini``, a checkpoint file, or the folder of a diffusers checkpoint.
 
     Raises:
         LoraFileError, BaseModelError: it is neither, or it is damaged.
     """
-    if path == MINI or Path(path).is_dir():
-        return _checkpoint_report(find_base(path))
-    return _lora_report(read_lora(Path(path)))
+    file = Path(path)
+    if path == MINI or file.is_dir():
+        return _checkpoint_report(sniff(MINI_FOLDER if path == MINI else file), name=file.name, hashes=None)
+    names = open_tensor_file(file, LoraFileError).tensors
+    found = sniff(file)
+    is_lora = not found.parts and any(part_of(name) for name in names)
+    if is_lora and file.suffix.lower() not in PICKLES:
+        return _lora_report(read_lora(file))
+    own = cached_hashes(file, found.files[0].payload_start, progress) if hashes else None
+    return _checkpoint_report(found, name=file.name, hashes=own)
 
 
 def _lora_report(lora: LoraFile) -> Report:
@@ -84,38 +106,38 @@ def _lora_report(lora: LoraFile) -> Report:
         prediction={"v": "v_prediction", "epsilon": "epsilon"}.get(lora.metadata.get("modelspec.prediction_type", "")),
         trigger=trigger_words(lora.metadata),
         problems=tuple(problems),
-        hashes={
-            "sha256": hashes.sha256,
-            "autov1": hashes.autov1,
-            "autov2": hashes.autov2,
-            "autov3": hashes.autov3,
-        },
+        hashes=hashes.by_name(),
         metadata=dict(sorted(lora.metadata.items())),
     )
 
 
-def _checkpoint_report(base: BaseFolder) -> Report:
-    from .errors import BaseModelError
-
-    tensors, dtypes = {}, set()
-    for part in PARTS[:2]:
-        files = [file for file in (base.folder / part).iterdir() if file.suffix == ".safetensors"]
-        headers = [read_header(file, BaseModelError) for file in files]
-        tensors[part] = sum(len(header.tensors) for header in headers)
-        dtypes |= {str(info.dtype).removeprefix("torch.") for header in headers for info in header.tensors.values()}
+def _checkpoint_report(found: Sniffed, *, name: str, hashes: FileHashes | None) -> Report:
+    dtypes: Counter[str] = Counter()
+    for part in found.parts.values():
+        dtypes.update({str(dtype).removeprefix("torch."): count for dtype, count in part.dtypes().items()})
+    family, problems = found.family, [f"it {found.refusal}"] if found.refusal else []
+    if family is not None:
+        needed = ("unet", "vae", *(encoder.part for encoder in family.text_encoders))
+        problems += [f"it holds no {title_of(part)}" for part in needed if part not in found.parts]
     return Report(
         kind="checkpoint",
-        file=base.name,
-        family=base.family.name,
-        dialect="diffusers",
-        modules=tensors,
+        file=name,
+        family=family.name if family else None,
+        dialect=found.dialect,
+        modules={part: len(found.parts[part].tensors) for part in CHECKPOINT_PARTS if part in found.parts},
         rank=None,
         alpha=None,
         norm=None,
-        dtype=", ".join(sorted(dtypes)),
-        prediction=base.schedule.get("prediction_type", "epsilon"),
+        dtype=", ".join(dtype for dtype, _ in dtypes.most_common()) or None,
+        prediction=found.schedule.prediction if family else None,
+        prediction_source=found.prediction_source if family else None,
+        zero_terminal_snr=found.schedule.zero_terminal_snr,
+        resolution=found.resolution,
+        parameters={part: found.parts[part].parameters() for part in CHECKPOINT_PARTS if part in found.parts},
+        ema_tensors=found.ema_tensors,
         trigger=(),
-        problems=(),
-        hashes={"fingerprint": base.fingerprint},
-        metadata={},
+        problems=tuple(problems),
+        notes=found.notes,
+        hashes={} if hashes is None else hashes.by_name(),
+        metadata=dict(sorted(found.metadata.items())),
     )

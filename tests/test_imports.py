@@ -16,8 +16,9 @@ PACKAGE = Path(sdlora.__file__).parent
 
 RANKS = {
     "errors": 0, "config": 1, "progress": 1, "precision": 1, "base.family": 1, "base.mini": 1,
-    "data": 2, "lora": 2, "formats": 3, "base.schedule": 3, "base.load": 4, "base.encode": 5,
-    "training": 6, "generation": 6, "inspection": 6, "quickstart": 6, "api": 7, "cli": 8,
+    "data": 2, "lora": 2, "formats": 3, "base.schedule": 3, "base.architecture": 3, "base.attention": 3, "base.sniff": 4,
+    "base.single_file": 4, "base.checkpoint": 5, "base.load": 6, "base.tokens": 7, "base.encode": 8,
+    "training": 9, "generation": 9, "inspection": 9, "quickstart": 9, "api": 10, "cli": 11,
 }  # fmt: skip
 """A module may import what has a lower rank, and its own folder."""
 

@@ -13,7 +13,7 @@ from PIL import Image
 import sdlora
 from recipes.mini.art import article
 from recipes.mini.fidelity import load_sheet
-from sdlora.base.load import MINI_FOLDER
+from sdlora.base.checkpoint import MINI_FOLDER
 from tests.conftest import ROOT
 
 REFERENCES = ROOT / "tests" / "references"

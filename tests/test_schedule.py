@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from sdlora.base.schedule import NoiseSchedule, Prediction
+from sdlora.base.schedule import NoiseSchedule, Prediction, ScheduleFacts
 from sdlora.config import TrainSection
 from sdlora.training.optim import GuardedAdamW, rate_factor
 
@@ -17,7 +17,7 @@ def pair(request: pytest.FixtureRequest) -> tuple[NoiseSchedule, DDPMScheduler]:
     reference = DDPMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction
     )
-    return NoiseSchedule.scaled_linear(prediction=prediction), reference
+    return NoiseSchedule.of(ScheduleFacts(prediction=prediction)), reference
 
 
 def test_noise_and_targets_equal_diffusers(pair: tuple[NoiseSchedule, DDPMScheduler]) -> None:

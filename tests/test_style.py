@@ -13,7 +13,7 @@ from diffusers import StableDiffusionPipeline
 import sdlora
 from recipes.mini.art import article
 from recipes.mini.fidelity import load_sheet
-from sdlora.base.load import MINI_FOLDER
+from sdlora.base.checkpoint import MINI_FOLDER
 from sdlora.generation.pipeline import Picture
 from tests.conftest import ROOT
 from tests.measures import MEASURES, THRESHOLDS

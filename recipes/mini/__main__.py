@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from sdlora import generate
-from sdlora.base.load import MINI_FOLDER
+from sdlora.base.checkpoint import MINI_FOLDER
 
 from .export import export
 from .latents import encode_all, standardise

@@ -1,4 +1,4 @@
-"""Words to conditioning, pixels to latents, latents to pixels."""
+"""Tokens to conditioning, pixels to latents, latents to pixels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,101 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .load import Base
+from ..errors import BaseModelError
+from .load import TOKENS_IN_CHUNK, Base, TextEncoder
+from .tokens import PromptTokens
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Conditioning:
+    """What the UNet is told of prompts, in the base's dtype.
+
+    ``context`` is (b, 77 · chunks, width); ``pooled`` (b, width) where a text encoder of the family gives one, else None.
+    """
+
+    context: Tensor
+    pooled: Tensor | None
+
+    @classmethod
+    def stack(cls, rows: Sequence[Conditioning]) -> Conditioning:
+        """All rows in one; they agree in the number of chunks."""
+        pooled = [row.pooled for row in rows if row.pooled is not None]
+        return cls(context=torch.cat([row.context for row in rows]), pooled=torch.cat(pooled) if pooled else None)
+
+    def row(self, number: int) -> Conditioning:
+        """One prompt's."""
+        pooled = None if self.pooled is None else self.pooled[number : number + 1]
+        return Conditioning(context=self.context[number : number + 1], pooled=pooled)
+
+    def zeros(self) -> Conditioning:
+        pooled = None if self.pooled is None else torch.zeros_like(self.pooled)
+        return Conditioning(context=torch.zeros_like(self.context), pooled=pooled)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Framing:
+    """What SDXL is told of a picture, in pixels: its size before scaling, where it was cropped, and its size now."""
+
+    original_width: int
+    original_height: int
+    left: int
+    top: int
+    width: int
+    height: int
+
+    @classmethod
+    def whole(cls, width: int, height: int) -> Framing:
+        return cls(original_width=width, original_height=height, left=0, top=0, width=width, height=height)
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """In the order that SDXL was trained with (Podell et al. 2023, section 2.2; heights first)."""
+        return (self.original_height, self.original_width, self.top, self.left, self.height, self.width)
+
+
+def encode_prompts(base: Base, prompts: Sequence[PromptTokens]) -> Conditioning:
+    """Conditioning of prompts that all have the same number of chunks; differentiable in the text encoders.
+
+    Each chunk is read by itself and the results are laid end to end; the pooled output is that of the first chunk. The
+    encoders of a family stand side by side in the last axis (Podell et al. 2023, section 2.1).
+    """
+    contexts, pooled = [], None
+    for number, encoder in enumerate(base.text_encoders):
+        ids = torch.stack([prompt[number].ids for prompt in prompts]).to(base.device)
+        weights = torch.stack([prompt[number].weights for prompt in prompts])
+        hidden, summary = _encode(base, encoder, ids.view(-1, TOKENS_IN_CHUNK))
+        if (weights != 1).any():
+            hidden = _weighted(hidden, weights.view(-1, TOKENS_IN_CHUNK).to(hidden))
+        contexts.append(hidden.view(len(prompts), -1, hidden.shape[-1]))
+        if summary is not None:
+            pooled = summary.view(len(prompts), -1, summary.shape[-1])[:, 0]
+    return Conditioning(context=torch.cat(contexts, -1), pooled=pooled)
+
+
+def _encode(base: Base, encoder: TextEncoder, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(n, 77) -> the layer that ``clip_skip`` names, (n, 77, width), and the projected summary, (n, width), or None."""
+    layer, normed = base.checkpoint.clip_skip, base.checkpoint.family.clip_norm
+    output = encoder.model(ids, output_hidden_states=layer > 1 or not normed)
+    pooled = output.text_embeds if encoder.facts.pooled else None
+    if layer == 1 and normed:
+        return output.last_hidden_state, pooled
+    hidden = output.hidden_states[-layer]
+    return encoder.final_norm(hidden) if normed else hidden, pooled
+
+
+def _weighted(hidden: Tensor, weights: Tensor) -> Tensor:
+    """Each token's vector times its weight, and the whole scaled back to its mean, as A1111 does by default."""
+    result = hidden * weights[..., None]
+    return result * (hidden.mean((1, 2), keepdim=True) / result.mean((1, 2), keepdim=True))
+
+
+def added_conditions(base: Base, conditioning: Conditioning, framings: Sequence[Framing]) -> dict[str, Tensor] | None:
+    """What the UNet takes as ``added_cond_kwargs``; None where the family has no size conditioning."""
+    if not base.checkpoint.family.unet.size_conditioning or conditioning.pooled is None:
+        return None
+    # float32 whatever the base computes in: bfloat16 holds whole numbers up to 256 only.
+    numbers = torch.tensor([framing.numbers for framing in framings], device=base.device, dtype=torch.float32)
+    return {"text_embeds": conditioning.pooled, "time_ids": numbers}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -19,34 +113,32 @@ class Posterior:
     std: Tensor
 
 
-def tokenize(base: Base, prompts: Sequence[str]) -> Tensor:
-    """(b, 77) int64 on the base's device; what is longer is cut off (``token_overflow`` tells)."""
-    rows = base.tokenizer(
-        list(prompts), padding="max_length", truncation=True, max_length=base.tokenizer.model_max_length
-    )
-    return torch.tensor(rows.input_ids, device=base.device)
-
-
-def token_overflow(base: Base, prompt: str) -> int:
-    """How many tokens of ``prompt`` lie behind the encoder's last."""
-    return max(0, len(base.tokenizer(prompt).input_ids) - base.tokenizer.model_max_length)
-
-
-def encode_tokens(base: Base, ids: Tensor) -> Tensor:
-    """(b, 77) -> (b, 77, width): the text encoder's last hidden state, layer-normed, in the base's dtype."""
-    return base.text_encoder(ids).last_hidden_state
-
-
 @torch.no_grad()
 def encode_pixels(base: Base, pixels: Tensor) -> Posterior:
-    """(b, 3, h, w) float32 in [-1, 1] -> posterior at the latent scale."""
+    """(b, 3, h, w) float32 in [-1, 1] -> posterior at the latent scale.
+
+    Raises:
+        BaseModelError: the VAE gives infinity or NaN.
+    """
     distribution = base.vae.encode(pixels.to(base.device, base.vae.dtype)).latent_dist
-    scale = base.vae.config["scaling_factor"]
-    return Posterior(mean=distribution.mean.float() * scale, std=distribution.std.float() * scale)
+    scale = base.checkpoint.latent_scale
+    mean, std = distribution.mean.float() * scale, distribution.std.float() * scale
+    _check_finite(base, mean, "VAE gives no number for a picture")
+    return Posterior(mean=mean, std=std)
 
 
 @torch.no_grad()
 def decode_latents(base: Base, latents: Tensor) -> Tensor:
-    """(b, 4, h, w) at the latent scale -> (b, 3, 8h, 8w) float32 in [0, 1]."""
-    decoded = base.vae.decode(latents.to(base.vae.dtype) / base.vae.config["scaling_factor"]).sample
-    return decoded.float().div(2).add(0.5).clamp(0, 1)
+    """(b, 4, h, w) at the latent scale -> (b, 3, 8h, 8w) float32 in [0, 1]. Raises as ``encode_pixels``."""
+    _check_finite(base, latents, "UNet gives no number")
+    decoded = base.vae.decode(latents.to(base.vae.dtype) / base.checkpoint.latent_scale).sample.float()
+    _check_finite(base, decoded, "VAE gives no number for a latent")
+    return decoded.div(2).add(0.5).clamp(0, 1)
+
+
+def _check_finite(base: Base, values: Tensor, what: str) -> None:
+    if not values.isfinite().all():
+        raise BaseModelError(
+            f"{base.checkpoint.name}: its {what} (NaN or infinity): the checkpoint is damaged, or too much for "
+            f"{str(base.dtype).removeprefix('torch.')}; try precision float32, or another VAE with base.vae"
+        )

@@ -1,61 +1,61 @@
-"""A base checkpoint on disk -> its parts, offline, in the wanted dtype and on the wanted device."""
+"""A base checkpoint -> its models, offline, in the wanted dtype and on the wanted device."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
-from collections.abc import Callable
+import gzip
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeVar
+from functools import cache
+from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
-from transformers import CLIPTokenizer
-from transformers.models.clip.modeling_clip import CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 
 from ..errors import BaseModelError
-from ..formats.safetensors_file import read_header
-from .family import SD1, SD2, Family
+from ..formats.tensor_files import read_tensors
+from .architecture import Shapes, clip_config, unet_config, vae_config
+from .attention import use_attention
+from .checkpoint import MINI_FOLDER, BaseCheckpoint
+from .family import TextEncoderFacts
 from .schedule import NoiseSchedule
+from .sniff import title_of
 
-MINI = "mini"
-MINI_FOLDER = Path(__file__).parent / "mini"
-_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-
-T = TypeVar("T")
+TOKENS_IN_CHUNK = 77
+"""What CLIP reads at once: a start mark, 75 tokens, an end mark."""
+_CLIP_MERGES = MINI_FOLDER.parent / "clip" / "merges.txt.gz"
 
 
-@dataclass(frozen=True, kw_only=True)
-class BaseFolder:
-    """A diffusers folder whose parts are all there; no weight has been read."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TextEncoder:
+    """A text encoder with what turns words into its tokens."""
 
-    name: str
-    folder: Path
-    family: Family
-    resolution: int
-    """Side in pixels of the square picture that the base was made for."""
-    latent_factor: int
-    """Pixels to a latent, along a side."""
-    size_step: int
-    """Pixels that width and height must be multiples of, so that every level of the UNet halves evenly."""
-    unet_parameters: int
-    schedule: dict[str, Any]
-    fingerprint: str
-    """Over the parts' configurations and tensor headers: tells bases apart without reading their weights."""
+    facts: TextEncoderFacts
+    model: CLIPTextModel | CLIPTextModelWithProjection
+    tokenizer: CLIPTokenizer
+    pad_id: int
+
+    @property
+    def nesting(self) -> str:
+        """What canonical names have in front of the model's own: since transformers 5.6 one class has no ``text_model``."""
+        return "" if hasattr(self.model, "text_model") else "text_model."
+
+    @property
+    def final_norm(self) -> nn.Module:
+        return self.model.get_submodule("final_layer_norm" if self.nesting else "text_model.final_layer_norm")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Base:
-    """The frozen parts of a checkpoint. ``unet`` and ``text_encoder`` share one dtype; ``vae`` is float32."""
+    """The frozen parts of a checkpoint. UNet and text encoders share one dtype; the VAE's is that or float32."""
 
-    folder: BaseFolder
+    checkpoint: BaseCheckpoint
     unet: UNet2DConditionModel
-    text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer
+    text_encoders: tuple[TextEncoder, ...]
     vae: AutoencoderKL
     schedule: NoiseSchedule
 
@@ -68,86 +68,153 @@ class Base:
         return self.unet.dtype
 
     def modules(self) -> dict[str, nn.Module]:
-        """Canonical name -> module, of the UNet and the text encoder, containers too."""
-        # transformers >= 5.6 has no ``text_model`` between the encoder and its layers; canonical names do.
-        nesting = "" if hasattr(self.text_encoder, "text_model") else "text_model."
+        """Canonical name -> module, of the UNet and the text encoders, containers too."""
         named = {f"unet.{name}": module for name, module in self.unet.named_modules() if name}
-        for name, module in self.text_encoder.named_modules():
-            if name:
-                named[f"text_encoder.{nesting}{name}"] = module
+        for encoder in self.text_encoders:
+            for name, module in encoder.model.named_modules():
+                if name:
+                    named[f"{encoder.facts.part}.{encoder.nesting}{name}"] = module
         return named
 
 
-def find_base(path: str) -> BaseFolder:
-    """Look at ``mini`` or a diffusers folder without loading it.
-
-    Raises:
-        BaseModelError: the folder is missing or incomplete, or it is not Stable Diffusion 1.x or 2.x.
-    """
-    folder = MINI_FOLDER if path == MINI else Path(path)
-    if folder.is_file():
-        raise BaseModelError(f"{path}: a single-file checkpoint; this version reads diffusers folders and 'mini'")
-    if not folder.is_dir():
-        raise BaseModelError(f"{path}: no such base; expected 'mini' or the folder of a diffusers checkpoint")
-    missing = [part for part in _PARTS if not (folder / part).is_dir()]
-    if missing:
-        raise BaseModelError(f"{path}: not a complete diffusers checkpoint: it lacks {', '.join(missing)}")
-    unet, vae, schedule = (
-        _read_json(folder / part) for part in ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json")
-    )
-    width = unet.get("cross_attention_dim")
-    if unet.get("in_channels") != 4 or unet.get("addition_embed_type") or not isinstance(width, int):
-        raise BaseModelError(f"{path}: its UNet is not one of Stable Diffusion 1.x or 2.x")
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    return BaseFolder(
-        name=path if path == MINI else folder.resolve().name,
-        folder=folder,
-        family=SD2 if width == SD2.cross_attention_dim else SD1,
-        resolution=unet["sample_size"] * factor,
-        latent_factor=factor,
-        size_step=factor * 2 ** (len(unet["block_out_channels"]) - 1),
-        unet_parameters=_count_parameters(folder / "unet"),
-        schedule=schedule,
-        fingerprint=_fingerprint(folder),
-    )
-
-
-def load_base(folder: BaseFolder, *, device: torch.device, dtype: torch.dtype) -> Base:
+def load_base(checkpoint: BaseCheckpoint, *, device: torch.device, dtype: torch.dtype) -> Base:
     """Load every part, frozen and in evaluation mode.
 
+    The VAE is never float16, in which SDXL's own overflows: it is bfloat16 beside a bfloat16 UNet, else float32.
+
     Raises:
-        BaseModelError: a part cannot be loaded; the message names the part and the reason.
+        BaseModelError: a part cannot be built from its tensors; the message names the part and the reason.
     """
-    where = folder.folder
-    prediction = folder.schedule.get("prediction_type", "epsilon")
-    if prediction not in ("epsilon", "v_prediction"):
-        raise BaseModelError(f"{folder.name}: prediction type {prediction!r} is not supported")
-
-    def loaded(part: str, kind: Callable[..., T], **options: Any) -> T:
-        try:
-            return kind(str(where / part), local_files_only=True, **options)
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise BaseModelError(f"{folder.name}: its {part} cannot be loaded: {reason}") from None
-
-    parts = {
-        "unet": loaded("unet", UNet2DConditionModel.from_pretrained, torch_dtype=dtype, use_safetensors=True),
-        "text_encoder": loaded("text_encoder", CLIPTextModel.from_pretrained, dtype=dtype, use_safetensors=True),
-        "vae": loaded("vae", AutoencoderKL.from_pretrained, torch_dtype=torch.float32, use_safetensors=True),
-    }
-    for part in parts.values():
-        part.to(device).requires_grad_(False).eval()
-    return Base(
-        folder=folder,
-        tokenizer=loaded("tokenizer", CLIPTokenizer.from_pretrained),
-        schedule=NoiseSchedule.scaled_linear(
-            start=folder.schedule.get("beta_start", 0.00085),
-            end=folder.schedule.get("beta_end", 0.012),
-            timesteps=folder.schedule.get("num_train_timesteps", 1000),
-            prediction=prediction,
-        ).to(device),
-        **parts,
+    parts = checkpoint.parts
+    encoders = tuple(_load_encoder(checkpoint, facts, device, dtype) for facts in checkpoint.family.text_encoders)
+    pooled = [encoder.model.config.projection_dim for encoder in encoders if encoder.facts.pooled]
+    unet = parts["unet"].config or _inferred(
+        checkpoint,
+        "unet",
+        lambda shapes: unet_config(
+            shapes,
+            checkpoint.family,
+            pooled_width=pooled[0] if pooled else None,
+            sample_size=checkpoint.resolution // checkpoint.latent_factor,
+        ),
     )
+    vae = parts["vae"].config or _inferred(
+        checkpoint, "vae", lambda shapes: vae_config(shapes, checkpoint.latent_scale)
+    )
+    base = Base(
+        checkpoint=checkpoint,
+        unet=_filled(checkpoint, "unet", lambda: UNet2DConditionModel.from_config(dict(unet)), device, dtype),
+        text_encoders=encoders,
+        vae=_filled(
+            checkpoint,
+            "vae",
+            lambda: AutoencoderKL.from_config(dict(vae)),
+            device,
+            torch.bfloat16 if dtype == torch.bfloat16 else torch.float32,
+        ),
+        schedule=NoiseSchedule.of(checkpoint.schedule).to(device),
+    )
+    use_attention(base.unet, checkpoint.attention)
+    return base
+
+
+def _load_encoder(
+    checkpoint: BaseCheckpoint, facts: TextEncoderFacts, device: torch.device, dtype: torch.dtype
+) -> TextEncoder:
+    part = checkpoint.parts[facts.part]
+    tokenizer, pad_id = _tokenizer(checkpoint, facts)
+    config = part.config or _inferred(
+        checkpoint,
+        facts.part,
+        lambda shapes: clip_config(shapes, facts, bos=tokenizer.bos_token_id, eos=tokenizer.eos_token_id, pad=pad_id),
+    )
+    kind = CLIPTextModelWithProjection if facts.pooled else CLIPTextModel
+    model = _filled(checkpoint, facts.part, lambda: kind(CLIPTextConfig(**config)), device, dtype)
+    if len(tokenizer) > model.config.vocab_size:
+        raise BaseModelError(
+            f"{checkpoint.name}: its {title_of(facts.part)} knows {model.config.vocab_size} tokens, its tokenizer "
+            f"{len(tokenizer)}; give the folder of a text encoder that belongs to it with base.{facts.part}"
+        )
+    return TextEncoder(facts=facts, model=model, tokenizer=tokenizer, pad_id=pad_id)
+
+
+def _tokenizer(checkpoint: BaseCheckpoint, facts: TextEncoderFacts) -> tuple[CLIPTokenizer, int]:
+    """The tokenizer and the token that fills prompts up."""
+    folder = checkpoint.tokenizers[facts.part]
+    if folder is None:
+        tokenizer = clip_tokenizer()
+        return tokenizer, tokenizer.get_vocab()[facts.pad_token]
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BaseModelError(f"{checkpoint.name}: its {folder.name} cannot be loaded: {reason}") from None
+    return tokenizer, tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+
+@cache
+def clip_tokenizer() -> CLIPTokenizer:
+    """CLIP's tokenizer of 49,408 tokens, made from the list of merges that ships with this package."""
+    merges = gzip.decompress(_CLIP_MERGES.read_bytes()).decode("utf-8").split("\n")[:-1]
+    letters = list(bytes_to_unicode().values())
+    words = [merge.replace(" ", "") for merge in merges]
+    vocabulary = [*letters, *(f"{x}</w>" for x in letters), *words, "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(
+        vocab={word: number for number, word in enumerate(vocabulary)},
+        merges=[tuple(merge.split()) for merge in merges],  # ty: ignore[invalid-argument-type]
+        model_max_length=TOKENS_IN_CHUNK,
+    )
+
+
+def _inferred(checkpoint: BaseCheckpoint, part: str, infer: Callable[[Shapes], dict[str, Any]]) -> Mapping[str, Any]:
+    try:
+        return infer(checkpoint.parts[part].shapes())
+    except (KeyError, IndexError, ValueError, StopIteration) as fault:
+        raise BaseModelError(
+            f"{checkpoint.name}: its {title_of(part)} is damaged or of an unknown layout (at {fault})"
+        ) from None
+
+
+def _filled(
+    checkpoint: BaseCheckpoint, part: str, build: Callable[[], Any], device: torch.device, dtype: torch.dtype
+) -> Any:
+    """A model built without memory, whose tensors are then read into place."""
+    title, found = title_of(part), checkpoint.parts[part]
+    try:
+        with torch.device("meta"):
+            model = build()
+    except (TypeError, ValueError, KeyError, RuntimeError, AttributeError, IndexError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BaseModelError(
+            f"{checkpoint.name}: its {title} has a configuration that cannot be built: {reason}"
+        ) from None
+    flat = part.startswith("text_encoder") and not hasattr(model, "text_model")
+    wanted, problems = {}, []
+    for name, expected in model.state_dict().items():
+        ours = f"text_model.{name}" if flat else name
+        place = found.tensors.get(ours)
+        if place is None:
+            problems.append(f"tensor {ours} is missing")
+        elif place.shape != tuple(expected.shape):
+            problems.append(f"tensor {ours} has shape {place.shape}, expected {tuple(expected.shape)}")
+        else:
+            wanted[name] = place
+    surplus = found.tensors.keys() - {f"text_model.{name}" if flat else name for name in model.state_dict()}
+    if part in ("unet", "vae"):
+        problems += [f"tensor {name} has no place in it" for name in sorted(surplus)]
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise BaseModelError(f"{checkpoint.name}: its {title} cannot be built: {problems[0]}{more}")
+    try:
+        tensors = read_tensors(wanted, dtype=dtype, device=device)
+    except OSError as fault:
+        raise BaseModelError(f"{checkpoint.name}: its {title} cannot be read: {fault}") from None
+    model.load_state_dict(tensors, assign=True)
+    for module in model.modules():
+        if isinstance(getattr(module, "position_ids", None), torch.Tensor):
+            length = module.position_ids.shape[-1]
+            module.position_ids = torch.arange(length, device=device).expand(1, -1)
+    return model.requires_grad_(False).eval()
 
 
 def choose_device() -> torch.device:
@@ -155,30 +222,3 @@ def choose_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BaseModelError(f"{file}: missing from the checkpoint") from None
-    except (OSError, ValueError) as error:
-        raise BaseModelError(f"{file}: cannot be read as JSON: {error}") from None
-
-
-def _count_parameters(part: Path) -> int:
-    headers = [read_header(file, BaseModelError) for file in part.iterdir() if file.suffix == ".safetensors"]
-    return sum(math.prod(info.shape) for header in headers for info in header.tensors.values())
-
-
-def _fingerprint(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for part in ("unet", "text_encoder", "vae"):
-        for file in sorted((folder / part).iterdir()):
-            if file.suffix == ".safetensors":
-                header = read_header(file, BaseModelError)
-                with file.open("rb") as stream:
-                    digest.update(stream.read(header.payload_start + 65536))
-            elif file.suffix == ".json":
-                digest.update(file.read_bytes())
-    return digest.hexdigest()

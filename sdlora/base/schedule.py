@@ -5,13 +5,72 @@ Shapes: latents and noise (b, 4, h, w); timesteps (b,) int64; per-sample factors
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 Prediction = Literal["epsilon", "v_prediction"]
+
+
+BetaSchedule = Literal["scaled_linear", "linear"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleFacts:
+    """The schedule that a checkpoint was trained with. The defaults are those of every published Stable Diffusion."""
+
+    prediction: Prediction = "epsilon"
+    zero_terminal_snr: bool = False
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    beta_schedule: BetaSchedule = "scaled_linear"
+    timesteps: int = 1000
+    steps_offset: int = 1
+    timestep_spacing: str | None = None
+    """How a sampler spreads its steps; None leaves it to the sampler."""
+
+    @classmethod
+    def from_scheduler(
+        cls,
+        config: Mapping[str, Any],
+        *,
+        prediction: Prediction,
+        zero_terminal_snr: bool,
+        timestep_spacing: str | None,
+    ) -> ScheduleFacts:
+        """From a diffusers scheduler's configuration, which may be empty.
+
+        Raises:
+            ValueError: a schedule that Stable Diffusion does not have; the text names it.
+        """
+        shape = config.get("beta_schedule", cls.beta_schedule)
+        if shape not in ("scaled_linear", "linear"):
+            raise ValueError(f"has beta_schedule {shape!r}; supported are scaled_linear and linear")
+        kind = config.get("prediction_type", prediction)
+        if kind not in ("epsilon", "v_prediction"):
+            raise ValueError(f"has prediction_type {kind!r}; supported are epsilon and v_prediction")
+        numbers = {
+            key: config.get(name, getattr(cls, key))
+            for key, name in (
+                ("beta_start", "beta_start"),
+                ("beta_end", "beta_end"),
+                ("timesteps", "num_train_timesteps"),
+                ("steps_offset", "steps_offset"),
+            )
+        }
+        wrong = [key for key, value in numbers.items() if not isinstance(value, int | float) or value < 0]
+        if wrong or not 0 < numbers["beta_start"] < numbers["beta_end"] < 1 or numbers["timesteps"] < 1:
+            raise ValueError(f"has impossible numbers: {numbers}")
+        return cls(
+            prediction=prediction,
+            zero_terminal_snr=zero_terminal_snr,
+            beta_schedule=shape,
+            timestep_spacing=config.get("timestep_spacing", timestep_spacing),
+            **numbers,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -22,12 +81,21 @@ class NoiseSchedule:
     prediction: Prediction
 
     @classmethod
-    def scaled_linear(
-        cls, *, start: float = 0.00085, end: float = 0.012, timesteps: int = 1000, prediction: Prediction = "epsilon"
-    ) -> NoiseSchedule:
-        """Betas linear in their square roots, as Stable Diffusion was trained (Rombach et al. 2022)."""
-        betas = torch.linspace(start**0.5, end**0.5, timesteps, dtype=torch.float32) ** 2
-        return cls(alphas_cumprod=torch.cumprod(1 - betas, 0), prediction=prediction)
+    def of(cls, facts: ScheduleFacts) -> NoiseSchedule:
+        """Betas linear, or linear in their square roots as Stable Diffusion was trained (Rombach et al. 2022).
+
+        With zero-terminal SNR, √ᾱ is shifted and scaled so that its last value is 0 and its first stays (Lin et al. 2024,
+        algorithm 1).
+        """
+        power = 0.5 if facts.beta_schedule == "scaled_linear" else 1.0
+        betas = torch.linspace(
+            facts.beta_start**power, facts.beta_end**power, facts.timesteps, dtype=torch.float32
+        ) ** (1 / power)
+        alphas_cumprod = torch.cumprod(1 - betas, 0)
+        if facts.zero_terminal_snr:
+            root = alphas_cumprod.sqrt()
+            alphas_cumprod = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))).square()
+        return cls(alphas_cumprod=alphas_cumprod, prediction=facts.prediction)
 
     def to(self, device: torch.device) -> NoiseSchedule:
         return NoiseSchedule(alphas_cumprod=self.alphas_cumprod.to(device), prediction=self.prediction)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from ..errors import DataError
 
-MAX_WORDS = 75
-"""CLIP reads 75 tokens between its start and end marks, and a word is at least one."""
+MAX_WORDS = 225
+"""Three chunks of 75 tokens, the most that is read of a caption; a word is at least one."""
 
 
 def read_caption(file: Path) -> str:
@@ -28,7 +28,7 @@ def read_caption(file: Path) -> str:
         raise DataError(f"{file}: empty; write what the picture shows")
     words = len(caption.split())
     if words > MAX_WORDS:
-        raise DataError(f"{file}: {words} words; the text encoder reads at most {MAX_WORDS} tokens, shorten it")
+        raise DataError(f"{file}: {words} words; at most {MAX_WORDS} tokens are read, shorten it")
     return caption
 
 

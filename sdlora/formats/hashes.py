@@ -3,40 +3,82 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import json
+import os
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ..progress import Progress, Silence
+from .safetensors_file import write_whole
+
 _SLICE_START, _SLICE_LENGTH = 0x100000, 0x10000
+_CHUNK = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileHashes:
-    """Lower-case hexadecimal. ``autov3`` is the start of the hash over all bytes behind the header."""
+    """Lower-case hexadecimal. ``payload_sha256`` is over all bytes behind the header; None where a file has no header."""
 
     sha256: str
     autov1: str
-    autov2: str
-    payload_sha256: str
+    payload_sha256: str | None
 
     @property
-    def autov3(self) -> str:
-        return self.payload_sha256[:12]
+    def autov2(self) -> str:
+        return self.sha256[:10]
+
+    @property
+    def autov3(self) -> str | None:
+        return self.payload_sha256 and self.payload_sha256[:12]
+
+    def by_name(self) -> dict[str, str]:
+        """As ``inspect`` tells them."""
+        names = {"sha256": self.sha256, "autov1": self.autov1, "autov2": self.autov2, "autov3": self.autov3}
+        return {name: digest for name, digest in names.items() if digest}
 
 
-def hash_file(path: Path, payload_start: int) -> FileHashes:
-    """Read ``path`` once; ``payload_start`` is the offset of the first tensor byte."""
+def hash_file(path: Path, payload_start: int, progress: Progress | None = None) -> FileHashes:
+    """Read ``path`` once; ``payload_start`` is the offset of the first tensor byte, 0 where the file has no header."""
     whole, payload, position = hashlib.sha256(), hashlib.sha256(), 0
+    progress = progress or Silence()
+    progress.start("Hashing", -(-path.stat().st_size // _CHUNK))
     with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
+        while chunk := file.read(_CHUNK):
             whole.update(chunk)
-            payload.update(chunk[max(0, payload_start - position) :])
+            if payload_start:
+                payload.update(chunk[max(0, payload_start - position) :])
             position += len(chunk)
+            progress.advance()
         file.seek(_SLICE_START)
         autov1 = hashlib.sha256(file.read(_SLICE_LENGTH)).hexdigest()[:8]
-    digest = whole.hexdigest()
-    return FileHashes(sha256=digest, autov1=autov1, autov2=digest[:10], payload_sha256=payload.hexdigest())
+    return FileHashes(
+        sha256=whole.hexdigest(), autov1=autov1, payload_sha256=payload.hexdigest() if payload_start else None
+    )
+
+
+def cached_hashes(path: Path, payload_start: int, progress: Progress) -> FileHashes:
+    """As ``hash_file``, remembered under the user's cache folder for as long as size and time of the file stay the same."""
+    status = path.stat()
+    key = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]
+    stamp = f"{status.st_size} {status.st_mtime_ns}"
+    memory = _cache_folder() / "hashes" / f"{key}.json"
+    try:
+        entry = json.loads(memory.read_text(encoding="utf-8"))
+        if entry.pop("stamp") == stamp:
+            return FileHashes(**entry)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    hashes = hash_file(path, payload_start, progress)
+    with suppress(OSError):  # A memory that cannot be written costs time, nothing else.
+        write_whole(memory, json.dumps({"stamp": stamp, **asdict(hashes)}).encode())
+    return hashes
 
 
 def legacy_hash(data: bytes) -> str:
     """``sshs_legacy_hash`` and AutoV1 of bytes: 64 KiB from 1 MiB on; shorter files all give ``e3b0c442``."""
     return hashlib.sha256(data[_SLICE_START : _SLICE_START + _SLICE_LENGTH]).hexdigest()[:8]
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdlora"

@@ -7,8 +7,11 @@ from the names of the base's own modules, never by cutting strings, so an unders
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+
+from ..base.family import Family
+from .checkpoint_keys import unet_table_to_ldm
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 
@@ -20,12 +23,32 @@ _KOHYA_PREFIXES = {
 _NESTING = "text_model."
 
 
-def kohya_key(name: str, *, two_text_encoders: bool) -> str:
-    """``unet.mid_block.…to_q`` -> ``lora_unet_mid_block_…to_q``, as kohya's own trainer writes it for SD 1.x and 2.x."""
-    part, _, path = name.partition(".")
-    prefixes = _KOHYA_PREFIXES[part]
-    prefix = prefixes[-1] if two_text_encoders else prefixes[0]
-    return f"{prefix}_{path.replace('.', '_')}"
+def kohya_keys(names: Iterable[str], family: Family, base_modules: Collection[str]) -> dict[str, str]:
+    """Canonical name -> key, as kohya's own trainer writes it for the family.
+
+    ``base_modules`` are the canonical names of the base that the modules belong to, by which a UNet's blocks are counted
+    where kohya uses sgm's names.
+
+    Raises:
+        ValueError: a module that has no sgm name in that base.
+    """
+    sgm = _sgm_names(base_modules) if family.kohya_unet_names == "sgm" else {}
+    keys = {}
+    for name in names:
+        part, _, path = name.partition(".")
+        if part == "unet" and family.kohya_unet_names == "sgm":
+            if name not in sgm:
+                raise ValueError(f"{name} is not a module of the base")
+            path = sgm[name]
+        prefix = _KOHYA_PREFIXES[part][-1 if len(family.text_encoders) > 1 else 0]
+        keys[name] = f"{prefix}_{path.replace('.', '_')}"
+    return keys
+
+
+def _sgm_names(names: Iterable[str]) -> dict[str, str]:
+    """Canonical name -> LDM path, of the UNet's modules among ``names``."""
+    paths = {name.removeprefix("unet.") for name in names if name.startswith("unet.")}
+    return {f"unet.{ours}": stored.name for ours, stored in unet_table_to_ldm(paths).items()}
 
 
 def part_of(key: str) -> str | None:
@@ -51,9 +74,10 @@ def resolve(keys: Iterable[str], names: Iterable[str]) -> Resolution:
     Raises:
         ValueError: two modules of the base share a spelling (a fault of the base's names, not of a file).
     """
-    table: dict[str, str] = {}
+    names, table = tuple(names), dict[str, str]()
+    sgm = _sgm_names(names)
     for name in names:
-        for spelling in _spellings(name):
+        for spelling in _spellings(name, sgm.get(name)):
             if table.setdefault(spelling, name) != name:
                 raise ValueError(f"{name} and {table[spelling]} are both spelled {spelling}")
     matched, unmatched = {}, []
@@ -66,9 +90,9 @@ def resolve(keys: Iterable[str], names: Iterable[str]) -> Resolution:
     return Resolution(matched=matched, unmatched=tuple(unmatched))
 
 
-def _spellings(name: str) -> set[str]:
+def _spellings(name: str, sgm: str | None) -> set[str]:
     part, _, path = name.partition(".")
-    paths = {path}
+    paths = {path} if sgm is None else {path, sgm}
     if part != "unet":
         paths.add(path.removeprefix(_NESTING))
     flat = {p.replace(".", "_") for p in paths}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -12,11 +12,11 @@ from statistics import median
 import torch
 from safetensors import safe_open
 
-from ..base.family import FAMILIES, SD1, SDXL, Family
+from ..base.family import FAMILIES, SD1, SD2, SDXL, Family
 from ..errors import LoraFileError
 from ..lora.weights import LowRank
 from .hashes import legacy_hash
-from .keys import kohya_key, part_of
+from .keys import kohya_keys, part_of
 from .safetensors_file import Header, read_header, serialise, write_whole
 
 _ROLES = {
@@ -44,18 +44,28 @@ class LoraFile:
 
     @property
     def family(self) -> Family | None:
-        """By names and shapes first, by metadata where those leave it open."""
-        widths = {m.down.shape[1] for key, m in self.modules.items() if re.search(r"attn2[_.]to_[kv]$", key)}
-        if any(part_of(key) == "text_encoder_2" for key in self.modules) or "input_blocks" in "".join(self.modules):
+        """By names and shapes first, by metadata, which may lie, where those leave it open."""
+        flat = {key.replace(".", "_"): module for key, module in self.modules.items()}
+        if any(part_of(key) == "text_encoder_2" for key in self.modules) or _has(flat, r"transformer_blocks_1_"):
             return SDXL
+        # Of the families, SDXL alone has no attention on its first level.
+        first_level = _has(flat, r"(down_blocks_0_attentions|input_blocks_[12]_1_)")
+        if _has(flat, r"(input|output)_blocks_") and not first_level:
+            return SDXL
+        widths = {m.down.shape[1] for key, m in flat.items() if re.search(r"attn2_to_[kv]$", key)}
         for family in FAMILIES.values():
-            if widths == {family.cross_attention_dim}:
+            if widths == {family.unet.cross_attention_dim}:
                 return family
+        if any(m.down.ndim == 4 for key, m in flat.items() if key.endswith("_proj_in")):
+            return SD1
+        if first_level and _has(flat, r"_proj_in$"):
+            return SD2
         version = self.metadata.get("ss_base_model_version", "")
         for family in FAMILIES.values():
             if version.startswith(family.kohya_version.split("_base")[0]):
                 return family
-        return None
+        architecture = self.metadata.get("modelspec.architecture", "")
+        return next((f for f in FAMILIES.values() if f.modelspec_architecture == architecture), None)
 
     @property
     def ranks(self) -> tuple[int, float, int]:
@@ -65,6 +75,10 @@ class LoraFile:
     @property
     def alphas(self) -> tuple[float, float, float]:
         return _spread([module.alpha for module in self.modules.values()])
+
+
+def _has(keys: Iterable[str], pattern: str) -> bool:
+    return any(re.search(pattern, key) for key in keys)
 
 
 def _spread(values):
@@ -131,15 +145,22 @@ def _dialect(header: Header) -> str:
 
 
 def write_kohya(
-    path: Path, modules: Mapping[str, LowRank], metadata: Mapping[str, str], *, dtype: torch.dtype, family: Family = SD1
+    path: Path,
+    modules: Mapping[str, LowRank],
+    metadata: Mapping[str, str],
+    *,
+    dtype: torch.dtype,
+    family: Family = SD1,
+    base_modules: Collection[str] = (),
 ) -> None:
     """Write canonical ``modules`` under kohya's names, with alphas, and with the hashes of the final bytes.
 
-    The file is read back before this returns; a module that would be lost raises ``LoraFileError``.
+    ``base_modules`` as in ``kohya_keys``: SDXL needs them. The file is read back before this returns; a module that would
+    be lost raises ``LoraFileError``.
     """
-    tensors = {}
+    tensors, keys = {}, kohya_keys(modules, family, base_modules)
     for name, module in modules.items():
-        key = kohya_key(name, two_text_encoders=family.two_text_encoders)
+        key = keys[name]
         tensors[f"{key}.lora_down.weight"] = module.down.to(dtype)
         tensors[f"{key}.lora_up.weight"] = module.up.to(dtype)
         tensors[f"{key}.alpha"] = torch.tensor(module.alpha, dtype=dtype)

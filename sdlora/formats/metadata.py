@@ -35,6 +35,11 @@ class RunFacts:
     epochs: int
     batches_per_epoch: int
     precision: str
+    clip_skip: int | None
+    """As the user set it; None is the family's own."""
+    token_length: int
+    """Tokens of a caption that were read, at most; a multiple of 75."""
+    zero_terminal_snr: bool
     session: int
     started_at: float
     finished_at: float
@@ -44,16 +49,18 @@ def training_metadata(config: Config, run: RunFacts, data: DatasetFacts) -> dict
     """Every value is text, as the format wants it; nothing in it names a folder's place, a user or a machine."""
     train, lora = config.train, config.lora
     trained_text_encoder = train.text_encoder_learning_rate > 0
+    epsilon = run.prediction == "epsilon"
     values: dict[str, object] = {
         "ss_session_id": run.session,
         "ss_training_started_at": run.started_at,
         "ss_training_finished_at": run.finished_at,
         "ss_output_name": run.title,
         "ss_sd_model_name": run.base_name,
-        "ss_base_model_version": run.family.kohya_version,
+        "ss_base_model_version": run.family.kohya_version if epsilon else run.family.kohya_version_v,
         "ss_v2": run.family.name == "sd2",
-        "ss_clip_skip": None,
-        "ss_max_token_length": None,
+        "ss_clip_skip": run.clip_skip,
+        "ss_max_token_length": run.token_length if run.token_length > 75 else None,
+        "ss_zero_terminal_snr": run.zero_terminal_snr,
         "ss_network_module": "networks.lora",
         "ss_network_dim": lora.rank,
         "ss_network_alpha": lora.alpha,
@@ -72,7 +79,7 @@ def training_metadata(config: Config, run: RunFacts, data: DatasetFacts) -> dict
         "ss_epoch": run.epochs,
         "ss_num_batches_per_epoch": run.batches_per_epoch,
         "ss_gradient_accumulation_steps": 1,
-        "ss_gradient_checkpointing": False,
+        "ss_gradient_checkpointing": train.gradient_checkpointing,
         "ss_mixed_precision": {"bfloat16": "bf16"}.get(run.precision, "no"),
         "ss_seed": train.seed,
         "ss_min_snr_gamma": train.min_snr_gamma or None,
@@ -101,7 +108,7 @@ def training_metadata(config: Config, run: RunFacts, data: DatasetFacts) -> dict
         "ss_color_aug": False,
         "ss_random_crop": False,
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": run.family.modelspec_architecture,
+        "modelspec.architecture": run.family.modelspec_architecture if epsilon else run.family.modelspec_architecture_v,
         "modelspec.implementation": run.family.modelspec_implementation,
         "modelspec.title": run.title,
         "modelspec.resolution": f"{run.resolution}x{run.resolution}",

@@ -10,6 +10,7 @@ import json
 import os
 import struct
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,11 @@ _DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": torch.complex64,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
@@ -76,11 +82,13 @@ def read_header(path: Path, error: type[SdloraError]) -> Header:
     except OSError as fault:
         raise error(f"{path}: cannot be read: {fault.strerror}") from None
     try:
-        table = json.loads(raw.decode("utf-8"))
+        table = json.loads(raw, object_pairs_hook=_without_duplicates)
         metadata = table.pop("__metadata__", {})
         tensors = {name: _tensor_info(entry) for name, entry in table.items()}
         if not all(isinstance(value, str) for value in metadata.values()):
             raise TypeError
+    except _HeaderFaultError as fault:
+        raise error(f"{path}: damaged: {fault}") from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise error(f"{path}: not a safetensors file: its header cannot be understood") from None
     payload, position = size - 8 - length, 0
@@ -97,11 +105,25 @@ def read_header(path: Path, error: type[SdloraError]) -> Header:
     return Header(tensors=tensors, metadata=metadata, payload_start=8 + length)
 
 
+class _HeaderFaultError(Exception):
+    """A header that parses and cannot be right; the text says what is wrong."""
+
+
+def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        names = Counter(name for name, _ in pairs)
+        raise _HeaderFaultError(f"its header names {names.most_common(1)[0][0]!r:.200} twice")
+    return table
+
+
 def _tensor_info(entry: Mapping) -> TensorInfo:
     shape = tuple(entry["shape"])
     start, end = entry["data_offsets"]
     if not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
         raise ValueError
+    if entry["dtype"] not in _DTYPES:
+        raise _HeaderFaultError(f"its header names a number format {entry['dtype']!r:.40} that does not exist")
     return TensorInfo(dtype=_DTYPES[entry["dtype"]], shape=shape, start=start, end=end)
 
 

@@ -8,9 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
-
-from ..base.load import Base
+from ..base.checkpoint import BaseCheckpoint
 from ..errors import CompatibilityError, LoraFileError
 from ..formats.keys import part_of, resolve
 from ..formats.lora_file import LoraFile, read_lora
@@ -71,17 +69,15 @@ class FittedLora:
         }
 
 
-def fit_loras(base: Base, files: Sequence[Path]) -> dict[Path, FittedLora]:
+def fit_loras(base: BaseCheckpoint, files: Sequence[Path]) -> dict[Path, FittedLora]:
     """Read every file and match it with the base's modules, by names and shapes; what is left out is logged.
+
+    The base need not be loaded for it.
 
     Raises:
         LoraFileError, CompatibilityError: with one line for each file that cannot be used.
     """
-    shapes = {
-        name: tuple(module.weight.shape)
-        for name, module in base.modules().items()
-        if isinstance(module, nn.Linear | nn.Conv2d)
-    }
+    shapes = base.module_shapes()
     fitted: dict[Path, FittedLora] = {}
     faults: list[LoraFileError | CompatibilityError] = []
     for file in dict.fromkeys(files):
@@ -94,17 +90,18 @@ def fit_loras(base: Base, files: Sequence[Path]) -> dict[Path, FittedLora]:
     return fitted
 
 
-def _fit(base: Base, shapes: Mapping[str, tuple[int, ...]], file: LoraFile) -> FittedLora:
+def _fit(base: BaseCheckpoint, shapes: Mapping[str, tuple[int, ...]], file: LoraFile) -> FittedLora:
     found = resolve(file.modules, shapes)
     total, matched = len(file.modules), len(found.matched)
-    family, base_family = file.family, base.folder.family
+    family, base_family = file.family, base.family
     kind = f"a LoRA for {family.title}" if family else "a LoRA of an unknown family"
     if family and family is not base_family:
         raise CompatibilityError(
-            f"{file.path}: {kind}; the base {base.folder.name} is {base_family.title}: choose a base of the LoRA's family"
+            f"{file.path}: {kind}; the base {base.name} is {base_family.title}: "
+            f"use it with a {family.title} base, or use a LoRA for {base_family.title} here"
         )
     if not matched:
-        raise CompatibilityError(f"{file.path}: none of its {total} modules is in the base {base.folder.name}")
+        raise CompatibilityError(f"{file.path}: none of its {total} modules is in the base {base.name}")
     misfits = [
         (key, module.weight_shape, shapes[name])
         for key, name in found.matched.items()
@@ -115,15 +112,15 @@ def _fit(base: Base, shapes: Mapping[str, tuple[int, ...]], file: LoraFile) -> F
         key, has, wants = misfits[0]
         raise CompatibilityError(
             f"{file.path}: {kind} of another size: {len(misfits)} of {total} modules do not fit the base "
-            f"{base.folder.name} (for example {key}: {has} there, {wants} here)"
+            f"{base.name} (for example {key}: {has} there, {wants} here)"
         )
     for problem in file.problems:
         logger.warning("%s: %s; left out", file.path, problem)
     if found.unmatched:
-        parts = ", ".join(sorted({part_of(key) or "unknown" for key in found.unmatched}))
+        parts = sorted({(part_of(key) or "unknown").replace("_", " ") for key in found.unmatched})
         logger.warning(
-            "%s: %d of %d modules applied; the base %s has no place for the others (%s)",
-            *(file.path, matched, total, base.folder.name, parts),
+            "%s: %d of %d modules matched in the base %s; missing: %s (such as %s)",
+            *(file.path, matched, total, base.name, ", ".join(parts), found.unmatched[0]),
         )
     return FittedLora(file=file, modules={name: file.modules[key] for key, name in found.matched.items()})
 

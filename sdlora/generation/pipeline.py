@@ -16,12 +16,15 @@ from diffusers import (
 from PIL import Image
 from torch import Tensor
 
-from ..base.encode import decode_latents, encode_tokens, tokenize
+from ..base.encode import Conditioning, Framing, added_conditions, decode_latents, encode_prompts
 from ..base.load import Base
+from ..base.schedule import ScheduleFacts
+from ..base.tokens import padded, tokenize
 from ..lora.ops import merged
 from ..progress import Progress
 from .infotext import PictureFacts, infotext
 from .loras import FittedLora, LoraChoice
+from .prompts import parse_prompt
 
 _SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "dpm++2m": (DPMSolverMultistepScheduler, {}),
@@ -81,7 +84,7 @@ def generate_pictures(
                     Picture(
                         image=Image.fromarray(array),
                         latents=latent.float().cpu(),
-                        parameters=infotext(request, base_name=base.folder.name, loras=facts),
+                        parameters=infotext(request, base_name=base.checkpoint.name, loras=facts),
                         request=request,
                     )
                 )
@@ -95,13 +98,13 @@ def denoise(base: Base, requests: Sequence[PictureRequest], progress: Progress) 
     the same picture on every device.
     """
     first = requests[0]
-    scheduler = make_scheduler(base, first.sampler)
+    scheduler = make_scheduler(base.checkpoint.schedule, first.sampler)
     scheduler.set_timesteps(first.steps, device=base.device)
-    prompts = [request.prompt for request in requests]
     guided = first.guidance != 1.0
-    texts = [request.negative for request in requests] + prompts if guided else prompts
-    context = encode_tokens(base, tokenize(base, texts))
-    factor = base.folder.latent_factor
+    conditioning = _conditioning(base, requests, guided=guided)
+    rows = conditioning.context.shape[0]
+    added = added_conditions(base, conditioning, [Framing.whole(first.width, first.height)] * rows)
+    factor = base.checkpoint.latent_factor
     shape = (1, base.unet.config["in_channels"], first.height // factor, first.width // factor)
     generators = [torch.Generator("cpu").manual_seed(request.seed) for request in requests]
     noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
@@ -110,7 +113,9 @@ def denoise(base: Base, requests: Sequence[PictureRequest], progress: Progress) 
     for timestep in scheduler.timesteps:
         doubled = torch.cat([latents] * 2) if guided else latents
         scaled = scheduler.scale_model_input(doubled, timestep).to(base.dtype)
-        predicted = base.unet(scaled, timestep, context, return_dict=False)[0].float()
+        predicted = base.unet(scaled, timestep, conditioning.context, added_cond_kwargs=added, return_dict=False)[
+            0
+        ].float()
         if guided:
             without, with_prompt = predicted.chunk(2)
             predicted = without + first.guidance * (with_prompt - without)
@@ -119,14 +124,36 @@ def denoise(base: Base, requests: Sequence[PictureRequest], progress: Progress) 
     return latents
 
 
-def make_scheduler(base: Base, sampler: str) -> Any:
+def _conditioning(base: Base, requests: Sequence[PictureRequest], *, guided: bool) -> Conditioning:
+    """Of the prompts; where ``guided``, of the negative ones before them."""
+    texts = [request.negative for request in requests if guided] + [request.prompt for request in requests]
+    tokens = [tokenize(base, parse_prompt(text)) for text in texts]
+    chunks = max(own.chunks for prompt in tokens for own in prompt)
+    conditioning = encode_prompts(base, [padded(base, prompt, chunks) for prompt in tokens])
+    if not base.checkpoint.zeros_for_empty_negative:
+        return conditioning
+    negatives = len(texts) - len(requests)
+    rows = [conditioning.row(number) for number in range(len(texts))]
+    empty = [number < negatives and not text.strip() for number, text in enumerate(texts)]
+    return Conditioning.stack([row.zeros() if blank else row for row, blank in zip(rows, empty, strict=True)])
+
+
+def make_scheduler(schedule: ScheduleFacts, sampler: str) -> Any:
     """A fresh scheduler of the named kind over the base's own noise schedule."""
     kind, options = _SCHEDULERS[sampler]
-    own = {
-        key: base.folder.schedule[key]
-        for key in ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps", "prediction_type", "steps_offset")
-        if key in base.folder.schedule
+    own: dict[str, Any] = {
+        "beta_start": schedule.beta_start,
+        "beta_end": schedule.beta_end,
+        "beta_schedule": schedule.beta_schedule,
+        "num_train_timesteps": schedule.timesteps,
+        "prediction_type": schedule.prediction,
+        "steps_offset": schedule.steps_offset,
     }
+    if schedule.zero_terminal_snr:
+        # Only trailing steps begin at the last timestep, where all is noise (Lin et al. 2024, section 3.3).
+        own |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    elif schedule.timestep_spacing is not None:
+        own["timestep_spacing"] = schedule.timestep_spacing
     return kind(**own, **options)
 
 

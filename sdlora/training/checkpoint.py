@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from ..base.load import BaseFolder
+from ..base.checkpoint import BaseCheckpoint
 from ..config import Config
 from ..errors import ResumeError
 from ..formats.safetensors_file import read_header, serialise, write_whole
@@ -30,9 +30,11 @@ class RunIdentity:
     base: str
 
     @classmethod
-    def of(cls, config: Config, *, dataset: str, base: BaseFolder) -> RunIdentity:
+    def of(cls, config: Config, *, dataset: str, base: BaseCheckpoint) -> RunIdentity:
         settings = config.flat()
-        for key in ("output.path", "output.samples", "train.save_every", "data.images"):
+        # The base's own path and parts are told by its fingerprint; how attention is computed does not count.
+        own = ("base.vae", "base.text_encoder", "base.text_encoder_2", "base.attention")
+        for key in ("output.path", "output.samples", "train.save_every", "data.images", *own):
             del settings[key]
         settings["base.path"] = json.dumps(base.name)
         return cls(config=settings, dataset=dataset, base=base.fingerprint)

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 
 from ..base.load import Base, load_base
+from ..base.tokens import WORDS_IN_CHUNK
 from ..errors import Interrupted, TrainingError
 from ..formats.lora_file import write_kohya
 from ..formats.metadata import DatasetFacts, RunFacts, safe_title, training_metadata
@@ -71,10 +72,18 @@ def run_training(plan: RunPlan, *, restart: bool, progress: Progress) -> TrainRe
 
     if accelerator.is_main_process:
         weights = session.adapter.weights()
-        metadata = describe_run(plan, base, modules=len(weights), started_at=started_at)
+        tokens = WORDS_IN_CHUNK * session.contexts.chunks
+        metadata = describe_run(plan, base, modules=len(weights), tokens=tokens, started_at=started_at)
         metadata[RUN_KEY] = plan.identity.to_json()
         file_dtype = getattr(torch, config.output.precision)
-        write_kohya(output, weights, metadata, dtype=file_dtype, family=plan.base.family)
+        write_kohya(
+            output,
+            weights,
+            metadata,
+            dtype=file_dtype,
+            family=plan.base.family,
+            base_modules=plan.base.module_shapes().keys(),
+        )
         folder.remove()
     accelerator.wait_for_everyone()
     return TrainResult(
@@ -138,8 +147,8 @@ def interrupt_flag() -> Generator[threading.Event]:
         signal.signal(signal.SIGINT, previous)
 
 
-def describe_run(plan: RunPlan, base: Base, *, modules: int, started_at: float) -> dict[str, str]:
-    """The metadata of the finished file."""
+def describe_run(plan: RunPlan, base: Base, *, modules: int, tokens: int, started_at: float) -> dict[str, str]:
+    """The metadata of the finished file; captions were read up to ``tokens`` tokens."""
     sizes = [(placement.width, placement.height) for placement in plan.placements]
     run = RunFacts(
         title=safe_title(Path(plan.config.output.path).stem),
@@ -151,6 +160,9 @@ def describe_run(plan: RunPlan, base: Base, *, modules: int, started_at: float) 
         epochs=-(-plan.config.train.steps // plan.batches.batches_per_epoch),
         batches_per_epoch=plan.batches.batches_per_epoch,
         precision=str(base.dtype).removeprefix("torch."),
+        clip_skip=plan.config.base.clip_skip,
+        token_length=tokens,
+        zero_terminal_snr=plan.base.schedule.zero_terminal_snr,
         session=int(plan.identity.dataset[:8], 16) ^ plan.config.train.seed,
         started_at=started_at,
         finished_at=time.time(),

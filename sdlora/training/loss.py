@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
+from ..base.encode import Conditioning, Framing, added_conditions
 from ..base.load import Base
 
 
 def denoising_loss(
-    base: Base, latents: Tensor, noise: Tensor, timesteps: Tensor, context: Tensor, *, min_snr_gamma: float
+    base: Base,
+    latents: Tensor,
+    noise: Tensor,
+    timesteps: Tensor,
+    conditioning: Conditioning,
+    framings: Sequence[Framing],
+    *,
+    min_snr_gamma: float,
 ) -> Tensor:
     """Loss of each picture, (b,) float32: min-SNR weighted mean squared error of the base's prediction.
 
-    ``latents`` and ``noise`` are (b, 4, h, w) float32, ``timesteps`` (b,) int64, ``context`` (b, tokens, width).
+    ``latents`` and ``noise`` are (b, 4, h, w) float32, ``timesteps`` (b,) int64; ``conditioning`` and
+    ``framings`` have a row for each.
     """
     schedule = base.schedule
     noisy = schedule.add_noise(latents, noise, timesteps).to(base.dtype)
-    predicted = base.unet(noisy, timesteps, context, return_dict=False)[0].float()
+    added = added_conditions(base, conditioning, framings)
+    predicted = base.unet(noisy, timesteps, conditioning.context, added_cond_kwargs=added, return_dict=False)[0].float()
     error = (predicted - schedule.target(latents, noise, timesteps)).square().mean(dim=(1, 2, 3))
     return error * schedule.min_snr_weight(timesteps, min_snr_gamma)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..base.load import BaseFolder, find_base
+from ..base.checkpoint import BaseCheckpoint, find_base
 from ..config import Config
 from ..data.batches import BatchPlan
 from ..data.buckets import Placement, bucket_sizes, place_in_bucket
@@ -19,7 +19,7 @@ class RunPlan:
     """A run that can begin: ``placements[i]`` is where ``items[i]`` is cut out."""
 
     config: Config
-    base: BaseFolder
+    base: BaseCheckpoint
     resolution: int
     """Side in pixels of the square bucket's area."""
     items: tuple[Item, ...]
@@ -34,7 +34,7 @@ def plan_run(config: Config) -> RunPlan:
     Raises:
         BaseModelError, DataError, ConfigError: with everything that is wrong with that input.
     """
-    base = find_base(config.base.path)
+    base = find_base(config.base)
     if config.train.learning_rate == 0 and config.train.text_encoder_learning_rate == 0:
         raise ConfigError(
             "train.learning_rate and train.text_encoder_learning_rate are both 0: nothing would be trained"

@@ -12,8 +12,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..base.encode import encode_pixels, encode_tokens, token_overflow, tokenize
+from ..base.encode import Conditioning, Framing, encode_pixels, encode_prompts
 from ..base.load import Base
+from ..base.tokens import PromptTokens, padded, plain, token_count, tokenize
 from ..config import Config
 from ..data.batches import draw
 from ..data.images import open_picture, place
@@ -29,32 +30,35 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CachedPicture:
-    """A picture as the UNet needs it. ``mean`` and ``std`` are (4, h, w) float32; ``ids`` (77,) int64."""
+    """A picture as the UNet needs it. ``mean`` and ``std`` are (4, h, w) float32."""
 
     mean: Tensor
     std: Tensor
-    ids: Tensor
+    framing: Framing
 
 
 class Contexts:
-    """Text conditioning of pictures: computed in each step where the text encoder is trained, else once."""
+    """Text conditioning of captions: computed in each step where the text encoders are trained, else once.
 
-    def __init__(self, base: Base, config: Config, pictures: Sequence[CachedPicture]):
+    All captions get the chunks of the longest, so that what one is told does not hang on its neighbours in a batch.
+    """
+
+    def __init__(self, base: Base, config: Config, captions: Sequence[str]):
         self._base = base
-        self._ids = [picture.ids for picture in pictures]
-        self._empty = tokenize(base, [""])[0]
-        self._frozen: dict[int | None, Tensor] | None = None
+        rows = [tokenize(base, plain(text), limit=config.data.max_token_length) for text in ("", *captions)]
+        self.chunks = max(own.chunks for row in rows for own in row)
+        self._tokens: list[PromptTokens] = [padded(base, row, self.chunks) for row in rows]
+        self._frozen: list[Conditioning] | None = None
         if config.train.text_encoder_learning_rate == 0:
             with torch.no_grad():
-                rows = {None: self._empty, **dict(enumerate(self._ids))}
-                self._frozen = {number: encode_tokens(base, ids[None])[0] for number, ids in rows.items()}
+                self._frozen = [encode_prompts(base, [row]) for row in self._tokens]
 
-    def of(self, numbers: Sequence[int | None]) -> Tensor:
-        """(b, tokens, width) of the captions of pictures ``numbers``; None is the empty caption."""
+    def of(self, numbers: Sequence[int | None]) -> Conditioning:
+        """Of the captions of pictures ``numbers``; None is the empty caption."""
+        rows = [0 if number is None else number + 1 for number in numbers]
         if self._frozen is not None:
-            return torch.stack([self._frozen[number] for number in numbers])
-        ids = torch.stack([self._empty if number is None else self._ids[number] for number in numbers])
-        return encode_tokens(self._base, ids)
+            return Conditioning.stack([self._frozen[row] for row in rows])
+        return encode_prompts(self._base, [self._tokens[row] for row in rows])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -111,7 +115,13 @@ class TrainingSession:
         timesteps = torch.tensor([d.timestep for d in draws], device=self.base.device)
         captions = [None if d.drop_caption else numbers[slot] for d, slot in zip(draws, slots, strict=True)]
         losses = denoising_loss(
-            self.base, latents, noise, timesteps, self.contexts.of(captions), min_snr_gamma=train.min_snr_gamma
+            self.base,
+            latents,
+            noise,
+            timesteps,
+            self.contexts.of(captions),
+            [picture.framing for picture in chosen],
+            min_snr_gamma=train.min_snr_gamma,
         )
         loss = losses.sum() / len(numbers)
         loss.backward()
@@ -123,14 +133,16 @@ class TrainingSession:
 
 def open_session(plan: RunPlan, base: Base, accelerator: Accelerator, progress: Progress) -> TrainingSession:
     """Encode the pictures and make a fresh adapter and optimizer for ``plan`` on the loaded ``base``."""
-    _warn_of_overflow(base, plan.items)
+    _warn_of_overflow(base, plan.items, plan.config.data.max_token_length)
     pictures = _cache_pictures(base, plan, progress)
     adapter, rates = _new_adapter(base, plan.config)
+    if plan.config.train.gradient_checkpointing:
+        base.unet.enable_gradient_checkpointing()
     return TrainingSession(
         plan=plan,
         base=base,
         pictures=pictures,
-        contexts=Contexts(base, plan.config, pictures),
+        contexts=Contexts(base, plan.config, [item.caption for item in plan.items]),
         adapter=adapter,
         optimizer=GuardedAdamW(adapter.parameters, rates, plan.config.train),
         accelerator=accelerator,
@@ -140,8 +152,11 @@ def open_session(plan: RunPlan, base: Base, accelerator: Accelerator, progress: 
 def _new_adapter(base: Base, config: Config) -> tuple[Adapter, list[float]]:
     """A fresh adapter on the parts that are trained, and the learning rate of each of its parameters."""
     targets = choose_targets(base.modules(), config.lora.targets)
-    parts = {"unet.": config.train.learning_rate, "text_encoder.": config.train.text_encoder_learning_rate}
-    groups = [({n: m for n, m in targets.items() if n.startswith(part)}, rate) for part, rate in parts.items() if rate]
+    parts = {"unet": config.train.learning_rate}
+    parts |= {encoder.facts.part: config.train.text_encoder_learning_rate for encoder in base.text_encoders}
+    groups = [
+        ({n: m for n, m in targets.items() if n.startswith(f"{part}.")}, rate) for part, rate in parts.items() if rate
+    ]
     adapter = Adapter(
         [group for group, _ in groups], rank=config.lora.rank, alpha=config.lora.alpha, seed=config.train.seed
     )
@@ -155,18 +170,24 @@ def _cache_pictures(base: Base, plan: RunPlan, progress: Progress) -> list[Cache
     for item, placement in zip(plan.items, plan.placements, strict=True):
         picture = open_picture(item.file, plan.config.data.alpha_background)
         posterior = encode_pixels(base, place(picture, placement)[None])
-        ids = tokenize(base, [item.caption])[0]
-        cached.append(CachedPicture(mean=posterior.mean[0], std=posterior.std[0], ids=ids))
+        framing = Framing(
+            original_width=item.width,
+            original_height=item.height,
+            left=placement.left,
+            top=placement.top,
+            width=placement.width,
+            height=placement.height,
+        )
+        cached.append(CachedPicture(mean=posterior.mean[0], std=posterior.std[0], framing=framing))
         progress.advance()
     return cached
 
 
-def _warn_of_overflow(base: Base, items: Sequence[Item]) -> None:
-    limit = base.tokenizer.model_max_length - 2
+def _warn_of_overflow(base: Base, items: Sequence[Item], limit: int) -> None:
     for item in items:
-        if overflow := token_overflow(base, item.caption):
+        if (overflow := token_count(base, item.caption) - limit) > 0:
             logger.warning(
-                "%s: the last %d tokens of its caption are not read (the text encoder reads %d)",
+                "%s: the last %d tokens of its caption are not read (data.max_token_length is %d)",
                 item.file,
                 overflow,
                 limit,

@@ -1,0 +1,56 @@
+"""By what the UNet computes its attention: torch's own, or xformers where it was asked for and runs."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from diffusers.models.attention_processor import XFormersAttnProcessor
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+logger = logging.getLogger(__name__)
+
+
+def use_attention(unet: UNet2DConditionModel, wish: str) -> None:
+    """Set up ``auto`` or ``sdpa`` (both torch's SDPA) or ``xformers``; where that cannot run, say why and stay with SDPA."""
+    if wish != "xformers":
+        return
+    reason = why_not_xformers(unet.device, unet.dtype)
+    if reason is None:
+        unet.set_attn_processor(XFormersAttnProcessor())
+    else:
+        logger.warning("xformers cannot be used: %s; going on with torch's own attention (sdpa)", reason)
+
+
+def why_not_xformers(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None where a real call, forwards and backwards, succeeds; else the reason.
+
+    Being installed says nothing: its kernels are built for one version of CUDA and do not load beside another.
+    """
+    try:
+        from xformers import ops  # ty: ignore[import-not-found]
+    except ImportError as fault:
+        absent = isinstance(fault, ModuleNotFoundError) and fault.name == "xformers"
+        return "it is not installed (pip install 'sdlora[xformers]')" if absent else f"it cannot be imported: {fault}"
+    except (OSError, RuntimeError, AttributeError) as fault:
+        return f"it cannot be imported: {fault}"
+    if device.type != "cuda":
+        return f"it needs a CUDA device, and this is {device.type}"
+    query = torch.zeros(1, 16, 1, 64, device=device, dtype=dtype, requires_grad=True)
+    try:
+        ops.memory_efficient_attention(query, query, query).sum().backward()
+        torch.cuda.synchronize(device)
+    except (NotImplementedError, RuntimeError, ValueError) as fault:
+        return _build_fault() or str(fault).strip().splitlines()[0]
+    return None
+
+
+def _build_fault() -> str | None:
+    """What xformers says of its kernels where they did not load."""
+    from xformers import _cpp_lib  # ty: ignore[import-not-found]
+
+    fault = getattr(_cpp_lib, "_cpp_library_load_exception", None)
+    if fault is None:
+        return None
+    sentence = " ".join(str(fault).split())
+    return f"its kernels do not load: {sentence}; install the build for CUDA {torch.version.cuda}"

@@ -1,0 +1,141 @@
+"""The base that the user named, with every part in its place; no weight is read."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..config import BaseSection
+from ..errors import BaseModelError
+from .family import Family
+from .schedule import ScheduleFacts
+from .sniff import Part, Sniffed, sniff, sniff_part, title_of
+
+MINI = "mini"
+MINI_FOLDER = Path(__file__).parent / "mini"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BaseCheckpoint:
+    """A checkpoint that is complete and of a family that is supported."""
+
+    name: str
+    family: Family
+    parts: Mapping[str, Part]
+    tokenizers: Mapping[str, Path | None]
+    """Text encoder's part -> the folder of its own tokenizer; None is CLIP's, which ships with this package."""
+    schedule: ScheduleFacts
+    resolution: int
+    """Side in pixels of the square picture that the base was made for."""
+    latent_factor: int
+    """Pixels to a latent, along a side."""
+    latent_scale: float
+    """What the VAE's latents are multiplied by for the UNet."""
+    size_step: int
+    """Pixels that width and height must be multiples of, so that every level of the UNet halves evenly."""
+    clip_skip: int
+    """The text encoders' layer that is read, 1 being the last."""
+    zeros_for_empty_negative: bool
+    attention: str
+    """``auto``, ``sdpa`` or ``xformers``."""
+    fingerprint: str
+    """Over names, shapes, configurations and samples of the weights: tells bases apart without reading them."""
+
+    @property
+    def unet_parameters(self) -> int:
+        return self.parts["unet"].parameters()
+
+    def module_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Canonical name -> shape of the weight, of every linear and convolution that a LoRA can change."""
+        return {
+            f"{part}.{name.removesuffix('.weight')}": shape
+            for part, found in self.parts.items()
+            if part != "vae"
+            for name, shape in found.shapes().items()
+            if name.endswith(".weight") and len(shape) in (2, 4) and "embeddings." not in name
+        }
+
+
+def find_base(wanted: str | BaseSection) -> BaseCheckpoint:
+    """Look at a base without loading it: ``mini``, a diffusers folder, or a checkpoint file.
+
+    Raises:
+        BaseModelError: it is missing, incomplete, damaged or not supported; the message says which and what to do.
+    """
+    section = BaseSection(path=wanted) if isinstance(wanted, str) else wanted
+    path = MINI_FOLDER if section.path == MINI else Path(section.path)
+    found = sniff(path)
+    family = found.need_usable()
+    encoders = [facts.part for facts in family.text_encoders]
+    parts, sources = _gather(section, found, ("unet", "vae", *encoders))
+    schedule = _overridden(found.schedule, section)
+    own_vae = (found.parts["vae"].config if "vae" in found.parts else None) or {}
+    zeros = found.zeros_for_empty_negative
+    found = replace(found, parts=parts, schedule=schedule)
+    return BaseCheckpoint(
+        name=MINI if section.path == MINI else path.resolve().stem if path.is_file() else path.resolve().name,
+        family=family,
+        parts=parts,
+        tokenizers={part: _tokenizer_folder(sources[part], part) for part in encoders},
+        schedule=schedule,
+        resolution=found.resolution or family.resolution,
+        latent_factor=found.latent_factor,
+        latent_scale=own_vae.get("scaling_factor", family.latent_scale),
+        size_step=found.latent_factor * 2 ** (max(1, parts["unet"].count(r"down_blocks\.(\d+)\.")) - 1),
+        clip_skip=_clip_skip(section, family, [parts[part] for part in encoders]),
+        zeros_for_empty_negative=family.zeros_for_empty_negative if zeros is None else zeros,
+        attention=section.attention,
+        fingerprint=hashlib.sha256(b"".join(parts[part].digest() for part in sorted(parts))).hexdigest(),
+    )
+
+
+def _gather(section: BaseSection, found: Sniffed, needed: tuple[str, ...]) -> tuple[dict[str, Part], dict[str, Path]]:
+    """The ``needed`` parts, those that the user gave in the places of the checkpoint's own; and where each is from."""
+    given = {"vae": section.vae, "text_encoder": section.text_encoder, "text_encoder_2": section.text_encoder_2}
+    parts, sources, problems = {}, {}, []
+    for part in needed:
+        replacement = given.get(part)
+        if replacement is not None:
+            parts[part], sources[part] = sniff_part(Path(replacement), part), Path(replacement)
+        elif part in found.parts:
+            parts[part], sources[part] = found.parts[part], found.path
+        else:
+            problems.append(f"{section.path}: holds no {title_of(part)}; name a file or folder with base.{part}")
+    unneeded = [part for part, path in given.items() if path is not None and part not in needed]
+    problems += [f"base.{part}: {section.path} has no place for a {title_of(part)}" for part in unneeded]
+    if problems:
+        raise BaseModelError(problems)
+    return parts, sources
+
+
+def _overridden(schedule: ScheduleFacts, section: BaseSection) -> ScheduleFacts:
+    if section.prediction != "auto":
+        schedule = replace(schedule, prediction=section.prediction)
+    if section.zero_terminal_snr is not None:
+        schedule = replace(schedule, zero_terminal_snr=section.zero_terminal_snr)
+    if schedule.zero_terminal_snr and schedule.prediction == "epsilon":
+        raise BaseModelError(
+            f"{section.path}: zero-terminal SNR wants v-prediction: where all is noise, epsilon says nothing of the "
+            "picture; set base.prediction=v_prediction or base.zero_terminal_snr=false"
+        )
+    return schedule
+
+
+def _clip_skip(section: BaseSection, family: Family, encoders: list[Part]) -> int:
+    """SDXL was trained on the layer before the last, so there 1 and 2 mean the same, as in A1111."""
+    layer = max(section.clip_skip or 1, family.clip_skip)
+    layers = min(encoder.count(r"text_model\.encoder\.layers\.(\d+)\.") for encoder in encoders)
+    if layer > layers:
+        raise BaseModelError(f"{section.path}: clip skip {layer}: its text encoder has {layers} layers")
+    return layer
+
+
+def _tokenizer_folder(source: Path, part: str) -> Path | None:
+    """Of a text encoder in ``source``, a diffusers folder or the folder of the encoder itself."""
+    if not source.is_dir():
+        return None
+    name = part.replace("text_encoder", "tokenizer")
+    folder = source / name if (source / part).is_dir() else source.parent / name
+    return folder if folder.is_dir() else None
