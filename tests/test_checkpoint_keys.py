@@ -34,7 +34,9 @@ def tables(part: str, names: set[str], facts: Any) -> tuple[keys.Table, Callable
     if part == "vae":
         return keys.vae_table_to_ldm(names), keys.vae_table_from_ldm
     if facts.spelling == "open_clip":
-        return keys.clip_table_to_open_clip(names), lambda stored: keys.clip_table_from_open_clip(stored, unread_layers=0)
+        return keys.clip_table_to_open_clip(names), lambda stored: keys.clip_table_from_open_clip(
+            stored, unread_layers=0
+        )
     return keys.clip_table_from_transformers(names), keys.clip_table_from_transformers
 
 
@@ -104,7 +106,9 @@ def test_open_clip_names_are_those_that_diffusers_reads() -> None:
 
 def test_names_without_meaning_are_left_over() -> None:
     known = {"input_blocks.0.0.weight", "time_embed.0.weight"}
-    found = keys.unet_table_from_ldm(known | {"input_blocks.x.0.weight", "input_blocks", "", "output_blocks.9999999.0.y"})
+    found = keys.unet_table_from_ldm(
+        known | {"input_blocks.x.0.weight", "input_blocks", "", "output_blocks.9999999.0.y"}
+    )
     assert {stored.name for stored in found.values()} == known
 
 

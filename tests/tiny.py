@@ -146,6 +146,8 @@ def tiny_pipeline(family: str, *, seed: int = 0, prediction: str = "epsilon", **
         sample_size=64,
         scaling_factor=facts.latent_scale,
     ).eval()
+    for part in (*encoders, model, vae):
+        unlike_each_other(part)
     schedule = {
         "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1,
         "prediction_type": prediction,
@@ -162,6 +164,14 @@ def tiny_pipeline(family: str, *, seed: int = 0, prediction: str = "epsilon", **
         )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@torch.no_grad()
+def unlike_each_other(model: torch.nn.Module) -> None:
+    """Fresh norms are all alike, and swapping two of them would go unseen."""
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter += 0.05 * torch.randn_like(parameter)
 
 
 def merges_of(tokenizer: CLIPTokenizer) -> list[Any]:
@@ -195,7 +205,9 @@ def tiny_ldm_tensors(pipe: Any, family: str) -> dict[str, torch.Tensor]:
     return tensors | extra
 
 
-def write_tiny_ldm(file: Path, family: str, *, seed: int = 0, metadata: dict[str, str] | None = None, **more: Any) -> Any:
+def write_tiny_ldm(
+    file: Path, family: str, *, seed: int = 0, metadata: dict[str, str] | None = None, **more: Any
+) -> Any:
     """A single file in LDM's names; returns the pipeline that it was made from."""
     pipe = tiny_pipeline(family, seed=seed, **more)
     save_file(tiny_ldm_tensors(pipe, family), file, metadata=metadata)

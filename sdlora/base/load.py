@@ -169,7 +169,7 @@ def clip_tokenizer() -> CLIPTokenizer:
 def _inferred(checkpoint: BaseCheckpoint, part: str, infer: Callable[[Shapes], dict[str, Any]]) -> Mapping[str, Any]:
     try:
         return infer(checkpoint.parts[part].shapes())
-    except (KeyError, IndexError, ValueError, StopIteration) as fault:
+    except (KeyError, IndexError, ValueError, ArithmeticError, StopIteration) as fault:
         raise BaseModelError(
             f"{checkpoint.name}: its {title_of(part)} is damaged or of an unknown layout (at {fault})"
         ) from None
@@ -180,6 +180,8 @@ def _filled(
 ) -> Any:
     """A model built without memory, whose tensors are then read into place."""
     title, found = title_of(part), checkpoint.parts[part]
+    if empty := [name for name, place in found.tensors.items() if 0 in place.shape]:
+        raise BaseModelError(f"{checkpoint.name}: its {title} is damaged: tensor {empty[0]} holds no numbers")
     try:
         with torch.device("meta"):
             model = build()

@@ -180,6 +180,7 @@ def sniff(path: Path) -> Sniffed:
     file = open_tensor_file(path, BaseModelError)
     groups, dialect = _split(file)
     parts = {part: _part(part, file, names, unread) for part, (names, unread) in groups.items()}
+    parts = {part: found for part, found in parts.items() if found.tensors}
     read = {wanted.stored.name for part in parts.values() for wanted in part.tensors.values()}
     left = [name for name in file.tensors if name not in read]
     return _describe(path, dialect, parts, (file,), unread=left, scheduler={}, index={})
@@ -359,13 +360,13 @@ def _describe(
 
 def _identify(parts: Mapping[str, Part], unread: Sequence[str]) -> tuple[Family | None, str | None]:
     """The family, or why there is none."""
-    if "unet" not in parts:
+    if "unet" not in parts or "conv_in.weight" not in parts["unet"].tensors:
         names = [*unread, *(w.stored.name for part in parts.values() for w in part.tensors.values())]
         for pattern, what in _OTHERS.items():
             if any(re.match(pattern, name) for name in names):
                 return None, f"is {what}; sdlora works with Stable Diffusion 1.x, 2.x and XL"
         if parts:
-            return None, f"holds a {_TITLES[next(iter(parts))]} alone and no UNet"
+            return None, f"holds no UNet of Stable Diffusion, only {', '.join(_TITLES[part] for part in parts)}"
         return None, f"is no checkpoint that sdlora knows; its tensors are named like {names[0] if names else '(none)'}"
     shapes = parts["unet"].shapes()
     inputs = shapes.get("conv_in.weight", ())

@@ -1,0 +1,511 @@
+"""Single files and folders of every family: what they are, what is loaded from them, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import sdlora
+from sdlora.base.checkpoint import find_base
+from sdlora.base.family import FAMILIES
+from sdlora.base.load import Base, load_base
+from sdlora.base.sniff import sniff
+from sdlora.config import BaseSection
+from sdlora.errors import BaseModelError, SdloraError
+from sdlora.formats.hashes import hash_file
+from sdlora.formats.safetensors_file import read_header
+from sdlora.formats.tensor_files import Wanted, open_tensor_file, read_tensors
+from tests.conftest import run_sdlora
+from tests.tiny import parts_of, tiny_ldm_tensors, tiny_pipeline, write_tiny_ldm
+
+CPU = torch.device("cpu")
+Made = tuple[Path, Any]
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """(single file, the pipeline that it was made from)."""
+    file = tmp_path_factory.mktemp("ldm") / f"{request.param}.safetensors"
+    return file, write_tiny_ldm(file, request.param)
+
+
+@pytest.fixture(scope="module")
+def made_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    file = tmp_path_factory.mktemp("ldm") / "sdxl.safetensors"
+    return file, write_tiny_ldm(file, "sdxl")
+
+
+def opened(path: Path | str, dtype: torch.dtype = torch.float32, **options: Any) -> Base:
+    return load_base(find_base(BaseSection(path=str(path), **options)), device=CPU, dtype=dtype)
+
+
+def same_models(base: Base, pipe: Any) -> None:
+    ours = {"unet": base.unet, "vae": base.vae} | {e.facts.part: e.model for e in base.text_encoders}
+    for part, model in ours.items():
+        theirs = getattr(pipe, part).state_dict()
+        assert model.state_dict().keys() == theirs.keys()
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, theirs[name]), f"{part}.{name}"
+
+
+@torch.no_grad()
+def test_a_single_file_computes_what_its_models_computed(made: Made) -> None:
+    file, pipe = made
+    base = opened(file)
+    same_models(base, pipe)
+    latents, times, pixels = torch.randn(2, 4, 8, 8), torch.tensor([10, 700]), torch.rand(1, 3, 64, 64)
+    context = torch.randn(2, 77, pipe.unet.config.cross_attention_dim)
+    added = {"text_embeds": torch.randn(2, 48), "time_ids": torch.rand(2, 6) * 64} if file.stem == "sdxl" else None
+    outputs = [unet(latents, times, context, added_cond_kwargs=added)[0] for unet in (base.unet, pipe.unet)]
+    assert torch.equal(*outputs)
+    assert outputs[0].std() > 0.01
+    assert torch.equal(base.vae.encode(pixels).latent_dist.mean, pipe.vae.encode(pixels).latent_dist.mean)
+    assert torch.equal(base.vae.decode(latents)[0], pipe.vae.decode(latents)[0])
+    ids = torch.randint(0, 49406, (2, 77))
+    ids[:, 60:] = 49407
+    for encoder in base.text_encoders:
+        ours, theirs = (m(ids, output_hidden_states=True) for m in (encoder.model, getattr(pipe, encoder.facts.part)))
+        assert all(torch.equal(a, b) for a, b in zip(ours.hidden_states, theirs.hidden_states, strict=True))
+        assert torch.equal(ours[0], theirs[0])
+
+
+def test_a_folder_is_loaded_as_diffusers_loads_it(made: Made, tmp_path: Path) -> None:
+    file, pipe = made
+    pipe.save_pretrained(tmp_path / "folder")
+    same_models(opened(tmp_path / "folder"), pipe)
+    found = sniff(tmp_path / "folder")
+    assert (found.dialect, found.need_usable().name) == ("diffusers", file.stem)
+
+
+def test_marked_variants_and_pickled_folders_are_found(tmp_path: Path) -> None:
+    pipe = tiny_pipeline("sd1")
+    pipe.save_pretrained(tmp_path / "half", variant="fp16")
+    pipe.save_pretrained(tmp_path / "shards", max_shard_size="300KB")
+    assert len(list((tmp_path / "shards" / "unet").glob("*.safetensors"))) > 1
+    pipe.save_pretrained(tmp_path / "pickled", safe_serialization=False)
+    for folder in ("half", "shards", "pickled"):
+        same_models(opened(tmp_path / folder), pipe)
+
+
+def test_pickles_are_read_where_they_hold_tensors_alone(tmp_path: Path) -> None:
+    pipe = tiny_pipeline("sd2")
+    torch.save({"state_dict": tiny_ldm_tensors(pipe, "sd2"), "global_step": 875000}, tmp_path / "a.ckpt")
+    same_models(opened(tmp_path / "a.ckpt"), pipe)
+    found = sniff(tmp_path / "a.ckpt")
+    assert (found.schedule.prediction, found.prediction_source) == ("epsilon", "family")
+
+    class Harm:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(tmp_path / "harm"),)
+
+    torch.save({"state_dict": {"x": torch.zeros(1)}, "callback": Harm()}, tmp_path / "b.ckpt")
+    (tmp_path / "c.ckpt").write_bytes(pickle.dumps(Harm(), protocol=2))
+    for name in ("b.ckpt", "c.ckpt"):
+        with pytest.raises(BaseModelError, match=r"not trusted: it wants to run posix\.mkdir") as caught:
+            sniff(tmp_path / name)
+        assert len(caught.value.problems) == 1
+    assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16])
+def test_numbers_are_converted_as_torch_converts_them(stored: torch.dtype, wanted: torch.dtype, tmp_path: Path) -> None:
+    tensors = {
+        "big": torch.randn(700, 1000).to(stored),
+        "dot": torch.tensor(3.5, dtype=stored),
+        "none": torch.zeros(0, 4),
+    }
+    tensors["none"] = tensors["none"].to(stored)
+    save_file(tensors, tmp_path / "x.safetensors")
+    file = open_tensor_file(tmp_path / "x.safetensors", BaseModelError)
+    places = {name: Wanted(file=file, stored=place(name), shape=tuple(t.shape)) for name, t in tensors.items()}
+    read = read_tensors(places, dtype=wanted, device=CPU)
+    for name, tensor in tensors.items():
+        expected = tensor.float().to(wanted)
+        assert torch.equal(read[name], expected), name
+
+
+def place(name: str):
+    from sdlora.formats.checkpoint_keys import Stored
+
+    return Stored(name=name)
+
+
+def test_replacement_parts_are_used(tmp_path: Path) -> None:
+    pipe, other = tiny_pipeline("sd1"), tiny_pipeline("sd1", seed=1)
+    tensors = tiny_ldm_tensors(pipe, "sd1")
+    save_file({k: v for k, v in tensors.items() if k.startswith("model.")}, tmp_path / "unet.safetensors")
+    with pytest.raises(BaseModelError) as caught:
+        find_base(str(tmp_path / "unet.safetensors"))
+    assert [problem.partition("; ")[2] for problem in caught.value.problems] == [
+        "name a file or folder with base.vae",
+        "name a file or folder with base.text_encoder",
+    ]
+    theirs = tiny_ldm_tensors(other, "sd1")
+    vae = {k.removeprefix("first_stage_model."): v for k, v in theirs.items() if k.startswith("first_stage_model.")}
+    save_file(vae, tmp_path / "vae.safetensors")
+    save_file(theirs, tmp_path / "whole.safetensors")
+    other.vae.save_pretrained(tmp_path / "vae")
+    other.text_encoder.save_pretrained(tmp_path / "te")
+    pipe.unet.save_pretrained(tmp_path / "unet_folder")
+    encoder = parts_of(other)["text_encoder"]
+    save_file(encoder, tmp_path / "clip_l.safetensors")
+    other.unet = pipe.unet
+    for vae_from in ("vae.safetensors", "whole.safetensors", "vae"):
+        for encoder_from in ("whole.safetensors", "te", "clip_l.safetensors"):
+            for unet_from in ("unet.safetensors", "unet_folder/diffusion_pytorch_model.safetensors"):
+                options = {"vae": str(tmp_path / vae_from), "text_encoder": str(tmp_path / encoder_from)}
+                same_models(opened(tmp_path / unet_from, **options), other)
+    with pytest.raises(BaseModelError, match="holds no text encoder"):
+        opened(tmp_path / "unet.safetensors", vae=str(tmp_path / "vae"), text_encoder=str(tmp_path / "vae.safetensors"))
+    with pytest.raises(BaseModelError, match="has no place for a second text encoder"):
+        opened(tmp_path / "whole.safetensors", text_encoder_2=str(tmp_path / "te"))
+
+
+def test_a_replacement_vae_works_for_every_family(made: Made, tmp_path: Path) -> None:
+    file, _ = made
+    other = tiny_pipeline(file.stem, seed=3)
+    other.vae.save_pretrained(tmp_path / "vae")
+    options = {"size": (64, 64), "steps": 1, "show_progress": False, "precision": "float32"}
+    own = sdlora.generate("a fox", base=str(file), **options)[0]  # ty: ignore[invalid-argument-type]
+    section = BaseSection(path=str(file), vae=str(tmp_path / "vae"))
+    replaced = sdlora.generate("a fox", base=section, **options)[0]  # ty: ignore[invalid-argument-type]
+    assert torch.equal(own.latents, replaced.latents)
+    expected = other.vae.decode(own.latents[None] / FAMILIES[file.stem].latent_scale)[0]
+    pixels = expected.detach().div(2).add(0.5).clamp(0, 1).mul(255).round()[0].permute(1, 2, 0)
+    shown = torch.frombuffer(bytearray(replaced.image.tobytes()), dtype=torch.uint8).view(64, 64, 3)
+    assert (shown.float() - pixels).abs().max() <= 1
+    assert own.image.tobytes() != replaced.image.tobytes()
+
+
+def test_the_vae_is_never_half_precision(made: Made) -> None:
+    for dtype, expected in ((torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16)):
+        base = opened(made[0], dtype)
+        assert (base.unet.dtype, base.vae.dtype) == (dtype, expected)
+        assert {p.dtype for encoder in base.text_encoders for p in encoder.model.parameters()} == {dtype}
+
+
+@pytest.mark.parametrize(
+    ("family", "metadata", "markers", "prediction", "source", "terminal"),
+    [
+        ("sd1", {}, (), "epsilon", "family", False),
+        ("sd1", {"modelspec.prediction_type": "v"}, (), "v_prediction", "metadata", False),
+        ("sd2", {"modelspec.architecture": "stable-diffusion-v2-768-v"}, (), "v_prediction", "metadata", False),
+        ("sd2", {}, (), "epsilon", "weights", False),
+        ("sd2", {}, ("wide bias",), "v_prediction", "weights", False),
+        ("sdxl", {}, ("v_pred", "ztsnr"), "v_prediction", "marker tensor", True),
+        ("sdxl", {"modelspec.prediction_type": "epsilon"}, ("v_pred",), "v_prediction", "marker tensor", False),
+    ],
+)
+def test_prediction_types_are_told(
+    family: str, metadata: dict, markers: tuple, prediction: str, source: str, terminal: bool, tmp_path: Path
+) -> None:
+    tensors = tiny_ldm_tensors(tiny_pipeline(family), family)
+    for marker in markers:
+        if marker == "wide bias":
+            name = "model.diffusion_model.output_blocks.3.1.transformer_blocks.0.norm1.bias"
+            tensors[name] = torch.randn_like(tensors[name])
+        else:
+            tensors[marker] = torch.zeros(0)
+    save_file(tensors, tmp_path / "x.safetensors", metadata=metadata)
+    found = sniff(tmp_path / "x.safetensors")
+    assert (found.schedule.prediction, found.prediction_source) == (prediction, source)
+    assert found.schedule.zero_terminal_snr is terminal
+    assert bool(found.notes) == ("modelspec.prediction_type" in metadata and source == "marker tensor")
+    own = BaseSection(path=str(tmp_path / "x.safetensors"), prediction="v_prediction", zero_terminal_snr=True)
+    assert find_base(own).schedule.prediction == "v_prediction"
+    assert float(opened(own.path, prediction="v_prediction", zero_terminal_snr=True).schedule.alphas_cumprod[-1]) == 0
+
+
+def test_zero_terminal_snr_needs_v_prediction(made: Made) -> None:
+    with pytest.raises(BaseModelError, match=r"zero-terminal SNR wants v-prediction.*base\.prediction"):
+        find_base(BaseSection(path=str(made[0]), prediction="epsilon", zero_terminal_snr=True))
+
+
+def changed(tensors: dict[str, torch.Tensor], what: str) -> dict[str, torch.Tensor]:
+    unet, more = "model.diffusion_model.", torch.zeros(4, 4)
+    if what.startswith("inputs"):
+        channels = int(what.split()[1])
+        return tensors | {f"{unet}input_blocks.0.0.weight": torch.zeros(32, channels, 3, 3)}
+    names = {
+        "lcm": f"{unet}time_embed.cond_proj.weight",
+        "edm": "edm_mean",
+        "motion": f"{unet}input_blocks.1.motion_modules.0.x",
+        "unclip": f"{unet}label_emb.0.0.weight",
+    }
+    if what in names:
+        return tensors | {names[what]: more}
+    other = {
+        "sd3": "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight",
+        "flux": "double_blocks.0.img_attn.qkv.weight",
+        "controlnet": "control_model.input_hint_block.0.weight",
+        "lora": "lora_unet_mid_block_attentions_0_proj_in.lora_down.weight",
+        "embedding": "emb_params",
+        "unknown": "what.is.this",
+    }
+    return {other[what]: more}
+
+
+@pytest.mark.parametrize(
+    ("what", "sentence"),
+    [
+        ("inputs 9", "is an inpainting model"),
+        ("inputs 8", "is an instruct-pix2pix model"),
+        ("inputs 5", "is a depth-to-image model"),
+        ("inputs 7", "is an upscaler"),
+        ("inputs 6", "is a UNet with 6 input channels"),
+        ("lcm", "is an LCM distillation"),
+        ("edm", "was trained on an EDM noise schedule"),
+        ("motion", "is AnimateDiff"),
+        ("unclip", "is unCLIP"),
+        ("sd3", "is a Stable Diffusion 3 checkpoint"),
+        ("flux", "is a Flux checkpoint"),
+        ("controlnet", "is a ControlNet"),
+        ("lora", "is a LoRA, not a base checkpoint"),
+        ("embedding", "is a textual-inversion embedding"),
+        ("unknown", "is no checkpoint that sdlora knows"),
+    ],
+)
+def test_what_cannot_be_used_is_named(what: str, sentence: str, tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    save_file(changed(tiny_ldm_tensors(tiny_pipeline("sd1"), "sd1"), what), file)
+    with pytest.raises(BaseModelError, match=sentence) as caught:
+        find_base(str(file))
+    assert len(caught.value.problems) == 1
+    if what != "lora":
+        report = sdlora.inspect(file)
+        assert (report.kind, report.family) == ("checkpoint", None)
+        assert sentence in report.problems[0]
+
+
+def test_the_refiner_is_refused(tmp_path: Path) -> None:
+    tensors = tiny_ldm_tensors(tiny_pipeline("sdxl"), "sdxl")
+    renamed = {
+        k.replace("conditioner.embedders.1.", "conditioner.embedders.0."): v
+        for k, v in tensors.items()
+        if not k.startswith("conditioner.embedders.0.")
+    }
+    save_file(renamed, tmp_path / "x.safetensors")
+    with pytest.raises(BaseModelError, match="is the SDXL refiner"):
+        find_base(str(tmp_path / "x.safetensors"))
+
+
+def test_distilled_models_are_noted(tmp_path: Path) -> None:
+    write_tiny_ldm(tmp_path / "dreamTurbo_v2.safetensors", "sd1")
+    assert "few steps" in sdlora.inspect(tmp_path / "dreamTurbo_v2.safetensors").notes[0]
+
+
+def test_inspect_tells_what_a_checkpoint_is(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, pipe = made
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    family = FAMILIES[file.stem]
+    report = sdlora.inspect(file)
+    assert (report.kind, report.family, report.dialect, report.dtype) == ("checkpoint", file.stem, "ldm", "float32")
+    assert (report.prediction, report.resolution, report.ema_tensors) == ("epsilon", family.resolution, 1)
+    assert report.parameters is not None
+    assert report.parameters["unet"] == sum(p.numel() for p in pipe.unet.parameters())
+    assert report.parameters["vae"] == sum(p.numel() for p in pipe.vae.parameters())
+    assert set(report.parameters) == {"unet", "vae", *(encoder.part for encoder in family.text_encoders)}
+    assert (report.problems, report.notes, report.hashes) == ((), (), {})
+    hashed = sdlora.inspect(file, hashes=True).hashes
+    expected = hash_file(file, read_header(file, SdloraError).payload_start)
+    assert hashed == expected.by_name()
+    assert set(hashed) == {"sha256", "autov1", "autov2", "autov3"}
+
+
+def test_hashes_are_remembered_until_the_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = tmp_path / "x.safetensors"
+    write_tiny_ldm(file, "sd1")
+    first = sdlora.inspect(file, hashes=True).hashes
+    (memory,) = (tmp_path / "cache").rglob("*.json")
+    assert str(tmp_path) not in memory.read_text()
+    monkeypatch.setattr("sdlora.formats.hashes.hash_file", None)
+    assert sdlora.inspect(file, hashes=True).hashes == first
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_tiny_ldm(file, "sd1", seed=1)
+    assert sdlora.inspect(file, hashes=True).hashes["sha256"] != first["sha256"]
+    memory.write_text("{broken")
+    assert sdlora.inspect(file, hashes=True).hashes["sha256"] == hash_file(file, 0).sha256
+
+
+def test_sniffing_reads_a_header_and_takes_milliseconds(made: Made, tmp_path: Path) -> None:
+    header = made[0].read_bytes()[: read_header(made[0], SdloraError).payload_start]
+    sparse = tmp_path / "sparse.safetensors"
+    sparse.write_bytes(header)
+    with sparse.open("ab") as stream:
+        stream.truncate(made[0].stat().st_size)
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        assert sniff(sparse).need_usable().name == made[0].stem
+        times.append(time.perf_counter() - began)
+    assert min(times) < 0.05
+
+
+def test_memory_while_loading_is_that_of_what_stays(tmp_path: Path) -> None:
+    """A 120 MB file in float16, loaded as bfloat16 in a process of its own."""
+    write_tiny_ldm(tmp_path / "x.safetensors", "sd1", block_out_channels=(256, 768))
+    half = {k: v.half() for k, v in load_file(tmp_path / "x.safetensors").items()}
+    save_file(half, tmp_path / "x.safetensors")
+    code = """
+import re, sys, torch
+from sdlora.base.checkpoint import find_base
+from sdlora.base.load import clip_tokenizer, load_base
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+tiny, big = (find_base(path) for path in sys.argv[1:])
+load_base(tiny, device=torch.device("cpu"), dtype=torch.bfloat16)
+clip_tokenizer()
+before = peak()
+base = load_base(big, device=torch.device("cpu"), dtype=torch.bfloat16)
+stays = sum(p.nbytes for m in (base.unet, base.vae, base.text_encoders[0].model) for p in m.parameters())
+print(stays, peak() - before)
+"""
+    write_tiny_ldm(tmp_path / "tiny.safetensors", "sd1")
+    command = [sys.executable, "-c", code, str(tmp_path / "tiny.safetensors"), str(tmp_path / "x.safetensors")]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    stays, grown = map(int, result.stdout.split())
+    assert stays > 100e6
+    assert grown < 1.15 * stays
+
+
+def damaged_headers(good: bytes, count: int) -> list[bytes]:
+    """Variants of a safetensors file, each broken in one of many ways."""
+    rng = random.Random(0)
+    (length,) = struct.unpack("<Q", good[:8])
+    table, payload = json.loads(good[8 : 8 + length]), good[8 + length :]
+    names = [name for name in table if name != "__metadata__"]
+
+    def file(text: bytes, declared: int | None = None) -> bytes:
+        return struct.pack("<Q", len(text) if declared is None else declared) + text + payload
+
+    def entry_changed(change: Any) -> bytes:
+        copy = json.loads(json.dumps(table))
+        copy[rng.choice(names)].update(change(copy))
+        return file(json.dumps(copy).encode())
+
+    def cut() -> bytes:
+        return good[: rng.randrange(len(good))]
+
+    def flipped() -> bytes:
+        data = bytearray(good)
+        for _ in range(rng.randrange(1, 8)):
+            data[rng.randrange(8 + length)] ^= 1 << rng.randrange(8)
+        return bytes(data)
+
+    def twice() -> bytes:
+        name = rng.choice(names)
+        return file(json.dumps(table)[:-1].encode() + f',"{name}":{json.dumps(table[name])}}}'.encode())
+
+    values = [float("nan"), None, -1, 1e30, "0", [], {}, 2**70, True]
+    ways = [
+        cut,
+        flipped,
+        twice,
+        lambda: file(json.dumps(table).encode(), declared=rng.choice([0, 1, 2**40, 2**63, 2**64 - 1, length - 1])),
+        lambda: file(rng.randbytes(rng.randrange(200))),
+        lambda: file(b"[" * rng.randrange(1, 100_000)),
+        lambda: entry_changed(lambda copy: {"data_offsets": [0, rng.randrange(1, 10**9)]}),
+        lambda: entry_changed(lambda copy: {"data_offsets": copy[rng.choice(names)]["data_offsets"] + [1]}),
+        lambda: entry_changed(lambda copy: {"dtype": rng.choice(["F16", "I64", "F3", 5, None, []])}),
+        lambda: entry_changed(lambda copy: {"shape": rng.choice([[], [1], [10**9, 10**9], [0], [-1, -1], "x"])}),
+        lambda: entry_changed(lambda copy: {"shape": [rng.choice(values)]}),
+        lambda: entry_changed(lambda copy: {"data_offsets": [rng.choice(values), rng.choice(values)]}),
+        lambda: file(json.dumps(table | {"__metadata__": rng.choice(values)}).encode()),
+        lambda: file(json.dumps({name: table[name] for name in rng.sample(names, len(names) - 1)}).encode()),
+    ]
+    return [rng.choice(ways)() for _ in range(count)]
+
+
+def test_damaged_headers_give_one_line_each(tmp_path: Path) -> None:
+    small = {k: v[:0] if v.ndim > 1 and v.numel() > 4096 else v for k, v in load_small(tmp_path).items()}
+    save_file(small, tmp_path / "small.safetensors", metadata={"a": "b"})
+    good = (tmp_path / "small.safetensors").read_bytes()
+    outcomes = []
+    for data in damaged_headers(good, 1000):
+        (tmp_path / "x.safetensors").write_bytes(data)
+        began = time.perf_counter()
+        try:
+            sniff(tmp_path / "x.safetensors")
+            outcomes.append(True)
+        except BaseModelError as error:
+            assert len(error.problems) == 1
+            assert "\n" not in error.problems[0]
+            assert len(error.problems[0]) < 1000
+            assert "x.safetensors" in error.problems[0]
+            outcomes.append(False)
+        assert time.perf_counter() - began < 2
+    # A flipped bit in a name, or a dtype of the same width, leaves a file that can be read.
+    assert sum(outcomes) < 100
+
+
+def load_small(folder: Path) -> dict[str, torch.Tensor]:
+    write_tiny_ldm(folder / "whole.safetensors", "sdxl")
+    return load_file(folder / "whole.safetensors")
+
+
+def test_shapes_that_surprise_are_refused_in_one_line(tmp_path: Path) -> None:
+    tensors = tiny_ldm_tensors(tiny_pipeline("sdxl"), "sdxl")
+    rng = random.Random(1)
+    for name in rng.sample(sorted(tensors), 25):
+        if name.startswith(("model_ema", "alphas")) or name.endswith("logit_scale"):
+            continue
+        for replacement in (torch.tensor(1.0), torch.zeros(0), torch.zeros(3, 5), torch.zeros(2, 3, 1, 1)):
+            save_file(tensors | {name: replacement}, tmp_path / "x.safetensors")
+            with pytest.raises(BaseModelError) as caught:
+                opened(tmp_path / "x.safetensors")
+            assert len(caught.value.problems) == 1, name
+
+
+def test_a_checkpoint_of_nan_says_so(tmp_path: Path) -> None:
+    tensors = tiny_ldm_tensors(tiny_pipeline("sd1"), "sd1")
+    broken = tensors | {"model.diffusion_model.out.2.weight": torch.full((4, 32, 3, 3), float("nan"))}
+    save_file(broken, tmp_path / "x.safetensors")
+    with pytest.raises(BaseModelError, match=r"its UNet gives no number \(NaN or infinity\)"):
+        sdlora.generate("x", base=str(tmp_path / "x.safetensors"), size=(64, 64), steps=1, show_progress=False)
+
+
+def test_no_network_and_no_hub_are_touched(made_sdxl: Made, tmp_path: Path) -> None:
+    code = """
+import socket, sys
+def refuse(*_, **__):
+    raise AssertionError("the network was touched")
+socket.socket.connect = refuse
+socket.getaddrinfo = refuse
+import sdlora
+print(sdlora.generate("a fox", base=sys.argv[1], steps=1, size=(64, 64))[0].latents.isfinite().all().item())
+"""
+    environment = {"HF_HOME": str(tmp_path / "hub"), "PATH": "", "HOME": str(tmp_path)}
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(made_sdxl[0])], capture_output=True, text=True, env=environment, check=False
+    )
+    assert result.stdout.strip() == "True", result.stderr
+
+
+def test_the_command_line_takes_single_files(made_sdxl: Made, tmp_path: Path) -> None:
+    told = json.loads(run_sdlora("inspect", made_sdxl[0], "--json", cwd=tmp_path).stdout)
+    assert (told["kind"], told["family"], told["prediction"]) == ("checkpoint", made_sdxl[0].stem, "epsilon")
+    result = run_sdlora(
+        *("generate", "a (red:1.2) fox", "--base", made_sdxl[0], "--steps", 1, "--size", "64x64", "--out", "x.png"),
+        *("--clip-skip", 2, "--attention", "xformers"),
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "xformers cannot be used" in result.stderr
+    wrong = run_sdlora("generate", "x", "--base", made_sdxl[0], "--prediction", "v", "--clip-skip", 30, cwd=tmp_path)
+    assert wrong.returncode == 1
+    assert wrong.stderr.count("error: base.") == 2

@@ -1,0 +1,316 @@
+"""Generating, training and refusing on every family, through the same code, against diffusers' own pipelines."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from safetensors.torch import load_file, save_file
+
+import sdlora
+from sdlora.base.attention import use_attention, why_not_xformers
+from sdlora.base.checkpoint import find_base
+from sdlora.base.encode import Framing
+from sdlora.base.family import FAMILIES
+from sdlora.base.load import load_base
+from sdlora.config import BaseSection, load_config
+from sdlora.errors import CompatibilityError, SdloraError
+from sdlora.formats.safetensors_file import read_header
+from sdlora.generation.pipeline import Picture
+from sdlora.progress import Silence
+from sdlora.training.plan import plan_run
+from sdlora.training.session import open_session
+from tests.conftest import write_pictures
+from tests.tiny import tiny_ldm_tensors, tiny_pipeline, write_tiny_ldm
+
+PROMPT, NEGATIVE, STEPS = "a red fox, masterpiece", "blue", 4
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("families")
+    for family in FAMILIES:
+        write_tiny_ldm(folder / f"{family}.safetensors", family)
+    return {family: folder / f"{family}.safetensors" for family in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def loras(files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A LoRA trained on each family's tiny base."""
+    folder = tmp_path_factory.mktemp("loras")
+    pictures = write_pictures(folder / "pictures", 4, sizes=((64, 64), (100, 60)))
+    for family, file in files.items():
+        config = load_config(None, overrides(file, pictures, folder / f"{family}.safetensors"))
+        sdlora.train(config, show_progress=False)
+    return {family: folder / f"{family}.safetensors" for family in files}
+
+
+def overrides(base: Path, pictures: Path, output: Path, *more: str) -> list[str]:
+    return [
+        f"base.path={base}", f"data.images={pictures}", "data.trigger=zorb", f"output.path={output}", "train.steps=6",
+        "train.batch_size=2", "lora.rank=4", "train.learning_rate=5e-2", "train.text_encoder_learning_rate=5e-2",
+        "output.samples=[]", "data.resolution=64", "train.warmup_steps=0", "output.precision=float32", *more,
+    ]  # fmt: skip
+
+
+def ours(base: Path | BaseSection, sampler: str, *, loras: list[str] | None = None, **options: Any) -> Picture:
+    settings: dict[str, Any] = {"negative": NEGATIVE, "cfg": 4.0, "seed": 7, "steps": STEPS, "size": (64, 64)}
+    return sdlora.generate(
+        PROMPT,
+        base=base if isinstance(base, BaseSection) else str(base),
+        sampler=sampler,
+        loras=loras or [],
+        precision="float32",
+        show_progress=False,
+        **(settings | options),
+    )[0]
+
+
+def theirs(pipe: Any, **options: Any) -> torch.Tensor:
+    settings: dict[str, Any] = {"negative_prompt": NEGATIVE, "guidance_scale": 4.0, "num_inference_steps": STEPS}
+    settings |= {"height": 64, "width": 64, "generator": torch.Generator().manual_seed(7), "output_type": "latent"}
+    return pipe(PROMPT, **(settings | options)).images[0]
+
+
+def difference(picture: Picture, latents: torch.Tensor) -> float:
+    return (picture.latents - latents).abs().max().item()
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("form", ["file", "folder"])
+def test_pictures_equal_those_of_diffusers(files: dict[str, Path], family: str, form: str, tmp_path: Path) -> None:
+    pipe = tiny_pipeline(family)
+    base = files[family]
+    if form == "folder":
+        base = tmp_path / "folder"
+        pipe.save_pretrained(base)
+        pipe.scheduler = type(pipe.scheduler).from_pretrained(base, subfolder="scheduler")
+    for sampler, kind in (("ddim", DDIMScheduler), ("euler", EulerDiscreteScheduler)):
+        options = {"clip_sample": False, "set_alpha_to_one": False} if sampler == "ddim" else {}
+        pipe.scheduler = kind.from_config(pipe.scheduler.config, **options)
+        assert difference(ours(base, sampler), theirs(pipe)) < 1e-4
+        # SDXL takes an empty negative prompt as zeros, here as there.
+        assert difference(ours(base, sampler, negative=""), theirs(pipe, negative_prompt=None)) < 1e-4
+    assert difference(ours(base, "euler", negative=""), ours(base, "euler").latents) > 1e-3
+    assert difference(ours(base, "euler", size=(96, 64)), theirs(pipe, width=96)) < 1e-4
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("terminal", [False, True])
+def test_v_prediction_and_zero_terminal_snr_equal_diffusers(family: str, terminal: bool, tmp_path: Path) -> None:
+    pipe = tiny_pipeline(family, prediction="v_prediction")
+    tensors = (
+        tiny_ldm_tensors(pipe, family) | {"v_pred": torch.zeros(0)} | ({"ztsnr": torch.zeros(0)} if terminal else {})
+    )
+    save_file(tensors, tmp_path / "x.safetensors")
+    options = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if terminal else {}
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, **options)
+    assert difference(ours(tmp_path / "x.safetensors", "euler"), theirs(pipe)) < 1e-4
+    as_epsilon = BaseSection(path=str(tmp_path / "x.safetensors"), prediction="epsilon", zero_terminal_snr=False)
+    assert difference(ours(as_epsilon, "euler"), theirs(pipe)) > 1e-2
+
+
+@pytest.mark.parametrize("sampler", ["dpm++2m", "euler-a"])
+def test_every_sampler_runs_on_a_zero_terminal_base(sampler: str, tmp_path: Path) -> None:
+    tensors = tiny_ldm_tensors(tiny_pipeline("sdxl"), "sdxl") | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    assert ours(tmp_path / "x.safetensors", sampler).latents.isfinite().all()
+
+
+def kohya_names(family: str) -> set[str]:
+    """Of the trained modules of the tiny models, written out by hand from kohya's rules."""
+    attention = [f"{attn}_{to}" for attn in ("attn1", "attn2") for to in ("to_q", "to_k", "to_v", "to_out_0")]
+    text = [f"self_attn_{to}_proj" for to in ("q", "k", "v", "out")]
+    if family == "sdxl":
+        places = {"input_blocks_3_1": 2, "middle_block_1": 2, "output_blocks_0_1": 2, "output_blocks_1_1": 2}
+        prefixes = ["lora_te1", "lora_te2"]
+    else:
+        ups = ("up_blocks_1_attentions_0", "up_blocks_1_attentions_1")
+        places = dict.fromkeys(("down_blocks_0_attentions_0", "mid_block_attentions_0", *ups), 1)
+        prefixes = ["lora_te"]
+    unet = {
+        f"lora_unet_{place}_transformer_blocks_{i}_{name}"
+        for place, depth in places.items()
+        for i in range(depth)
+        for name in attention
+    }
+    encoders = {
+        f"{prefix}_text_model_encoder_layers_{i}_{name}" for prefix in prefixes for i in range(3) for name in text
+    }
+    return unet | encoders
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_training_changes_every_part_under_kohya_s_names(loras: dict[str, Path], family: str) -> None:
+    tensors = load_file(loras[family])
+    assert {name.partition(".")[0] for name in tensors} == kohya_names(family)
+    untouched = {n for n, t in tensors.items() if n.endswith("lora_up.weight") and not t.any()}
+    # SDXL reads its first encoder before the last layer, which therefore learns nothing.
+    expected = {n for n in kohya_names(family) if n.startswith("lora_te1") and "_layers_2_" in n}
+    assert {name.partition(".")[0] for name in untouched} == expected
+    metadata = read_header(loras[family], SdloraError).metadata
+    assert metadata["ss_base_model_version"] == FAMILIES[family].kohya_version
+    report = sdlora.inspect(loras[family])
+    assert (report.family, report.dialect) == (family, "kohya")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_diffusers_draws_the_same_from_the_trained_file(
+    files: dict[str, Path], loras: dict[str, Path], family: str
+) -> None:
+    pipe = tiny_pipeline(family)
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    plain = theirs(pipe)
+    pipe.load_lora_weights(str(loras[family].parent), weight_name=loras[family].name)
+    reference = theirs(pipe)
+    picture = ours(files[family], "euler", loras=[str(loras[family])])
+    assert difference(picture, reference) < 1e-3
+    assert (plain - reference).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_the_loss_is_the_formula_on_diffusers_models(files: dict[str, Path], family: str, tmp_path: Path) -> None:
+    """One step's loss, rebuilt from the pipeline's own parts: latents, noise, text, sizes, target and weight."""
+    pictures = write_pictures(tmp_path / "pictures", 1, sizes=((100, 60),))
+    more = ("train.batch_size=1", "train.min_snr_gamma=0", "data.resolution=64", "train.text_encoder_learning_rate=0")
+    plan = plan_run(load_config(None, overrides(files[family], pictures, tmp_path / "x.safetensors", *more)))
+    base = load_base(plan.base, device=CPU, dtype=torch.float32)
+    session = open_session(plan, base, Accelerator(), Silence())
+    (placement,), (item,) = plan.placements, plan.items
+    assert (placement.width, placement.height) == (80, 48)
+    framing = session.pictures[0].framing
+    assert framing.numbers == (60, 100, placement.top, placement.left, 48, 80)
+
+    pipe, told = tiny_pipeline(family), {}
+    handed = base.unet.forward
+
+    def spy(*given: Any, **named: Any) -> Any:
+        told["given"], told["named"] = given, named
+        return handed(*given, **named)
+
+    base.unet.forward = spy
+    with session.attached():
+        loss = session.step(0)
+    noisy, times, context = told["given"]
+    reference = pipe.encode_prompt(
+        prompt=item.caption, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+    )
+    torch.testing.assert_close(context, reference[0], rtol=1e-5, atol=1e-5)
+    added = told["named"]["added_cond_kwargs"]
+    if family == "sdxl":
+        torch.testing.assert_close(added["text_embeds"], reference[2], rtol=1e-5, atol=1e-5)
+        assert added["time_ids"].tolist() == [list(map(float, framing.numbers))]
+    else:
+        assert added is None
+    scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    share = scheduler.alphas_cumprod[times].view(-1, 1, 1, 1)
+    from sdlora.data.batches import draw
+
+    drawn = draw(seed=0, step=0, slot=0, slots=1, shape=tuple(noisy.shape[1:]), timesteps=1000, caption_dropout=0.0)
+    noise = torch.from_numpy(drawn.noise)[None]
+    latents = (noisy - (1 - share).sqrt() * noise) / share.sqrt()
+    cached = session.pictures[0]
+    torch.testing.assert_close(
+        latents[0], cached.mean + cached.std * torch.from_numpy(drawn.posterior), rtol=1e-3, atol=1e-3
+    )
+    with torch.no_grad():
+        predicted = pipe.unet(noisy, times, reference[0], added_cond_kwargs=added)[0]
+    torch.testing.assert_close(loss, (predicted - noise).square().mean(), rtol=1e-4, atol=1e-5)
+
+
+def test_v_prediction_trains_towards_v(files: dict[str, Path], tmp_path: Path) -> None:
+    pictures = write_pictures(tmp_path / "pictures", 2)
+    for more in (("base.prediction=v_prediction",), ("base.prediction=v_prediction", "base.zero_terminal_snr=true")):
+        config = load_config(None, overrides(files["sd2"], pictures, tmp_path / f"{len(more)}.safetensors", *more))
+        sdlora.train(config, show_progress=False)
+        metadata = read_header(Path(config.output.path), SdloraError).metadata
+        assert metadata["ss_base_model_version"] == "sd_v2_v"
+        assert metadata["modelspec.architecture"] == "stable-diffusion-v2-768-v/lora"
+        assert metadata["modelspec.prediction_type"] == "v"
+        assert metadata["ss_zero_terminal_snr"] == str(len(more) == 2)
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_gradient_checkpointing_changes_memory_and_nothing_else(
+    files: dict[str, Path], family: str, loras: dict[str, Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "x.safetensors"
+    pictures = loras[family].parent / "pictures"
+    config = load_config(None, overrides(files[family], pictures, output, "train.gradient_checkpointing=true"))
+    sdlora.train(config, show_progress=False)
+    one, other = load_file(loras[family]), load_file(output)
+    assert all(torch.allclose(one[name], other[name], rtol=1e-3, atol=1e-4) for name in one)
+
+
+def test_long_captions_are_trained_in_chunks(files: dict[str, Path], tmp_path: Path) -> None:
+    pictures = write_pictures(tmp_path / "pictures", 2)
+    (pictures / "0.txt").write_text(", ".join(f"thing {i}" for i in range(25)))
+    config = load_config(None, overrides(files["sdxl"], pictures, tmp_path / "x.safetensors"))
+    plan = plan_run(config)
+    session = open_session(plan, load_base(plan.base, device=CPU, dtype=torch.float32), Accelerator(), Silence())
+    assert session.contexts.of([0, 1, None]).context.shape == (3, 154, 128)
+    sdlora.train(config, show_progress=False)
+    assert read_header(tmp_path / "x.safetensors", SdloraError).metadata["ss_max_token_length"] == "150"
+    short = load_config(
+        None, overrides(files["sdxl"], pictures, tmp_path / "y.safetensors", "data.max_token_length=75")
+    )
+    sdlora.train(short, show_progress=False)
+    assert read_header(tmp_path / "y.safetensors", SdloraError).metadata["ss_max_token_length"] == "None"
+
+
+@pytest.mark.parametrize(("lora", "base"), list(itertools.permutations(FAMILIES, 2)))
+def test_wrong_pairs_are_refused_before_anything_is_loaded(
+    files: dict[str, Path], loras: dict[str, Path], lora: str, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("sdlora.api.load_base", refuse)
+    with pytest.raises(CompatibilityError) as caught:
+        ours(files[base], "euler", loras=[str(loras[lora])])
+    (sentence,) = caught.value.problems
+    assert f"a LoRA for {FAMILIES[lora].title}; the base {base} is {FAMILIES[base].title}" in sentence
+    assert f"use it with a {FAMILIES[lora].title} base" in sentence
+
+
+def test_metadata_that_lies_does_not_decide(
+    files: dict[str, Path], loras: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_file(load_file(loras["sdxl"]), tmp_path / "x.safetensors", metadata={"ss_base_model_version": "sd_v1"})
+    assert sdlora.inspect(tmp_path / "x.safetensors").family == "sdxl"
+    with caplog.at_level(logging.WARNING):
+        ours(files["sdxl"], "euler", loras=[str(tmp_path / "x.safetensors")])
+    with pytest.raises(CompatibilityError, match="a LoRA for Stable Diffusion XL; the base sd1"):
+        ours(files["sd1"], "euler", loras=[str(tmp_path / "x.safetensors")])
+
+
+def test_framings_are_heights_first() -> None:
+    framing = Framing(original_width=1, original_height=2, left=3, top=4, width=5, height=6)
+    assert framing.numbers == (2, 1, 4, 3, 6, 5)
+
+
+def test_xformers_is_probed_and_replaced_where_it_cannot_run(
+    files: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU; whether xformers runs on it depends on its build")
+    reason = why_not_xformers(CPU, torch.float32)
+    assert reason is not None
+    assert "not installed" in reason or "needs a CUDA device" in reason
+    base = load_base(find_base(str(files["sd1"])), device=CPU, dtype=torch.float32)
+    before = {name: type(processor) for name, processor in base.unet.attn_processors.items()}
+    for wish, warnings in (("auto", 0), ("sdpa", 0), ("xformers", 1)):
+        with caplog.at_level(logging.WARNING):
+            caplog.clear()
+            use_attention(base.unet, wish)
+        assert len(caplog.records) == warnings
+    assert "going on with torch's own attention" in caplog.text
+    assert {name: type(processor) for name, processor in base.unet.attn_processors.items()} == before
