@@ -1,6 +1,6 @@
 """Checkpoints of real size: how fast they load, and what three training steps and two sampling steps cost.
 
-    python -m benchmarks.real_size [--folder out/real-size] [--families sd1 sdxl] [--resolutions 512 1024]
+    python -m benchmarks.real_size [--folder out/real-size] [--families sd1 sdxl] [--resolutions 512]
 
 Writes single files of Stable Diffusion 1.5's and SDXL's size in float16, with random weights, where they are not there
 yet (2.1 and 6.9 GB). Then, each in a process of its own so that peaks do not mix:
@@ -147,7 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("out/real-size"))
     parser.add_argument("--families", nargs="+", default=["sd1", "sdxl"], choices=list(FAMILIES))
-    parser.add_argument("--resolutions", type=int, nargs="+", default=[512, 1024])
+    parser.add_argument("--resolutions", type=int, nargs="+", help="default: 512, and what the family is made for")
     parser.add_argument("--measures", nargs="+", default=list(MEASURES), choices=list(MEASURES))
     parser.add_argument("--here", nargs=3, metavar=("WHAT", "FILE", "RESOLUTION"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -160,8 +160,9 @@ def main() -> None:
         file = arguments.folder / f"{family}.safetensors"
         if not file.exists():
             write_checkpoint(file, family)
+        sizes = arguments.resolutions or sorted({512, FAMILIES[family].resolution})
         for what in arguments.measures:
-            for resolution in arguments.resolutions if what in ("train", "generate") else [0]:
+            for resolution in sizes if what in ("train", "generate") else [0]:
                 command = [sys.executable, "-m", "benchmarks.real_size", "--here", what, str(file), str(resolution)]
                 done = subprocess.run(command, capture_output=True, text=True, check=False)
                 told = done.stdout.strip().splitlines()[-1] if done.returncode == 0 else json.dumps(done.stderr[-500:])

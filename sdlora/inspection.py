@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from .base.checkpoint import MINI, MINI_FOLDER
-from .base.sniff import PARTS as CHECKPOINT_PARTS
-from .base.sniff import Sniffed, sniff, title_of
+from .base.parts import PARTS as CHECKPOINT_PARTS
+from .base.parts import TITLES
+from .base.sniff import Sniffed, sniff
 from .errors import LoraFileError
 from .formats.hashes import FileHashes, cached_hashes, hash_file
 from .formats.keys import PARTS, part_of
-from .formats.lora_file import LoraFile, read_lora
+from .formats.lora_file import LoraFile, is_lora, read_lora
 from .formats.metadata import trigger_words
 from .formats.safetensors_file import read_header
-from .formats.tensor_files import PICKLES, open_tensor_file
+from .formats.tensor_files import open_tensor_file
 from .progress import Progress
 
 
@@ -72,11 +73,9 @@ def inspect_file(path: str, *, hashes: bool, progress: Progress) -> Report:
     file = Path(path)
     if path == MINI or file.is_dir():
         return _checkpoint_report(sniff(MINI_FOLDER if path == MINI else file), name=file.name, hashes=None)
-    names = open_tensor_file(file, LoraFileError).tensors
-    found = sniff(file)
-    is_lora = not found.parts and any(part_of(name) for name in names)
-    if is_lora and file.suffix.lower() not in PICKLES:
+    if is_lora(open_tensor_file(file, LoraFileError).tensors):
         return _lora_report(read_lora(file))
+    found = sniff(file)
     own = cached_hashes(file, found.files[0].payload_start, progress) if hashes else None
     return _checkpoint_report(found, name=file.name, hashes=own)
 
@@ -118,7 +117,7 @@ def _checkpoint_report(found: Sniffed, *, name: str, hashes: FileHashes | None) 
     family, problems = found.family, [f"it {found.refusal}"] if found.refusal else []
     if family is not None:
         needed = ("unet", "vae", *(encoder.part for encoder in family.text_encoders))
-        problems += [f"it holds no {title_of(part)}" for part in needed if part not in found.parts]
+        problems += [f"it holds no {TITLES[part]}" for part in needed if part not in found.parts]
     return Report(
         kind="checkpoint",
         file=name,

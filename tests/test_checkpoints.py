@@ -234,6 +234,20 @@ def test_zero_terminal_snr_needs_v_prediction(made: Made) -> None:
         find_base(BaseSection(path=str(made[0]), prediction="epsilon", zero_terminal_snr=True))
 
 
+def test_damaged_pickles_give_one_line(tmp_path: Path) -> None:
+    torch.save({"state_dict": tiny_ldm_tensors(tiny_pipeline("sd1"), "sd1")}, tmp_path / "whole.ckpt")
+    good, rng = (tmp_path / "whole.ckpt").read_bytes(), random.Random(0)
+    torch.save([1, 2], tmp_path / "list.ckpt")
+    variants = [good[: rng.randrange(2, len(good))] for _ in range(10)]
+    variants += [b"PK", b"\x80\x02", b"\x80\x02" + rng.randbytes(100), (tmp_path / "list.ckpt").read_bytes()]
+    for data in variants:
+        (tmp_path / "x.ckpt").write_bytes(data)
+        with pytest.raises(BaseModelError, match=r"x\.ckpt") as caught:
+            sniff(tmp_path / "x.ckpt")
+        assert len(caught.value.problems) == 1
+        assert "\n" not in caught.value.problems[0]
+
+
 def changed(tensors: dict[str, torch.Tensor], what: str) -> dict[str, torch.Tensor]:
     unet, more = "model.diffusion_model.", torch.zeros(4, 4)
     if what.startswith("inputs"):
@@ -268,12 +282,12 @@ def changed(tensors: dict[str, torch.Tensor], what: str) -> dict[str, torch.Tens
         ("inputs 6", "is a UNet with 6 input channels"),
         ("lcm", "is an LCM distillation"),
         ("edm", "was trained on an EDM noise schedule"),
-        ("motion", "is AnimateDiff"),
+        ("motion", "makes videos"),
         ("unclip", "is unCLIP"),
         ("sd3", "is a Stable Diffusion 3 checkpoint"),
         ("flux", "is a Flux checkpoint"),
         ("controlnet", "is a ControlNet"),
-        ("lora", "is a LoRA, not a base checkpoint"),
+        ("lora", "is a LoRA, not a base checkpoint; it goes with --lora"),
         ("embedding", "is a textual-inversion embedding"),
         ("unknown", "is no checkpoint that sdlora knows"),
     ],

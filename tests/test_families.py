@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import logging
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,13 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
 
 import sdlora
-from sdlora.base.attention import use_attention, why_not_xformers
+from sdlora.base.attention import _build_fault, use_attention, why_not_xformers
 from sdlora.base.checkpoint import find_base
 from sdlora.base.encode import Framing
 from sdlora.base.family import FAMILIES
 from sdlora.base.load import load_base
 from sdlora.config import BaseSection, load_config
-from sdlora.errors import CompatibilityError, SdloraError
+from sdlora.errors import CompatibilityError, ResumeError, SdloraError
 from sdlora.formats.safetensors_file import read_header
 from sdlora.generation.pipeline import Picture
 from sdlora.progress import Silence
@@ -238,6 +240,16 @@ def test_v_prediction_trains_towards_v(files: dict[str, Path], tmp_path: Path) -
         assert metadata["ss_zero_terminal_snr"] == str(len(more) == 2)
 
 
+def test_replacements_are_part_of_a_run_and_their_paths_are_not(files: dict[str, Path], tmp_path: Path) -> None:
+    pictures, output = write_pictures(tmp_path / "pictures", 2), tmp_path / "x.safetensors"
+    tiny_pipeline("sd1", seed=5).vae.save_pretrained(tmp_path / "vae")
+    options = overrides(files["sd1"], pictures, output)
+    sdlora.train(load_config(None, [*options, f"base.vae={tmp_path / 'vae'}"]), show_progress=False)
+    assert str(tmp_path) not in str(read_header(output, SdloraError).metadata)
+    with pytest.raises(ResumeError, match="the base checkpoint has changed"):
+        sdlora.train(load_config(None, options), show_progress=False)
+
+
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_gradient_checkpointing_changes_memory_and_nothing_else(
     files: dict[str, Path], family: str, loras: dict[str, Path], tmp_path: Path
@@ -295,6 +307,23 @@ def test_metadata_that_lies_does_not_decide(
 def test_framings_are_heights_first() -> None:
     framing = Framing(original_width=1, original_height=2, left=3, top=4, width=5, height=6)
     assert framing.numbers == (2, 1, 4, 3, 6, 5)
+
+
+def test_kernels_for_another_cuda_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the words of xformers 0.0.35 beside another torch."""
+    words = (
+        "xFormers can't load C++/CUDA extensions. xFormers was built for:\n    PyTorch 2.10.0+cu128 with CUDA 1208 (you"
+    )
+    module = types.ModuleType("xformers._cpp_lib")
+    monkeypatch.setattr(module, "_cpp_library_load_exception", RuntimeError(words), raising=False)
+    parent = types.ModuleType("xformers")
+    monkeypatch.setattr(parent, "_cpp_lib", module, raising=False)
+    monkeypatch.setitem(sys.modules, "xformers", parent)
+    reason = _build_fault()
+    assert reason is not None
+    assert "they were built for PyTorch 2.10.0+cu128 with CUDA 1208, and this is PyTorch" in reason
+    monkeypatch.setattr(module, "_cpp_library_load_exception", None)
+    assert _build_fault() is None
 
 
 def test_xformers_is_probed_and_replaced_where_it_cannot_run(

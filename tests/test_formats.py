@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from sdlora.base.family import FAMILIES, SD1
+from sdlora.base.family import FAMILIES, SD1, SDXL
 from sdlora.config import load_config
 from sdlora.errors import LoraFileError
 from sdlora.formats.hashes import hash_file
-from sdlora.formats.keys import kohya_key, part_of, resolve
+from sdlora.formats.keys import kohya_keys, part_of, resolve
 from sdlora.formats.lora_file import read_lora, write_kohya
 from sdlora.formats.metadata import (
     DatasetFacts,
@@ -40,11 +40,30 @@ def low_rank(rank: int = 2, wide: int = 6, high: int = 4, alpha: float = 1.0) ->
 
 
 def test_kohya_names_are_those_of_kohya() -> None:
-    assert kohya_key(UNET, two_text_encoders=False) == (
-        "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0"
-    )
-    assert kohya_key(TEXT, two_text_encoders=False) == "lora_te_text_model_encoder_layers_11_self_attn_q_proj"
-    assert kohya_key(TEXT, two_text_encoders=True) == "lora_te1_text_model_encoder_layers_11_self_attn_q_proj"
+    assert kohya_keys([UNET, TEXT], SD1, ()) == {
+        UNET: "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0",
+        TEXT: "lora_te_text_model_encoder_layers_11_self_attn_q_proj",
+    }
+    assert kohya_keys([TEXT], SDXL, ()) == {TEXT: "lora_te1_text_model_encoder_layers_11_self_attn_q_proj"}
+    with pytest.raises(ValueError, match="is not a module of the base"):
+        kohya_keys([UNET], SDXL, [UNET.replace("down_blocks.0", "down_blocks.1")])
+
+
+def test_sdxl_names_are_sgm_s_at_full_size() -> None:
+    from tests.published import our_names, published
+
+    tensors = our_names("unet", published("sdxl")["unet"])
+    modules = {f"unet.{name.removesuffix('.weight')}" for name in tensors if name.endswith(".weight")}
+    attention = {name for name in modules if name.endswith((".to_q", ".to_k", ".to_v", ".to_out.0"))}
+    keys = kohya_keys(attention, SDXL, modules)
+    assert len(set(keys.values())) == 560
+    down, mid, up = ("unet.down_blocks.1.attentions.0", "unet.mid_block.attentions.0", "unet.up_blocks.0.attentions.0")
+    block = ".transformer_blocks.0.attn1.to_q"
+    assert [keys[place + block] for place in (down, mid, up)] == [
+        f"lora_unet_{place}_transformer_blocks_0_attn1_to_q"
+        for place in ("input_blocks_4_1", "middle_block_1", "output_blocks_0_1")
+    ]
+    assert resolve(keys.values(), modules).matched == {key: name for name, key in keys.items()}
 
 
 @pytest.mark.parametrize(
@@ -91,7 +110,7 @@ def test_writing_and_reading_gives_the_same_modules(tmp_path: Path, names: list[
 def test_the_reference_reader_reads_what_we_write(tmp_path: Path, dtype: torch.dtype) -> None:
     file, change = tmp_path / "x.safetensors", low_rank(alpha=8.0)
     write_kohya(file, {UNET: change}, {"modelspec.title": "Ünicode"}, dtype=dtype)
-    key = kohya_key(UNET, two_text_encoders=False)
+    key = kohya_keys([UNET], SD1, ())[UNET]
     with safe_open(file, framework="pt") as reader:
         assert sorted(reader.keys()) == [f"{key}.alpha", f"{key}.lora_down.weight", f"{key}.lora_up.weight"]
         assert torch.equal(reader.get_tensor(f"{key}.lora_down.weight"), change.down.to(dtype))
@@ -208,6 +227,7 @@ def facts(**changes: object) -> tuple[RunFacts, DatasetFacts]:
     run = RunFacts(
         title="x", base_name="mini", family=SD1, prediction="epsilon", resolution=128, modules=92, epochs=3,
         batches_per_epoch=9, precision="bfloat16", session=5, started_at=1.0, finished_at=100.0,
+        clip_skip=None, token_length=75, zero_terminal_snr=False,
     )  # fmt: skip
     return run, DatasetFacts(folder="pics", captions=["zorb, a cat", "zorb, a dog"], buckets={(128, 128): 2})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 
 import torch
 from diffusers.models.attention_processor import XFormersAttnProcessor
@@ -52,5 +53,6 @@ def _build_fault() -> str | None:
     fault = getattr(_cpp_lib, "_cpp_library_load_exception", None)
     if fault is None:
         return None
-    sentence = " ".join(str(fault).split())
-    return f"its kernels do not load: {sentence}; install the build for CUDA {torch.version.cuda}"
+    built = re.search(r"PyTorch \S+ with CUDA \d+", str(fault))
+    what = f"they were built for {built[0]}" if built else " ".join(str(fault).split())
+    return f"its kernels do not load: {what}, and this is PyTorch {torch.__version__} with CUDA {torch.version.cuda}"

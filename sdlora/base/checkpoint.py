@@ -10,8 +10,9 @@ from pathlib import Path
 from ..config import BaseSection
 from ..errors import BaseModelError
 from .family import Family
+from .parts import TITLES, Part, find_part
 from .schedule import ScheduleFacts
-from .sniff import Part, Sniffed, sniff, sniff_part, title_of
+from .sniff import Sniffed, sniff
 
 MINI = "mini"
 MINI_FOLDER = Path(__file__).parent / "mini"
@@ -69,7 +70,7 @@ def find_base(wanted: str | BaseSection) -> BaseCheckpoint:
     found = sniff(path)
     family = found.need_usable()
     encoders = [facts.part for facts in family.text_encoders]
-    parts, sources = _gather(section, found, ("unet", "vae", *encoders))
+    parts, sources = _gather(section, found, family)
     schedule = _overridden(found.schedule, section)
     own_vae = (found.parts["vae"].config if "vae" in found.parts else None) or {}
     zeros = found.zeros_for_empty_negative
@@ -91,20 +92,23 @@ def find_base(wanted: str | BaseSection) -> BaseCheckpoint:
     )
 
 
-def _gather(section: BaseSection, found: Sniffed, needed: tuple[str, ...]) -> tuple[dict[str, Part], dict[str, Path]]:
-    """The ``needed`` parts, those that the user gave in the places of the checkpoint's own; and where each is from."""
+def _gather(section: BaseSection, found: Sniffed, family: Family) -> tuple[dict[str, Part], dict[str, Path]]:
+    """The parts that the family needs, the user's in the places of the checkpoint's own; and where each is from."""
     given = {"vae": section.vae, "text_encoder": section.text_encoder, "text_encoder_2": section.text_encoder_2}
+    unread_layers = {facts.part: facts.unread_layers for facts in family.text_encoders}
+    needed = ("unet", "vae", *unread_layers)
     parts, sources, problems = {}, {}, []
     for part in needed:
         replacement = given.get(part)
         if replacement is not None:
-            parts[part], sources[part] = sniff_part(Path(replacement), part), Path(replacement)
+            sources[part] = Path(replacement)
+            parts[part] = find_part(sources[part], part, unread_layers=unread_layers.get(part, 0))
         elif part in found.parts:
             parts[part], sources[part] = found.parts[part], found.path
         else:
-            problems.append(f"{section.path}: holds no {title_of(part)}; name a file or folder with base.{part}")
+            problems.append(f"{section.path}: holds no {TITLES[part]}; name a file or folder with base.{part}")
     unneeded = [part for part, path in given.items() if path is not None and part not in needed]
-    problems += [f"base.{part}: {section.path} has no place for a {title_of(part)}" for part in unneeded]
+    problems += [f"base.{part}: {section.path} has no place for a {TITLES[part]}" for part in unneeded]
     if problems:
         raise BaseModelError(problems)
     return parts, sources

@@ -22,8 +22,8 @@ from .architecture import Shapes, clip_config, unet_config, vae_config
 from .attention import use_attention
 from .checkpoint import MINI_FOLDER, BaseCheckpoint
 from .family import TextEncoderFacts
+from .parts import TITLES
 from .schedule import NoiseSchedule
-from .sniff import title_of
 
 TOKENS_IN_CHUNK = 77
 """What CLIP reads at once: a start mark, 75 tokens, an end mark."""
@@ -132,7 +132,7 @@ def _load_encoder(
     model = _filled(checkpoint, facts.part, lambda: kind(CLIPTextConfig(**config)), device, dtype)
     if len(tokenizer) > model.config.vocab_size:
         raise BaseModelError(
-            f"{checkpoint.name}: its {title_of(facts.part)} knows {model.config.vocab_size} tokens, its tokenizer "
+            f"{checkpoint.name}: its {TITLES[facts.part]} knows {model.config.vocab_size} tokens, its tokenizer "
             f"{len(tokenizer)}; give the folder of a text encoder that belongs to it with base.{facts.part}"
         )
     return TextEncoder(facts=facts, model=model, tokenizer=tokenizer, pad_id=pad_id)
@@ -171,7 +171,7 @@ def _inferred(checkpoint: BaseCheckpoint, part: str, infer: Callable[[Shapes], d
         return infer(checkpoint.parts[part].shapes())
     except (KeyError, IndexError, ValueError, ArithmeticError, StopIteration) as fault:
         raise BaseModelError(
-            f"{checkpoint.name}: its {title_of(part)} is damaged or of an unknown layout (at {fault})"
+            f"{checkpoint.name}: its {TITLES[part]} is damaged or of an unknown layout (at {fault})"
         ) from None
 
 
@@ -179,7 +179,7 @@ def _filled(
     checkpoint: BaseCheckpoint, part: str, build: Callable[[], Any], device: torch.device, dtype: torch.dtype
 ) -> Any:
     """A model built without memory, whose tensors are then read into place."""
-    title, found = title_of(part), checkpoint.parts[part]
+    title, found = TITLES[part], checkpoint.parts[part]
     if empty := [name for name, place in found.tensors.items() if 0 in place.shape]:
         raise BaseModelError(f"{checkpoint.name}: its {title} is damaged: tensor {empty[0]} holds no numbers")
     try:

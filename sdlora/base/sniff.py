@@ -6,11 +6,7 @@ metadata and no marker tells, one vector of some hundred numbers is read.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,41 +15,16 @@ from typing import Any
 import torch
 
 from ..errors import BaseModelError
-from ..formats.checkpoint_keys import (
-    Stored,
-    Table,
-    clip_table_from_open_clip,
-    clip_table_from_transformers,
-    unet_table_from_ldm,
-    vae_table_from_diffusers,
-    vae_table_from_ldm,
-)
-from ..formats.tensor_files import TensorFile, Wanted, open_tensor_file, read_tensors
-from .family import FAMILIES, SD1, SD2, SDXL, Family
+from ..formats.lora_file import is_lora
+from ..formats.tensor_files import TensorFile, open_tensor_file, read_tensors
+from .family import SD1, SD2, SDXL, Family
+from .parts import PARTS, TITLES, Part, part_in_folder, parts_in_file, read_json
 from .schedule import Prediction, ScheduleFacts
 
 LATENT_FACTOR = 8
-"""Of every published VAE of Stable Diffusion."""
-PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
-
-_LDM_PREFIXES = {
-    "model.diffusion_model.": ("unet", 0),
-    "first_stage_model.": ("vae", 0),
-    **{
-        prefix: (encoder.part, encoder.unread_layers)
-        for family in FAMILIES.values()
-        for encoder in family.text_encoders
-        for prefix in encoder.prefixes
-    },
-}
-"""Prefix -> part, and the layers at its end that are not read."""
-_DIFFUSERS_PREFIXES = {f"{part}.": (part, 0) for part in PARTS}
-_BARE = {
-    "unet": ("input_blocks.0.0.weight", "down_blocks.0.resnets.0.norm1.weight"),
-    "vae": ("encoder.conv_in.weight", "decoder.conv_in.weight"),
-    "text_encoder": ("text_model.final_layer_norm.weight", "ln_final.weight", "final_layer_norm.weight"),
-}
-"""Tensors by which a file that holds one part alone, under its own names, is known."""
+"""Pixels to a latent, of every published VAE of Stable Diffusion."""
+SD2_V_BIAS_SPREAD = 0.09
+"""The bound that ComfyUI uses for the same purpose (``supported_models.py``)."""
 _USELESS = re.compile(
     r"model_ema\.|betas$|alphas_cumprod|sqrt_|log_one_minus|posterior_|lvlb_weights|logvar$|denoiser\.|first_stage_model\.loss"
     r"|.*(logit_scale|position_ids|text_projection|attn_mask)$|v_pred$|ztsnr$|cond_stage_model\.model\.transformer\.resblocks"
@@ -71,7 +42,6 @@ _OTHERS = {
     r"(.*\.)?(time_stack|time_mixer)\.": "a Stable Video Diffusion checkpoint",
     r"(.*\.)?transformer_blocks\.\d+\.img_mod": "a Qwen-Image checkpoint",
     r"control_model\.|controlnet_cond_embedding\.|input_hint_block\.|zero_convs\.": "a ControlNet",
-    r"(.*\.)?(lora_(down|up|A|B)|hada_w1_a|lokr_w1|lora_linear_layer)\b": "a LoRA, not a base checkpoint",
     r"emb_params$|string_to_param|clip_[lg]$": "a textual-inversion embedding",
     r"(.*\.)?motion_modules\.": "a motion module",
 }
@@ -82,45 +52,6 @@ _UNET_INPUTS = {
     9: "an inpainting model: its UNet wants a mask and the masked picture as five more channels",
 }
 _DISTILLED = re.compile(r"turbo|lightning|hyper[-_ ]?sd|\blcm\b|\bdmd2?\b", re.IGNORECASE)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Part:
-    """UNet, VAE or a text encoder: our names of its tensors, and where they are."""
-
-    tensors: Mapping[str, Wanted]
-    config: Mapping[str, Any] | None
-    """The ``config.json`` beside it, in a diffusers folder."""
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: wanted.shape for name, wanted in self.tensors.items()}
-
-    def dtypes(self) -> Counter[torch.dtype]:
-        """How many of the stored numbers are of each format."""
-        counts: Counter[torch.dtype] = Counter()
-        for wanted in self.tensors.values():
-            counts[wanted.file.tensors[wanted.stored.name].dtype] += math.prod(wanted.shape)
-        return counts
-
-    def count(self, pattern: str) -> int:
-        """How many different numbers ``pattern`` finds at the start of the names."""
-        return len({match[1] for name in self.tensors if (match := re.match(pattern, name))})
-
-    def parameters(self) -> int:
-        return sum(math.prod(wanted.shape) for wanted in self.tensors.values())
-
-    def digest(self) -> bytes:
-        """Over names, shapes, configuration and samples of the bytes."""
-        digest = hashlib.sha256(json.dumps([self.config, sorted(self.shapes().items())], sort_keys=True).encode())
-        ordered = sorted(self.tensors.values(), key=lambda wanted: (str(wanted.file.path), wanted.offset))
-        for wanted in ordered[:: max(1, len(ordered) // 16)]:
-            if wanted.file.pickled is not None:
-                digest.update(wanted.file.pickled[wanted.stored.name].reshape(-1)[:1024].float().numpy().tobytes())
-                continue
-            with wanted.file.path.open("rb") as stream:
-                stream.seek(wanted.offset)
-                digest.update(stream.read(4096))
-        return digest.digest()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -178,138 +109,18 @@ def sniff(path: Path) -> Sniffed:
             f"{path}: no such base; expected 'mini', a diffusers folder or a checkpoint file (.safetensors, .ckpt)"
         )
     file = open_tensor_file(path, BaseModelError)
-    groups, dialect = _split(file)
-    parts = {part: _part(part, file, names, unread) for part, (names, unread) in groups.items()}
-    parts = {part: found for part, found in parts.items() if found.tensors}
-    read = {wanted.stored.name for part in parts.values() for wanted in part.tensors.values()}
-    left = [name for name in file.tensors if name not in read]
-    return _describe(path, dialect, parts, (file,), unread=left, scheduler={}, index={})
-
-
-def sniff_part(path: Path, part: str) -> Part:
-    """One part alone, out of a file or folder that holds it, whatever else that holds.
-
-    Raises:
-        BaseModelError: it is not there.
-    """
-    if path.is_dir():
-        folder = path if (path / "config.json").is_file() else path / part
-        return _folder_part(folder, part)[0] if folder.is_dir() else _lacks(path, part)
-    if not path.exists():
-        raise BaseModelError(f"{path}: no such file or folder; expected a {_TITLES[part]}")
-    file = open_tensor_file(path, BaseModelError)
-    groups, _ = _split(file)
-    # A lone text encoder does not say whether it is a base's first or second.
-    names, unread = groups.get(part) or (groups.get("text_encoder") if part == "text_encoder_2" else None) or ([], 0)
-    return _part(part, file, names, unread) if names else _lacks(path, part)
-
-
-_TITLES = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder", "text_encoder_2": "second text encoder"}
-
-
-def _lacks(path: Path, part: str) -> Part:
-    raise BaseModelError(f"{path}: holds no {_TITLES[part]}")
-
-
-def title_of(part: str) -> str:
-    """``vae`` -> ``VAE``."""
-    return _TITLES[part]
-
-
-def _split(file: TensorFile) -> tuple[dict[str, tuple[list[str], int]], str]:
-    """Part -> its tensors' full names and its unread layers; and the dialect."""
-    for prefixes, dialect in ((_LDM_PREFIXES, "ldm"), (_DIFFUSERS_PREFIXES, "diffusers-single-file")):
-        groups: dict[str, tuple[list[str], int]] = {}
-        for name in file.tensors:
-            for prefix, (part, unread) in prefixes.items():
-                if name.startswith(prefix):
-                    groups.setdefault(part, ([], unread))[0].append(name)
-        if groups:
-            return groups, dialect if set(groups) != {"unet"} else "unet-only"
-    for part, markers in _BARE.items():
-        if any(marker in file.tensors for marker in markers):
-            return {part: (list(file.tensors), 0)}, "unet-only" if part == "unet" else part
-    return {}, "unknown"
-
-
-def _part(part: str, file: TensorFile, names: Sequence[str], unread_layers: int = 0, config: Any = None) -> Part:
-    prefix = next((p for p in (*_LDM_PREFIXES, *_DIFFUSERS_PREFIXES) if names and names[0].startswith(p)), "")
-    table = _table(part, {name.removeprefix(prefix) for name in names}, unread_layers)
-    tensors = {}
-    for ours, stored in table.items():
-        whole = Stored(name=prefix + stored.name, third=stored.third, transposed=stored.transposed)
-        shape = _shape(file.tensors[whole.name].shape, whole)
-        # LDM's VAE attends with 1 x 1 convolutions where diffusers has linear layers.
-        if part == "vae" and ".attentions." in ours and len(shape) == 4:
-            shape = shape[:2]
-        tensors[ours] = Wanted(file=file, stored=whole, shape=shape)
-    return Part(tensors=tensors, config=config)
-
-
-def _table(part: str, names: set[str], unread_layers: int) -> Table:
-    if part == "unet":
-        ldm = "input_blocks.0.0.weight" in names
-        return unet_table_from_ldm(names) if ldm else {name: Stored(name=name) for name in names}
-    if part == "vae":
-        ldm = any(name.startswith(("encoder.down.", "decoder.up.")) for name in names)
-        return vae_table_from_ldm(names) if ldm else vae_table_from_diffusers(names)
-    if "token_embedding.weight" in names:
-        return clip_table_from_open_clip(names, unread_layers=unread_layers)
-    return clip_table_from_transformers(names)
-
-
-def _shape(stored: tuple[int, ...], place: Stored) -> tuple[int, ...]:
-    if place.third is not None and stored:
-        return (stored[0] // 3, *stored[1:])
-    return tuple(reversed(stored)) if place.transposed else stored
+    parts, dialect = parts_in_file(file)
+    return _describe(path, dialect, parts, (file,), scheduler={}, index={})
 
 
 def _sniff_folder(path: Path) -> Sniffed:
-    parts, files = {}, []
-    for part in PARTS:
-        if (path / part).is_dir():
-            parts[part], opened = _folder_part(path / part, part)
-            files += opened
+    parts = {part: part_in_folder(path / part, part) for part in PARTS if (path / part).is_dir()}
     if not parts:
         raise BaseModelError(f"{path}: not a checkpoint: none of its folders is called {', '.join(PARTS)}")
     scheduler = read_json(path / "scheduler" / "scheduler_config.json", needed=False)
     index = read_json(path / "model_index.json", needed=False)
-    read = {wanted.stored.name for part in parts.values() for wanted in part.tensors.values()}
-    left = [name for file in files for name in file.tensors if name not in read]
-    return _describe(path, "diffusers", parts, tuple(files), unread=left, scheduler=scheduler, index=index)
-
-
-def _folder_part(folder: Path, part: str) -> tuple[Part, list[TensorFile]]:
-    """The part in its folder of a diffusers checkpoint; the unmarked variant (``fp16`` and the like are marked) first."""
-    stem = "diffusion_pytorch_model" if part in ("unet", "vae") else "(?:pytorch_)?model"
-    config = read_json(folder / "config.json")
-    for suffix in ("safetensors", "bin"):
-        variants: dict[str, list[Path]] = {}
-        for file in sorted(folder.iterdir()):
-            if match := re.fullmatch(rf"{stem}(?:\.(?!index)(\w+))?(?:-\d+-of-\d+)?\.{suffix}", file.name):
-                variants.setdefault(match[1] or "", []).append(file)
-        if variants:
-            files = [open_tensor_file(file, BaseModelError) for file in variants[min(variants)]]
-            tensors: dict[str, Wanted] = {}
-            for file in files:
-                tensors |= _part(part, file, list(file.tensors)).tensors
-            return Part(tensors=tensors, config=config), files
-    raise BaseModelError(f"{folder}: holds no weights; expected a .safetensors file")
-
-
-def read_json(file: Path, *, needed: bool = True) -> dict[str, Any]:
-    """The object in ``file``; empty where it is missing and not ``needed``. Raises ``BaseModelError``."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        if not needed:
-            return {}
-        raise BaseModelError(f"{file}: missing from the checkpoint") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise BaseModelError(f"{file}: cannot be read as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise BaseModelError(f"{file}: expected a JSON object")
-    return content
+    files = {id(w.file): w.file for part in parts.values() for w in part.tensors.values()}
+    return _describe(path, "diffusers", parts, tuple(files.values()), scheduler=scheduler, index=index)
 
 
 def _describe(
@@ -318,10 +129,11 @@ def _describe(
     parts: Mapping[str, Part],
     files: tuple[TensorFile, ...],
     *,
-    unread: Sequence[str],
     scheduler: Mapping[str, Any],
     index: Mapping[str, Any],
 ) -> Sniffed:
+    read = {(id(w.file), w.stored.name) for part in parts.values() for w in part.tensors.values()}
+    unread = [name for file in files for name in file.tensors if (id(file), name) not in read]
     metadata = {key: value for file in files for key, value in file.metadata.items()}
     family, refusal = _identify(parts, unread)
     prediction, source, contradiction = _prediction(family, parts, unread, metadata, scheduler)
@@ -362,11 +174,13 @@ def _identify(parts: Mapping[str, Part], unread: Sequence[str]) -> tuple[Family 
     """The family, or why there is none."""
     if "unet" not in parts or "conv_in.weight" not in parts["unet"].tensors:
         names = [*unread, *(w.stored.name for part in parts.values() for w in part.tensors.values())]
+        if is_lora(names):
+            return None, "is a LoRA, not a base checkpoint; it goes with --lora"
         for pattern, what in _OTHERS.items():
             if any(re.match(pattern, name) for name in names):
                 return None, f"is {what}; sdlora works with Stable Diffusion 1.x, 2.x and XL"
         if parts:
-            return None, f"holds no UNet of Stable Diffusion, only {', '.join(_TITLES[part] for part in parts)}"
+            return None, f"holds no UNet of Stable Diffusion, only {', '.join(TITLES[part] for part in parts)}"
         return None, f"is no checkpoint that sdlora knows; its tensors are named like {names[0] if names else '(none)'}"
     shapes = parts["unet"].shapes()
     inputs = shapes.get("conv_in.weight", ())
@@ -374,8 +188,8 @@ def _identify(parts: Mapping[str, Part], unread: Sequence[str]) -> tuple[Family 
     projection = next((s for n, s in shapes.items() if n.endswith(".proj_in.weight")), ())
     if len(inputs) != 4 or len(width) != 2 or len(projection) not in (2, 4):
         return None, "is damaged or of an unknown kind: its UNet lacks what all of Stable Diffusion have"
-    if any("motion_modules." in name for name in (*unread, *shapes)):
-        return None, "is AnimateDiff: its UNet has motion modules"
+    if any(re.search(r"motion_modules\.|time_stack\.|time_mixer\.", name) for name in (*unread, *shapes)):
+        return None, "makes videos (AnimateDiff or Stable Video Diffusion), not pictures"
     if any("cond_proj" in name for name in (*unread, *shapes)):
         return None, "is an LCM distillation: its UNet wants the guidance scale as an input, which is not supported"
     if inputs[1] != 4:
@@ -425,7 +239,3 @@ def _sd2_prediction(unet: Part) -> Prediction:
     last = max(biases)
     read = read_tensors({last: unet.tensors[last]}, dtype=torch.float32, device=torch.device("cpu"))
     return "v_prediction" if read[last].std(correction=0) > SD2_V_BIAS_SPREAD else "epsilon"
-
-
-SD2_V_BIAS_SPREAD = 0.09
-"""The bound that ComfyUI uses for the same purpose (``supported_models.py``)."""

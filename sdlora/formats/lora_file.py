@@ -28,6 +28,11 @@ _SUFFIXES = {f".{matrix}.weight": role for role, matrices in _ROLES.items() for 
 }
 
 
+_LORA_TENSOR = (
+    r"(^|[._])(lora_(down|up|mid|A|B|linear_layer)|lora\.(down|up)|hada_w\d_[ab]|lokr_w\d(_[ab])?|oft_blocks)(\.|$)"
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoraFile:
     """``modules`` is keyed as the file spells its modules, less the tensor's own suffix.
@@ -75,6 +80,11 @@ class LoraFile:
     @property
     def alphas(self) -> tuple[float, float, float]:
         return _spread([module.alpha for module in self.modules.values()])
+
+
+def is_lora(names: Iterable[str]) -> bool:
+    """Whether tensors of these names belong to a LoRA, of whatever kind."""
+    return _has(names, _LORA_TENSOR)
 
 
 def _has(keys: Iterable[str], pattern: str) -> bool:

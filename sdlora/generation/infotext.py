@@ -33,7 +33,9 @@ class PictureFacts:
     file: LoraFile
 
 
-def infotext(request: PictureRequest, *, base_name: str, loras: Sequence[PictureFacts]) -> str:
+def infotext(
+    request: PictureRequest, *, base_name: str, loras: Sequence[PictureFacts], clip_skip: int | None = None
+) -> str:
     """Prompt with ``<lora:name:weight>`` tags, negative prompt, and one line of parameters."""
     tags = "".join(f" <lora:{safe_title(lora.name)}:{_weights(lora)}>" for lora in loras)
     fields = {
@@ -44,6 +46,8 @@ def infotext(request: PictureRequest, *, base_name: str, loras: Sequence[Picture
         "Size": f"{request.width}x{request.height}",
         "Model": base_name,
     }
+    if clip_skip is not None:
+        fields["Clip skip"] = clip_skip
     hashes = {
         safe_title(lora.name): lora.file.metadata["sshs_model_hash"][:12]
         for lora in loras

@@ -69,6 +69,7 @@ def generate_pictures(
     """Generate every request under the same LoRAs, which are merged for as long as this takes."""
     if not requests:
         return []
+    own_skip = base.checkpoint.clip_skip if base.checkpoint.clip_skip != base.checkpoint.family.clip_skip else None
     facts = [
         PictureFacts(name=choice.name, unet=choice.unet, text_encoder=choice.text_encoder, file=fitted.file)
         for fitted, choice in loras
@@ -84,7 +85,7 @@ def generate_pictures(
                     Picture(
                         image=Image.fromarray(array),
                         latents=latent.float().cpu(),
-                        parameters=infotext(request, base_name=base.checkpoint.name, loras=facts),
+                        parameters=infotext(request, base_name=base.checkpoint.name, loras=facts, clip_skip=own_skip),
                         request=request,
                     )
                 )
