@@ -217,9 +217,12 @@ def inspect(
     """Tell what a LoRA file or a checkpoint is: family, modules, ranks, hashes, metadata, problems."""
 
     def run() -> None:
-        from . import api
+        # Not by way of the api, which brings diffusers: this verb answers in a second.
+        from .inspection import inspect_file
+        from .progress import progress_bar
 
-        report = api.inspect(file, hashes=with_hashes)
+        with progress_bar() as progress:
+            report = inspect_file(file, hashes=with_hashes, progress=progress)
         if as_json:
             _emit(report.to_json())
         else:

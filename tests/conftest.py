@@ -21,6 +21,13 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.fixture(autouse=True)
+def same_random_numbers_in_every_run() -> None:
+    import torch
+
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers folder of Stable Diffusion 1.x's architecture with a few thousand random weights, for 64 px."""

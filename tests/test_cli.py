@@ -16,9 +16,9 @@ SURFACE = {
     "train": {"arguments", "images", "trigger", "base", "out", "restart", "as_json"},
     "generate": {
         *("prompt", "base", "lora", "negative", "seed", "steps", "cfg", "size", "count", "sampler", "strip"),
-        *("precision", "out", "as_json"),
+        *("precision", "out", "as_json", "clip_skip", "vae", "text_encoder", "prediction", "attention"),
     },
-    "inspect": {"file", "as_json"},
+    "inspect": {"file", "with_hashes", "as_json"},
     "quickstart": {"out", "as_json"},
 }
 

@@ -39,6 +39,8 @@ class UnetFacts:
     head_width: int | None = None
     cross_attention_dim: int
     """Width of the text embeddings in the published checkpoints; other sizes of the family have their own."""
+    linear_projection: bool
+    """Whether its attention is entered and left by linear layers; else by 1 x 1 convolutions."""
     size_conditioning: bool = False
     """Whether it is told original size, crop and target size, next to the pooled text (SDXL, section 2.2)."""
     size_embedding_width: int = 256
@@ -85,7 +87,7 @@ class Family:
 SD1 = Family(
     name="sd1",
     title="Stable Diffusion 1.x",
-    unet=UnetFacts(heads=8, cross_attention_dim=768),
+    unet=UnetFacts(heads=8, cross_attention_dim=768, linear_projection=False),
     text_encoders=(
         TextEncoderFacts(
             part="text_encoder",
@@ -112,7 +114,7 @@ SD1 = Family(
 SD2 = Family(
     name="sd2",
     title="Stable Diffusion 2.x",
-    unet=UnetFacts(head_width=64, cross_attention_dim=1024),
+    unet=UnetFacts(head_width=64, cross_attention_dim=1024, linear_projection=True),
     text_encoders=(
         TextEncoderFacts(
             part="text_encoder",
@@ -140,7 +142,7 @@ SD2 = Family(
 SDXL = Family(
     name="sdxl",
     title="Stable Diffusion XL",
-    unet=UnetFacts(head_width=64, cross_attention_dim=2048, size_conditioning=True),
+    unet=UnetFacts(head_width=64, cross_attention_dim=2048, linear_projection=True, size_conditioning=True),
     text_encoders=(
         TextEncoderFacts(
             part="text_encoder",

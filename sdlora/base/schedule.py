@@ -16,6 +16,8 @@ Prediction = Literal["epsilon", "v_prediction"]
 
 
 BetaSchedule = Literal["scaled_linear", "linear"]
+_LEADING_BY_DEFAULT = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LCMScheduler", "TCDScheduler")
+"""Of diffusers' schedulers; the others space their steps by ``linspace``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +70,16 @@ class ScheduleFacts:
             prediction=prediction,
             zero_terminal_snr=zero_terminal_snr,
             beta_schedule=shape,
-            timestep_spacing=config.get("timestep_spacing", timestep_spacing),
+            timestep_spacing=_chosen_spacing(config) or timestep_spacing,
             **numbers,
         )
+
+
+def _chosen_spacing(config: Mapping[str, Any]) -> str | None:
+    """The spacing that somebody chose: a scheduler's own default is saved as well, and says nothing of the checkpoint."""
+    default = "leading" if config.get("_class_name") in _LEADING_BY_DEFAULT else "linspace"
+    spacing = config.get("timestep_spacing")
+    return None if spacing == default else spacing
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

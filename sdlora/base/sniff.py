@@ -17,7 +17,7 @@ import torch
 from ..errors import BaseModelError
 from ..formats.lora_file import is_lora
 from ..formats.tensor_files import TensorFile, open_tensor_file, read_tensors
-from .family import SD1, SD2, SDXL, Family
+from .family import FAMILIES, SD2, Family
 from .parts import PARTS, TITLES, Part, part_in_folder, parts_in_file, read_json
 from .schedule import Prediction, ScheduleFacts
 
@@ -196,14 +196,17 @@ def _identify(parts: Mapping[str, Part], unread: Sequence[str]) -> tuple[Family 
         return None, f"is {_UNET_INPUTS.get(inputs[1], f'a UNet with {inputs[1]} input channels')}; not supported"
     if any(name.startswith("edm_") for name in unread):
         return None, "was trained on an EDM noise schedule (as Playground 2.5), which is not supported"
-    if "add_embedding.linear_1.weight" not in shapes:
-        return (SD1 if len(projection) == 4 else SD2), None
-    if any(name.startswith("down_blocks.0.attentions") for name in shapes):
+    size_conditioning, linear = "add_embedding.linear_1.weight" in shapes, len(projection) == 2
+    if size_conditioning and any(name.startswith("down_blocks.0.attentions") for name in shapes):
         return None, "is unCLIP: its UNet wants a picture's embedding, which is not supported"
     encoder = parts["text_encoder"].tensors.values() if "text_encoder" in parts else ()
-    if width[1] == 1280 or any(w.stored.name.startswith("conditioner.embedders.0.model.") for w in encoder):
+    alone = any(w.stored.name.startswith("conditioner.embedders.0.model.") for w in encoder)
+    if size_conditioning and (width[1] == 1280 or alone):
         return None, "is the SDXL refiner, which only finishes other pictures; use an SDXL base"
-    return SDXL, None
+    for family in FAMILIES.values():
+        if (family.unet.linear_projection, family.unet.size_conditioning) == (linear, size_conditioning):
+            return family, None
+    return None, "has a UNet unlike that of any Stable Diffusion"
 
 
 def _prediction(
