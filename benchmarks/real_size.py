@@ -5,7 +5,8 @@
 Writes single files of Stable Diffusion 1.5's and SDXL's size in float16, with random weights, where they are not there
 yet (2.1 and 6.9 GB). Then, each in a process of its own so that peaks do not mix:
 
-- ``load``: reading the file's bytes (``Path.read_bytes``) and loading it as a base, in turn, warm cache;
+- ``load``: reading the file's bytes (``Path.read_bytes``) and loading it as a base, in turn, from a warm cache;
+- ``memory``: the growth of the process while it loads, over the bytes of the tensors that stay;
 - ``train``: 3 steps, batch 1, rank 16, attention, frozen text encoder; ``generate``: 2 steps with guidance.
 
 Memory is the process's largest resident set, and on a GPU the most that torch allocated there.
@@ -26,6 +27,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -63,34 +65,23 @@ def write_checkpoint(file: Path, family: str) -> None:
     save_file({name: t.contiguous() for name, t in ldm_tensors(parts, FAMILIES[family]).items()}, file)
 
 
-def measure_load(file: Path, _: int, rounds: int = 5) -> dict[str, object]:
-    device, times = choose_device(), {"read": [], "load": []}
+def measure_read(file: Path, _: int) -> dict[str, object]:
+    began = time.perf_counter()
+    data = file.read_bytes()
+    return {"seconds": time.perf_counter() - began, "bytes": len(data)}
+
+
+def measure_load(file: Path, _: int) -> dict[str, object]:
+    began = time.perf_counter()
+    sniff(file)
+    sniffed, device = time.perf_counter() - began, choose_device()
     checkpoint = find_base(str(file))
     dtype = choose_precision("auto", device, unet_parameters=checkpoint.unet_parameters)
-    sniffs = []
-    for _round in range(rounds):
-        began = time.perf_counter()
-        sniff(file)
-        sniffs.append(time.perf_counter() - began)
-    for _round in range(rounds):
-        began = time.perf_counter()
-        data = file.read_bytes()
-        times["read"].append(time.perf_counter() - began)
-        del data
-        began = time.perf_counter()
-        base = load_base(checkpoint, device=device, dtype=dtype)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times["load"].append(time.perf_counter() - began)
-        del base
-    ratios = sorted(load / read for load, read in zip(times["load"], times["read"], strict=True))
-    return {
-        "dtype": str(dtype).removeprefix("torch."),
-        "sniff_ms": round(1000 * statistics.median(sniffs), 1),
-        "read_s": round(statistics.median(times["read"]), 2),
-        "load_s": round(statistics.median(times["load"]), 2),
-        "load / read": [round(r, 2) for r in (statistics.median(ratios), ratios[0], ratios[-1])],
-    }
+    began = time.perf_counter()
+    load_base(checkpoint, device=device, dtype=dtype)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return {"seconds": time.perf_counter() - began, "sniff_ms": 1000 * sniffed, "dtype": str(dtype)}
 
 
 def measure_memory(file: Path, _: int) -> dict[str, object]:
@@ -132,7 +123,14 @@ def resident() -> int:
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
 
 
-MEASURES = {"load": measure_load, "memory": measure_memory, "train": measure_train, "generate": measure_generate}
+MEASURES = {
+    "read": measure_read,
+    "load": measure_load,
+    "memory": measure_memory,
+    "train": measure_train,
+    "generate": measure_generate,
+}
+ROUNDS = 5
 
 
 def measure_here(what: str, file: Path, resolution: int) -> None:
@@ -143,12 +141,33 @@ def measure_here(what: str, file: Path, resolution: int) -> None:
     print(json.dumps(result))
 
 
+def measure_apart(what: str, file: Path, resolution: int = 0) -> dict[str, Any]:
+    """In a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.real_size", "--here", what, str(file), str(resolution)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return json.loads(done.stdout.strip().splitlines()[-1]) if done.returncode == 0 else {"failed": done.stderr[-500:]}
+
+
+def compare_load(file: Path) -> dict[str, object]:
+    """Reading the bytes and loading the base in turn."""
+    measure_apart("read", file)
+    rounds = [(measure_apart("read", file), measure_apart("load", file)) for _ in range(ROUNDS)]
+    ratios = sorted(load["seconds"] / read["seconds"] for read, load in rounds)
+    return {
+        "dtype": rounds[0][1]["dtype"],
+        "sniff_ms": round(statistics.median(load["sniff_ms"] for _, load in rounds), 1),
+        "read_s": round(statistics.median(read["seconds"] for read, _ in rounds), 2),
+        "load_s": round(statistics.median(load["seconds"] for _, load in rounds), 2),
+        "load / read": [round(r, 2) for r in (statistics.median(ratios), ratios[0], ratios[-1])],
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("out/real-size"))
     parser.add_argument("--families", nargs="+", default=["sd1", "sdxl"], choices=list(FAMILIES))
     parser.add_argument("--resolutions", type=int, nargs="+", help="default: 512, and what the family is made for")
-    parser.add_argument("--measures", nargs="+", default=list(MEASURES), choices=list(MEASURES))
+    parser.add_argument("--measures", nargs="+", default=list(MEASURES)[1:], choices=list(MEASURES)[1:])
     parser.add_argument("--here", nargs=3, metavar=("WHAT", "FILE", "RESOLUTION"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.here:
@@ -160,14 +179,15 @@ def main() -> None:
         file = arguments.folder / f"{family}.safetensors"
         if not file.exists():
             write_checkpoint(file, family)
-        sizes = arguments.resolutions or sorted({512, FAMILIES[family].resolution})
-        for what in arguments.measures:
-            for resolution in sizes if what in ("train", "generate") else [0]:
-                command = [sys.executable, "-m", "benchmarks.real_size", "--here", what, str(file), str(resolution)]
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
-                told = done.stdout.strip().splitlines()[-1] if done.returncode == 0 else json.dumps(done.stderr[-500:])
-                where = f" at {resolution}²" if resolution else ""
-                print(f"{family} {file.stat().st_size / 1e9:.2f} GB, {what}{where}: {told}", flush=True)
+        size = f"{family} {file.stat().st_size / 1e9:.2f} GB"
+        if "load" in arguments.measures:
+            print(f"{size}, load: {json.dumps(compare_load(file))}", flush=True)
+        if "memory" in arguments.measures:
+            print(f"{size}, memory: {json.dumps(measure_apart('memory', file))}", flush=True)
+        for what in [measure for measure in ("train", "generate") if measure in arguments.measures]:
+            for resolution in arguments.resolutions or sorted({512, FAMILIES[family].resolution}):
+                told = measure_apart(what, file, resolution)
+                print(f"{size}, {what} at {resolution}²: {json.dumps(told)}", flush=True)
 
 
 if __name__ == "__main__":

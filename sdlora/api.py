@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,7 @@ def train(config: Config, *, restart: bool = False, show_progress: bool = True) 
         prompts = tuple(dict.fromkeys(item.caption for item in plan.items))[:4]
     if not prompts or result.loss is None or not PartialState().is_main_process:
         return TrainReport(result=result, samples=None)
+    gc.collect()  # Models hold themselves in cycles: without this the run's base would lie beside the samples' base.
     pictures = generate(
         [with_trigger(prompt, config.data.trigger) for prompt in prompts],
         base=config.base,

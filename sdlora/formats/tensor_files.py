@@ -5,14 +5,11 @@ Safetensors, and pickles as far as ``torch.load(weights_only=True)`` trusts them
 
 from __future__ import annotations
 
-import mmap
 import pickle
 import re
-import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -27,9 +24,8 @@ from .safetensors_file import TensorInfo, read_header
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 READERS = 2
 """Threads: one converts while the other waits for the disk, or both convert."""
-_PIECE = 1 << 18
-"""Numbers that are converted at a time: few enough to stay in a processor's cache."""
-_ALIGNMENT = 64
+_PIECE = 1 << 20
+"""Numbers that are converted at a time: few enough to stay in a processor's cache (``benchmarks/real_size.py``)."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -126,9 +122,6 @@ def read_tensors(wanted: Mapping[str, Wanted], *, dtype: torch.dtype, device: to
         OSError: a file cannot be read, or has become shorter since it was opened.
     """
     order = sorted(wanted, key=lambda name: (str(wanted[name].file.path), wanted[name].offset))
-    targets: dict[str, Tensor] = {}
-    if device.type == "cpu":
-        targets = _allocate({name: wanted[name].shape for name in order}, dtype)
     queue, lock = iter(order), threading.Lock()
     result: dict[str, Tensor] = {}
 
@@ -141,9 +134,7 @@ def read_tensors(wanted: Mapping[str, Wanted], *, dtype: torch.dtype, device: to
                     name = next(queue, None)
                 if name is None:
                     return
-                target = targets.get(name)
-                if target is None:
-                    target = torch.empty(wanted[name].shape, dtype=dtype)
+                target = torch.empty(wanted[name].shape, dtype=dtype)
                 reader.read(wanted[name], target)
                 result[name] = target.to(device)
 
@@ -214,19 +205,3 @@ def _read_exactly(stream: BinaryIO, flat: Tensor) -> None:
         if not count:
             raise OSError(f"{stream.name}: ends before its last tensor")
         position += count
-
-
-def _allocate(shapes: Mapping[str, Sequence[int]], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Tensors side by side in one block of large pages, which a system hands out several times faster."""
-    meta = {name: torch.empty(tuple(shape), dtype=dtype, device="meta") for name, shape in shapes.items()}
-    total = sum(-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in meta.values())
-    if sys.platform != "linux" or not total:
-        return {name: torch.empty_like(tensor, device="cpu") for name, tensor in meta.items()}
-    memory = mmap.mmap(-1, total, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # A kernel may be built without them.
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    block, position, tensors = torch.frombuffer(memory, dtype=torch.uint8), 0, {}
-    for name, tensor in meta.items():
-        tensors[name] = block[position : position + tensor.nbytes].view(dtype).view(tensor.shape)
-        position += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-    return tensors
