@@ -88,10 +88,17 @@ def _lora_report(lora: LoraFile) -> Report:
         problems.append("the hash in its metadata (sshs_model_hash) is not that of its tensors")
     counts = Counter(part_of(key) or "unknown" for key in lora.modules)
     norms: dict[str, float] = {}
+    unknown: list[str] = []
     for key, module in lora.modules.items():
         part = part_of(key) or "unknown"
-        norms[part] = norms.get(part, 0.0) + module.norm() ** 2
-    problems += [f"{part}: every change is zero; it has no effect" for part, square in norms.items() if square == 0]
+        norm = module.norm()
+        norms[part] = norms.get(part, 0.0) + (0.0 if norm is None else norm**2)
+        unknown += [part] if norm is None else []
+    problems += [
+        f"{part}: every change is zero; it has no effect"
+        for part, square in norms.items()
+        if square == 0 and part not in unknown
+    ]
     return Report(
         kind="lora",
         file=lora.path.name,

@@ -178,7 +178,13 @@ def test_what_cannot_be_used_is_listed(tmp_path: Path) -> None:
     assert list(file.modules) == ["lora_unet_a"]
     text = "\n".join(file.problems)
     assert len(file.problems) == 5
-    for part in ("lora_unet_b has no up", "hada_w1_a", "lora_unet_d holds NaN", "do not multiply", "lora_unet_f"):
+    for part in (
+        "lora_unet_b has no up",
+        "lora_unet_c has no hada_w1_b",
+        "lora_unet_d holds NaN",
+        "do not multiply",
+        "lora_unet_f",
+    ):
         assert part in text
 
 

@@ -16,9 +16,15 @@ from .checkpoint_keys import unet_table_to_ldm
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 
 _KOHYA_PREFIXES = {
-    "unet": ("lora_unet",),
-    "text_encoder": ("lora_te", "lora_te1"),
-    "text_encoder_2": ("lora_te2",),
+    "unet": ("lora_unet", "lycoris", "oft_unet"),
+    "text_encoder": ("lora_te", "lora_te1", "lycoris", "oft_te", "oft_te1"),
+    "text_encoder_2": ("lora_te2", "oft_te2"),
+}
+"""In front of a flattened path; kohya's own for one text encoder first, SimpleTuner's and kohya's OFT behind."""
+_COMFYUI_PREFIXES = {
+    "unet": ("diffusion_model",),
+    "text_encoder": ("text_encoders.clip_l.transformer", "text_encoders.clip_h.transformer"),
+    "text_encoder_2": ("text_encoders.clip_g.transformer",),
 }
 _NESTING = "text_model."
 
@@ -40,7 +46,8 @@ def kohya_keys(names: Iterable[str], family: Family, base_modules: Collection[st
             if name not in sgm:
                 raise ValueError(f"{name} is not a module of the base")
             path = sgm[name]
-        prefix = _KOHYA_PREFIXES[part][-1 if len(family.text_encoders) > 1 else 0]
+        several = part == "text_encoder" and len(family.text_encoders) > 1
+        prefix = _KOHYA_PREFIXES[part][1 if several else 0]
         keys[name] = f"{prefix}_{path.replace('.', '_')}"
     return keys
 
@@ -53,11 +60,20 @@ def _sgm_names(names: Iterable[str]) -> dict[str, str]:
 
 def part_of(key: str) -> str | None:
     """The part that a key in any spelling belongs to, by its prefix; None where it has no known prefix."""
+    key = key.removeprefix("base_model.model.")
     for part, prefixes in _KOHYA_PREFIXES.items():
-        if any(key.startswith(f"{prefix}_") for prefix in prefixes):
+        if any(key.startswith(f"{prefix}_") for prefix in prefixes if prefix != "lycoris"):
             return part
-    head = key.removeprefix("base_model.model.").partition(".")[0]
-    return head if head in PARTS else None
+    for part, prefixes in _COMFYUI_PREFIXES.items():
+        if any(key.startswith(f"{prefix}.") for prefix in prefixes):
+            return part
+    head = key.partition(".")[0]
+    if head in PARTS:
+        return head
+    bare = key.removeprefix("lycoris_")
+    if bare.startswith(("down_blocks", "up_blocks", "mid_block", "input_blocks", "middle_block", "output_blocks")):
+        return "unet"
+    return "text_encoder" if bare.startswith(("text_model", "encoder")) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,5 +112,15 @@ def _spellings(name: str, sgm: str | None) -> set[str]:
     if part != "unet":
         paths.add(path.removeprefix(_NESTING))
     flat = {p.replace(".", "_") for p in paths}
-    dotted = {f"{part}.{p}" for p in paths}
+    dotted = {f"{part}.{p}" for p in paths} | {f"{prefix}.{p}" for prefix in _COMFYUI_PREFIXES[part] for p in paths}
+    if part != "text_encoder_2":
+        # PEFT's folder of one model names no part.
+        dotted |= paths
+    if part == "unet":
+        head, dot, projection = path.removesuffix(".0").rpartition(".attn1.")
+        if not dot:
+            head, dot, projection = path.removesuffix(".0").rpartition(".attn2.")
+        if dot:
+            # The oldest of diffusers' spellings.
+            dotted |= {f"{prefix}{head}{dot}processor.{projection}" for prefix in ("", "unet.")}
     return {f"{prefix}_{p}" for prefix in _KOHYA_PREFIXES[part] for p in flat} | dotted

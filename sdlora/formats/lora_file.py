@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 
 from ..base.family import FAMILIES, SD1, SD2, SDXL, Family
 from ..errors import LoraFileError
+from ..lora.change import Change
 from ..lora.weights import LowRank
 from .hashes import legacy_hash
 from .keys import kohya_keys, part_of
-from .safetensors_file import Header, read_header, serialise, write_whole
+from .lora_tensors import build_change, group_by_module
+from .safetensors_file import serialise, write_whole
+from .tensor_files import TensorFile, open_tensor_file
 
-_ROLES = {
-    "down": ("lora_down", "lora_A", "lora_A.default", "lora.down", "lora_linear_layer.down"),
-    "up": ("lora_up", "lora_B", "lora_B.default", "lora.up", "lora_linear_layer.up"),
-}
-_SUFFIXES = {f".{matrix}.weight": role for role, matrices in _ROLES.items() for matrix in matrices} | {
-    ".alpha": "alpha"
-}
-
-
+MAX_TENSORS = 50_000
+"""Ten times what the largest LoRA of any family holds."""
 _LORA_TENSOR = (
     r"(^|[._])(lora_(down|up|mid|A|B|linear_layer)|lora\.(down|up)|hada_w\d_[ab]|lokr_w\d(_[ab])?|oft_blocks)(\.|$)"
 )
@@ -41,7 +42,9 @@ class LoraFile:
     """
 
     path: Path
-    modules: Mapping[str, LowRank]
+    modules: Mapping[str, Change]
+    embeddings: tuple[str, ...]
+    """Names of the textual-inversion embeddings that are bundled with it."""
     metadata: Mapping[str, str]
     dialect: str
     dtype: str
@@ -57,11 +60,12 @@ class LoraFile:
         first_level = _has(flat, r"(down_blocks_0_attentions|input_blocks_[12]_1_)")
         if _has(flat, r"(input|output)_blocks_") and not first_level:
             return SDXL
-        widths = {m.down.shape[1] for key, m in flat.items() if re.search(r"attn2_to_[kv]$", key)}
+        shapes = {key: module.weight_shape for key, module in flat.items()}
+        widths = {shape[1] for key, shape in shapes.items() if shape and re.search(r"attn2_to_[kv]$", key)}
         for family in FAMILIES.values():
             if widths == {family.unet.cross_attention_dim}:
                 return family
-        if any(m.down.ndim == 4 for key, m in flat.items() if key.endswith("_proj_in")):
+        if any(len(shape) == 4 for key, shape in shapes.items() if shape and key.endswith("_proj_in")):
             return SD1
         if first_level and _has(flat, r"_proj_in$"):
             return SD2
@@ -73,13 +77,18 @@ class LoraFile:
         return next((f for f in FAMILIES.values() if f.modelspec_architecture == architecture), None)
 
     @property
-    def ranks(self) -> tuple[int, float, int]:
-        """Smallest, median, largest."""
-        return _spread([module.rank for module in self.modules.values()])
+    def ranks(self) -> tuple[float, float, float]:
+        """Smallest, median, largest, over the modules that have one."""
+        return _spread([module.rank for module in self.modules.values() if module.rank is not None])
 
     @property
     def alphas(self) -> tuple[float, float, float]:
-        return _spread([module.alpha for module in self.modules.values()])
+        return _spread([module.alpha for module in self.modules.values() if module.alpha is not None])
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        """Kind -> number of modules."""
+        return dict(Counter(module.kind for module in self.modules.values()))
 
 
 def is_lora(names: Iterable[str]) -> bool:
@@ -91,67 +100,126 @@ def _has(keys: Iterable[str], pattern: str) -> bool:
     return any(re.search(pattern, key) for key in keys)
 
 
-def _spread(values):
+def _spread(values: Sequence[float]) -> tuple[float, float, float]:
     return (min(values), median(values), max(values)) if values else (0, 0, 0)
 
 
 def read_lora(path: Path) -> LoraFile:
-    """Read every low-rank module of a kohya, diffusers or PEFT file.
+    """Read every module of a LoRA file in any dialect, or of the folder of a PEFT adapter.
 
     Raises:
-        LoraFileError: the file is missing, damaged, or holds no LoRA.
+        LoraFileError: the file is missing, damaged, a pickle that is not trusted, or holds no LoRA.
     """
-    header = read_header(path, LoraFileError)
-    grouped, foreign = _group(header)
+    if path.is_dir():
+        return _read_adapter_folder(path)
+    file = open_tensor_file(path, LoraFileError)
+    return _read(path, file, _alphas_in(file.metadata))
+
+
+def _read(path: Path, file: TensorFile, alpha_of: Callable[[str], float | None]) -> LoraFile:
+    if len(file.tensors) > MAX_TENSORS:
+        raise LoraFileError(f"{path}: no LoRA: it holds {len(file.tensors):,} tensors, the largest have some 5,000")
+    bundled = {name for name in file.tensors if name.startswith("bundle_emb.")}
+    grouped, foreign = group_by_module(name for name in file.tensors if name not in bundled)
     if not grouped:
-        raise LoraFileError(f"{path}: holds no LoRA: none of its {len(header.tensors)} tensors is named like one")
+        raise LoraFileError(f"{path}: holds no LoRA: none of its {len(file.tensors)} tensors is named like one")
     modules, problems = {}, [f"tensor {name} is of a kind that cannot be applied" for name in foreign]
-    with safe_open(path, framework="pt") as file:
+    with _tensors_of(file) as tensor:
         for key, roles in sorted(grouped.items()):
-            lacking = [role for role in ("down", "up") if role not in roles]
-            if lacking:
-                problems.append(f"module {key} has no {' and no '.join(lacking)} matrix")
-                continue
-            down, up = file.get_tensor(roles["down"]), file.get_tensor(roles["up"])
-            if down.ndim not in (2, 4) or up.ndim != down.ndim or up.shape[1] != down.shape[0]:
-                problems.append(f"module {key}: shapes {tuple(down.shape)} and {tuple(up.shape)} do not multiply")
-                continue
-            if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
-                problems.append(f"module {key} holds NaN or infinity")
-                continue
-            alpha = float(file.get_tensor(roles["alpha"])) if "alpha" in roles else float(down.shape[0])
-            modules[key] = LowRank(down=down, up=up, alpha=alpha)
+            short = key.removeprefix("base_model.model.")
+            try:
+                modules[short] = build_change({r: tensor(n) for r, n in roles.items()}, alpha=alpha_of(short))
+            except (ValueError, RuntimeError) as fault:
+                problems.append(f"module {short} {fault}")
     if not modules:
         raise LoraFileError([f"{path}: {problem}" for problem in problems])
-    dtypes = sorted({str(module.down.dtype).removeprefix("torch.") for module in modules.values()})
+    dtypes = sorted({str(t.dtype).removeprefix("torch.") for m in modules.values() for t in m.tensors().values()})
     return LoraFile(
         path=path,
         modules=modules,
-        metadata=dict(header.metadata),
-        dialect=_dialect(header),
-        dtype=", ".join(dtypes),
+        embeddings=tuple(sorted({name.split(".")[1] for name in bundled})),
+        metadata=dict(file.metadata),
+        dialect=_dialect(file.tensors),
+        dtype=", ".join(dtype for dtype in dtypes if not dtype.startswith("int")),
         problems=tuple(problems),
     )
 
 
-def _group(header: Header) -> tuple[dict[str, dict[str, str]], list[str]]:
-    grouped: dict[str, dict[str, str]] = {}
-    foreign = []
-    for name in header.tensors:
-        suffix = next((suffix for suffix in _SUFFIXES if name.endswith(suffix)), None)
-        if suffix is None:
-            foreign.append(name)
-            continue
-        key = name.removesuffix(suffix).removeprefix("base_model.model.")
-        grouped.setdefault(key, {})[_SUFFIXES[suffix]] = name
-    return grouped, foreign
+@contextmanager
+def _tensors_of(file: TensorFile) -> Generator[Callable[[str], Tensor]]:
+    if file.pickled is not None:
+        yield file.pickled.__getitem__
+        return
+    with safe_open(file.path, framework="pt") as reader:
+        yield reader.get_tensor
 
 
-def _dialect(header: Header) -> str:
-    names = header.tensors.keys()
-    if any(name.startswith("lora_") for name in names):
-        return "kohya"
-    return "peft" if any(".lora_A." in name for name in names) else "diffusers"
+def _read_adapter_folder(folder: Path) -> LoraFile:
+    """``adapter_model.safetensors`` with the ``adapter_config.json`` that PEFT writes beside it."""
+    config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    missing = [file.name for file in (config, weights) if not file.is_file()]
+    if missing:
+        raise LoraFileError(f"{folder}: not the folder of a PEFT adapter: it lacks {' and '.join(missing)}")
+    try:
+        settings = json.loads(config.read_text(encoding="utf-8"))
+        alpha_of = _alphas_from({"": settings} if isinstance(settings, dict) else {})
+    except (OSError, ValueError, RecursionError) as fault:
+        raise LoraFileError(f"{config}: cannot be read as JSON: {fault}") from None
+    return replace(_read(weights, open_tensor_file(weights, LoraFileError), alpha_of), path=folder)
+
+
+def _alphas_in(metadata: Mapping[str, str]) -> Callable[[str], float | None]:
+    """From the header of a diffusers file (``lora_adapter_metadata``): keys are a part, a dot, a PEFT setting."""
+    try:
+        flat = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    except ValueError:
+        flat = {}
+    settings: dict[str, dict[str, Any]] = {}
+    for key, value in flat.items() if isinstance(flat, dict) else ():
+        part, _, name = key.partition(".")
+        settings.setdefault(f"{part}.", {})[name] = value
+    return _alphas_from(settings)
+
+
+def _alphas_from(settings: Mapping[str, Mapping[str, Any]]) -> Callable[[str], float | None]:
+    """``settings`` is prefix of the modules -> PEFT's configuration; rsLoRA's alpha is told times √rank."""
+
+    def alpha_of(key: str) -> float | None:
+        for prefix, setting in settings.items():
+            if not key.startswith(prefix):
+                continue
+            path = key.removeprefix(prefix)
+            alpha = _by_pattern(setting.get("alpha_pattern"), path, setting.get("lora_alpha"))
+            rank = _by_pattern(setting.get("rank_pattern"), path, setting.get("r"))
+            if alpha is None or not setting.get("use_rslora") or not rank:
+                return alpha
+            return alpha * rank**0.5
+        return None
+
+    return alpha_of
+
+
+def _by_pattern(patterns: object, path: str, default: object) -> float | None:
+    if isinstance(patterns, dict):
+        for pattern, value in patterns.items():
+            if path == pattern or path.endswith(f".{pattern}"):
+                default = value
+    return float(default) if isinstance(default, int | float) else None
+
+
+def _dialect(names: Iterable[str]) -> str:
+    """By the first mark that any name bears."""
+    names = tuple(names)
+    marks = {
+        "kohya": r"(lora|oft)_(unet|te\d?)_",
+        "simpletuner": r"lycoris_",
+        "comfyui": r"diffusion_model\.|text_encoders\.",
+        "diffusers-processor": r".*\.processor\.",
+        "peft": r".*\.lora_[AB]\.",
+    }
+    return next(
+        (dialect for dialect, mark in marks.items() if any(re.match(mark, name) for name in names)), "diffusers"
+    )
 
 
 def write_kohya(

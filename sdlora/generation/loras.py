@@ -12,7 +12,7 @@ from ..base.checkpoint import BaseCheckpoint
 from ..errors import CompatibilityError, LoraFileError
 from ..formats.keys import part_of, resolve
 from ..formats.lora_file import LoraFile, read_lora
-from ..lora.weights import LowRank
+from ..lora.change import Change
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +59,9 @@ class FittedLora:
     """A LoRA whose modules are named as the base names them."""
 
     file: LoraFile
-    modules: Mapping[str, LowRank]
+    modules: Mapping[str, Change]
 
-    def weighted(self, choice: LoraChoice) -> dict[str, tuple[LowRank, float]]:
+    def weighted(self, choice: LoraChoice) -> dict[str, tuple[Change, float]]:
         """Canonical name -> (change, strength), as ``lora.ops.merged`` takes it."""
         return {
             name: (module, choice.unet if name.startswith("unet.") else choice.text_encoder)
@@ -103,10 +103,9 @@ def _fit(base: BaseCheckpoint, shapes: Mapping[str, tuple[int, ...]], file: Lora
     if not matched:
         raise CompatibilityError(f"{file.path}: none of its {total} modules is in the base {base.name}")
     misfits = [
-        (key, module.weight_shape, shapes[name])
+        (key, shape, shapes[name])
         for key, name in found.matched.items()
-        for module in [file.modules[key]]
-        if not _fits(module.weight_shape, shapes[name])
+        if (shape := file.modules[key].weight_shape) is not None and not _fits(shape, shapes[name])
     ]
     if misfits:
         key, has, wants = misfits[0]

@@ -5,15 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
+from .change import Change
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class LowRank:
-    """``down`` is (rank, in) or (rank, in, kh, kw); ``up`` is (out, rank) or (out, rank, 1, 1)."""
+class LowRank(Change):
+    """``down`` is (rank, in) or (rank, in, kh, kw); ``up`` is (out, rank) or (out, rank, 1, 1).
 
-    down: torch.Tensor
-    up: torch.Tensor
+    With a Tucker core ``mid`` (rank, rank, kh, kw), ``down`` is (rank, in, 1, 1).
+    """
+
+    kind = "lora"
+    down: Tensor
+    up: Tensor
     alpha: float
+    mid: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -26,14 +34,24 @@ class LowRank:
     @property
     def weight_shape(self) -> tuple[int, ...]:
         """Shape of the weight that this changes: (out, in) or (out, in, kh, kw)."""
-        return (self.up.shape[0], *self.down.shape[1:])
+        kernel = self.down.shape[2:] if self.mid is None else self.mid.shape[2:]
+        return (self.up.shape[0], self.down.shape[1], *kernel)
 
-    def delta(self) -> torch.Tensor:
-        """The change of the weight, alpha / rank · up @ down, in float32 (Hu et al. 2021, section 4.1)."""
-        up, down = self.up.float().flatten(1), self.down.float().flatten(1)
-        return (up @ down).mul_(self.scale).view(self.weight_shape)
+    def delta(self, weight: Tensor) -> Tensor:
+        """alpha / rank · up @ down (Hu et al. 2021, section 4.1), in the shape and dtype of ``weight``."""
+        up, down = self.up.to(weight).flatten(1), self.down.to(weight).flatten(1)
+        if self.mid is not None:
+            down = torch.einsum("mn...,ni->mi...", self.mid.to(weight), down).flatten(1)
+        return (up @ down).mul_(self.scale).reshape(weight.shape)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By their names in kohya's and LyCORIS' files, alpha not among them."""
+        named = {"lora_down.weight": self.down, "lora_up.weight": self.up}
+        return named if self.mid is None else named | {"lora_mid.weight": self.mid}
 
     def norm(self) -> float:
-        """Frobenius norm of ``delta()``, from rank × rank matrices: ‖UD‖² = tr(UᵀU · DDᵀ)."""
+        """Frobenius norm of the change, from rank × rank matrices: ‖UD‖² = tr(UᵀU · DDᵀ)."""
+        if self.mid is not None:
+            return float(self.delta(torch.zeros(self.weight_shape)).norm())
         up, down = self.up.double().flatten(1), self.down.double().flatten(1)
         return abs(self.scale) * max(0.0, float(((up.T @ up) * (down @ down.T)).sum())) ** 0.5

@@ -1,0 +1,138 @@
+"""The tensors of one module, as LoRA files name them -> its change. Every kind, every spelling of its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+
+from ..lora.change import Change
+from ..lora.kinds import Decomposed, Full, Generalised, Hadamard, Kronecker, Orthogonal, Scaling
+from ..lora.weights import LowRank
+
+_SUFFIXES = {
+    # kohya and LyCORIS; PEFT; diffusers now, before, and at first
+    **{f".{matrix}.weight": "down" for matrix in ("lora_down", "lora_A", "lora_A.default", "lora.down")},
+    **{f".{matrix}.weight": "up" for matrix in ("lora_up", "lora_B", "lora_B.default", "lora.up")},
+    ".lora_linear_layer.down.weight": "down",
+    ".lora_linear_layer.up.weight": "up",
+    "_lora.down.weight": "down",
+    "_lora.up.weight": "up",
+    ".lora_mid.weight": "mid",
+    ".alpha": "alpha",
+    ".dora_scale": "magnitude",
+    ".lora_magnitude_vector": "magnitude_vector",
+    ".lora_magnitude_vector.weight": "magnitude_vector",
+    ".lora_magnitude_vector.default.weight": "magnitude_vector",
+    **{f".{name}": name for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")},
+    **{f".lokr_{name}": f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
+    ".on_input": "on_input",
+    ".diff": "diff",
+    ".diff_b": "diff_b",
+    ".w_norm": "w_norm",
+    ".b_norm": "b_norm",
+    **{f".{name}.weight": name for name in ("a1", "a2", "b1", "b2")},
+    ".oft_blocks": "oft_blocks",
+    ".rescale": "rescale",
+}
+_BY_LENGTH = sorted(_SUFFIXES.items(), key=lambda entry: -len(entry[0]))
+_LACKING = {"down": "down", "up": "up"}
+
+
+def group_by_module(names: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """Module as the file spells it -> role -> tensor's name; and the names that mean nothing here."""
+    grouped: dict[str, dict[str, str]] = {}
+    foreign, plain = [], []
+    for name in names:
+        suffix, role = next(((s, r) for s, r in _BY_LENGTH if name.endswith(s)), ("", ""))
+        if role:
+            grouped.setdefault(name.removesuffix(suffix), {})[role] = name
+        else:
+            (plain if name.endswith(".weight") else foreign).append(name)
+    for name in plain:
+        # IA³ calls its vector ``weight``, as everything is called; ``on_input`` beside it tells.
+        module = grouped.get(name.removesuffix(".weight"), {})
+        if "on_input" in module:
+            module["vector"] = name
+        else:
+            foreign.append(name)
+    return grouped, foreign
+
+
+def build_change(tensors: Mapping[str, Tensor], *, alpha: float | None) -> Change:
+    """The change that tensors by role make up. ``alpha`` stands for one that the file keeps elsewhere.
+
+    Raises:
+        ValueError: something is missing, does not fit or is not finite; the text is the end of a sentence on the module.
+    """
+    for role, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"holds NaN or infinity ({role})")
+    stored = tensors.get("alpha")
+    if stored is not None and stored.numel() != 1:
+        raise ValueError(f"has an alpha of shape {tuple(stored.shape)}")
+    change = _kind(tensors, alpha if stored is None else float(stored))
+    magnitude = tensors.get("magnitude")
+    if "magnitude_vector" in tensors:
+        magnitude = tensors["magnitude_vector"].reshape(-1, *[1] * (len(change.weight_shape or (0, 0)) - 1))
+    return change if magnitude is None else Decomposed(inner=change, magnitude=magnitude)
+
+
+def _kind(tensors: Mapping[str, Tensor], alpha: float | None) -> Change:
+    if tensors.keys() & {"down", "up"}:
+        return _low_rank(tensors, alpha)
+    if any(role.startswith("hada_") for role in tensors):
+        parts = _required(tensors, "hada_", ("w1_a", "w1_b", "w2_a", "w2_b"))
+        cores = {name: tensors[f"hada_{name}"] for name in ("t1", "t2") if f"hada_{name}" in tensors}
+        return Hadamard(**parts, **cores, alpha=_or_rank(alpha, parts["w1_b"]))
+    if any(role.startswith("lokr_") for role in tensors):
+        parts = {role.removeprefix("lokr_"): tensor for role, tensor in tensors.items() if role.startswith("lokr_")}
+        for factor in ("w1", "w2"):
+            if factor not in parts:
+                _required(tensors, "lokr_", (f"{factor}_a", f"{factor}_b"))
+        inner = parts.get("w1_b", parts.get("w2_b"))
+        return Kronecker(**parts, alpha=_or_rank(alpha, inner))
+    if "on_input" in tensors:
+        vector = _required(tensors, "", ("vector",))["vector"]
+        return Scaling(weight=vector, on_input=bool(tensors["on_input"]))
+    if tensors.keys() & {"w_norm", "b_norm"}:
+        return Full(diff=tensors.get("w_norm"), bias=tensors.get("b_norm"), of_norm=True)
+    if tensors.keys() & {"diff", "diff_b"}:
+        return Full(diff=tensors.get("diff"), bias=tensors.get("diff_b"))
+    if tensors.keys() & {"a1", "a2", "b1", "b2"}:
+        parts = _required(tensors, "", ("a1", "a2", "b1", "b2"))
+        return Generalised(**parts, alpha=_or_rank(alpha, parts["b2"]))
+    if "oft_blocks" in tensors:
+        blocks = tensors["oft_blocks"]
+        if blocks.ndim not in (3, 4) or blocks.shape[-1] != blocks.shape[-2]:
+            raise ValueError(f"has OFT blocks of shape {tuple(blocks.shape)}")
+        return Orthogonal(blocks=blocks, rescale=tensors.get("rescale"), alpha=alpha or 0.0)
+    raise ValueError(f"has no matrices, only {', '.join(sorted(tensors))}")
+
+
+def _low_rank(tensors: Mapping[str, Tensor], alpha: float | None) -> LowRank:
+    parts = _required(tensors, "", ("down", "up"))
+    down, up, mid = parts["down"], parts["up"], tensors.get("mid")
+    inner = down.shape[0] if mid is None else mid.shape[1]
+    fits = down.ndim == up.ndim and down.ndim in (2, 4) and down.shape[0] == inner and 0 not in (*down.shape, *up.shape)
+    if not fits or up.shape[1] != (down if mid is None else mid).shape[0]:
+        raise ValueError(f"has matrices that do not multiply: {tuple(down.shape)} and {tuple(up.shape)}")
+    return LowRank(down=down, up=up, mid=mid, alpha=_or_rank(alpha, down))
+
+
+def _required(tensors: Mapping[str, Tensor], prefix: str, names: tuple[str, ...]) -> dict[str, Tensor]:
+    missing = [name for name in names if prefix + name not in tensors]
+    if missing:
+        lacking = " and no ".join(f"{_LACKING.get(name, prefix + name)} matrix" for name in missing)
+        raise ValueError(f"has no {lacking}")
+    found = {name: tensors[prefix + name] for name in names}
+    flat = [name for name, tensor in found.items() if tensor.ndim < 1 or 0 in tensor.shape]
+    if flat:
+        raise ValueError(f"has an empty {prefix}{flat[0]}")
+    return found
+
+
+def _or_rank(alpha: float | None, inner: Tensor | None) -> float:
+    """A file without alpha means a scale of 1; kohya takes an alpha of 0 as none."""
+    rank = 1.0 if inner is None else float(inner.shape[0])
+    return alpha or rank
