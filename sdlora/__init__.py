@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .api import generate, generate_strip, inspect, train
     from .config import BaseSection, Config, load_config
+    from .conversion import convert
     from .errors import SdloraError
 
 __version__ = "0.1.0"
@@ -18,6 +19,7 @@ _HOMES = {
     "BaseSection": "config",
     "Config": "config",
     "SdloraError": "errors",
+    "convert": "conversion",
     "generate": "api",
     "generate_strip": "api",
     "inspect": "api",
@@ -30,6 +32,7 @@ __all__ = [
     "Config",
     "SdloraError",
     "__version__",
+    "convert",
     "generate",
     "generate_strip",
     "inspect",

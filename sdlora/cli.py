@@ -232,6 +232,37 @@ def inspect(
 
 
 @app.command()
+def convert(
+    source: Annotated[
+        str, typer.Argument(metavar="IN", help="A LoRA file in any dialect, or a PEFT adapter's folder.")
+    ],
+    target: Annotated[str, typer.Argument(metavar="OUT", help="The .safetensors file to write.")],
+    to: Annotated[str, typer.Option("--to", metavar="DIALECT", help="kohya, diffusers or peft.")],
+    base: Annotated[str | None, typer.Option(metavar="BASE", help="Where it is not of a published size.")] = None,
+    precision: Annotated[str, typer.Option(help="auto (as it is), float16, bfloat16 or float32.")] = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Write a LoRA in another dialect: the same changes under other names."""
+
+    def run() -> None:
+        if precision not in ("auto", "float16", "bfloat16", "float32"):
+            raise typer.BadParameter(f"{precision!r} is not a precision", param_hint="--precision")
+        from .conversion import convert as convert_file
+
+        report = convert_file(source, target, to=to, base=base, precision=precision)
+        if as_json:
+            _emit(report.to_json())
+        else:
+            typer.echo(
+                f"{report.output}: {report.modules} modules, {report.family}, {report.dialect} names, {report.dtype}"
+            )
+            for problem in report.left_out:
+                typer.echo(f"  left out: {problem}")
+
+    _guard(run)
+
+
+@app.command()
 def quickstart(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the results go.")] = Path("out/quickstart"),
     as_json: JsonOption = False,
@@ -274,6 +305,10 @@ def _as_text(report: Report) -> str:
         f"{report.file}: {report.kind}, {report.family or 'unknown family'}, {report.dialect} names",
         f"  {unit:<8} {counts} ({report.dtype})",
     ]
+    if report.kinds and set(report.kinds) != {"lora"}:
+        lines.append("  kinds    " + ", ".join(f"{kind} {count}" for kind, count in report.kinds.items()))
+    if report.embeddings:
+        lines.append("  bundled  " + ", ".join(report.embeddings) + " (embeddings, not applied)")
     if report.parameters:
         sizes = ", ".join(f"{part} {count / 1e6:,.1f} M" for part, count in report.parameters.items())
         lines.append(f"  numbers  {sizes}")

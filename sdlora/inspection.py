@@ -38,6 +38,8 @@ class Report:
     family: str | None
     dialect: str
     modules: dict[str, int]
+    kinds: dict[str, int] | None = None
+    """Kind of change -> number of modules, of a LoRA."""
     rank: Spread | None
     alpha: Spread | None
     norm: dict[str, float] | None
@@ -52,6 +54,8 @@ class Report:
     parameters: dict[str, int] | None = None
     """Of a checkpoint, by part."""
     ema_tensors: int | None = None
+    embeddings: tuple[str, ...] = ()
+    """Bundled with a LoRA."""
     trigger: tuple[str, ...]
     problems: tuple[str, ...]
     """What is wrong with it, or why it cannot be used."""
@@ -105,6 +109,8 @@ def _lora_report(lora: LoraFile) -> Report:
         family=lora.family.name if lora.family else None,
         dialect=lora.dialect,
         modules={part: counts[part] for part in (*PARTS, "unknown") if counts[part] or part in PARTS},
+        kinds=lora.kinds,
+        embeddings=lora.embeddings,
         rank=Spread(min=lora.ranks[0], median=lora.ranks[1], max=lora.ranks[2]),
         alpha=Spread(min=lora.alphas[0], median=lora.alphas[1], max=lora.alphas[2]),
         norm={part: square**0.5 for part, square in norms.items()},

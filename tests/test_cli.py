@@ -19,6 +19,7 @@ SURFACE = {
         *("precision", "out", "as_json", "clip_skip", "vae", "text_encoder", "prediction", "attention"),
     },
     "inspect": {"file", "with_hashes", "as_json"},
+    "convert": {"source", "target", "to", "base", "precision", "as_json"},
     "quickstart": {"out", "as_json"},
 }
 

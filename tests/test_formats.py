@@ -19,7 +19,8 @@ from sdlora.config import load_config
 from sdlora.errors import LoraFileError
 from sdlora.formats.hashes import hash_file
 from sdlora.formats.keys import kohya_keys, part_of, resolve
-from sdlora.formats.lora_file import read_lora, write_kohya
+from sdlora.formats.lora_file import read_lora
+from sdlora.formats.lora_writer import write_lora
 from sdlora.formats.metadata import (
     DatasetFacts,
     RunFacts,
@@ -95,7 +96,7 @@ def test_ambiguous_names_are_refused() -> None:
 def test_writing_and_reading_gives_the_same_modules(tmp_path: Path, names: list[str], data: st.DataObject) -> None:
     ranks = {name: data.draw(st.integers(1, 5)) for name in names}
     modules = {name: low_rank(rank=ranks[name], alpha=float(data.draw(st.integers(1, 64)))) for name in names}
-    write_kohya(tmp_path / "x.safetensors", modules, {"ss_seed": "1"}, dtype=torch.float32)
+    write_lora(tmp_path / "x.safetensors", modules, {"ss_seed": "1"}, dtype=torch.float32)
     file = read_lora(tmp_path / "x.safetensors")
     found = resolve(file.modules, [UNET, TEXT, UNET.replace("attn1", "attn2")])
     assert set(found.matched.values()) == set(names)
@@ -109,7 +110,7 @@ def test_writing_and_reading_gives_the_same_modules(tmp_path: Path, names: list[
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_the_reference_reader_reads_what_we_write(tmp_path: Path, dtype: torch.dtype) -> None:
     file, change = tmp_path / "x.safetensors", low_rank(alpha=8.0)
-    write_kohya(file, {UNET: change}, {"modelspec.title": "Ünicode"}, dtype=dtype)
+    write_lora(file, {UNET: change}, {"modelspec.title": "Ünicode"}, dtype=dtype)
     key = kohya_keys([UNET], SD1, ())[UNET]
     with safe_open(file, framework="pt") as reader:
         assert sorted(reader.keys()) == [f"{key}.alpha", f"{key}.lora_down.weight", f"{key}.lora_up.weight"]
@@ -123,7 +124,7 @@ def test_bytes_are_the_same_every_time_and_hashes_are_of_the_final_file(tmp_path
     torch.manual_seed(0)
     modules = {UNET: low_rank(), TEXT: low_rank()}
     for name in ("a", "b"):
-        write_kohya(tmp_path / name, dict(reversed(modules.items())), {"b": "2", "a": "1"}, dtype=torch.float16)
+        write_lora(tmp_path / name, dict(reversed(modules.items())), {"b": "2", "a": "1"}, dtype=torch.float16)
     data = (tmp_path / "a").read_bytes()
     assert data == (tmp_path / "b").read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
@@ -276,6 +277,6 @@ def test_titles_can_be_called_from_a_prompt(name: str) -> None:
 def test_family_is_told_by_shapes_before_metadata(tmp_path: Path, family: str, width: int) -> None:
     name = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
     lie = FAMILIES["sd1" if family != "sd1" else "sdxl"].kohya_version
-    write_kohya(tmp_path / "x", {name: low_rank(wide=width)}, {"ss_base_model_version": lie}, dtype=torch.float16)
+    write_lora(tmp_path / "x", {name: low_rank(wide=width)}, {"ss_base_model_version": lie}, dtype=torch.float16)
     found = read_lora(tmp_path / "x").family
     assert found is FAMILIES[family]

@@ -14,7 +14,7 @@ from PIL import Image
 
 import sdlora
 from sdlora.errors import BaseModelError, CompatibilityError, LoraFileError, SdloraError
-from sdlora.formats.lora_file import write_kohya
+from sdlora.formats.lora_writer import write_lora
 from sdlora.generation.grid import labelled_grid
 from sdlora.generation.infotext import SAMPLERS
 from sdlora.generation.loras import LoraChoice
@@ -42,7 +42,7 @@ def random_lora(base: Path, file: Path, *, seed: int, drop: str = "", alpha: flo
         for name, module in choose_targets(loaded.modules(), "attention").items()
         if not drop or drop not in name
     }
-    write_kohya(file, modules, {}, dtype=torch.float32)
+    write_lora(file, modules, {}, dtype=torch.float32)
     return file
 
 
@@ -127,7 +127,7 @@ def test_a_lora_for_another_base_is_refused_in_one_sentence(tiny_base: Path, tmp
     assert len(caught.value.problems) == 1
     name = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
     xl = LowRank(down=torch.randn(2, 2048), up=torch.randn(640, 2), alpha=1.0)
-    write_kohya(tmp_path / "xl.safetensors", {name: xl}, {}, dtype=torch.float16)
+    write_lora(tmp_path / "xl.safetensors", {name: xl}, {}, dtype=torch.float16)
     with pytest.raises(
         CompatibilityError, match=r"LoRA for Stable Diffusion XL; the base tiny is Stable Diffusion 1\.x"
     ):

@@ -49,13 +49,13 @@ class BaseCheckpoint:
         return self.parts["unet"].parameters()
 
     def module_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Canonical name -> shape of the weight, of every linear and convolution that a LoRA can change."""
+        """Canonical name -> shape of the weight, of every linear, convolution and norm that a LoRA can change."""
         return {
             f"{part}.{name.removesuffix('.weight')}": shape
             for part, found in self.parts.items()
             if part != "vae"
             for name, shape in found.shapes().items()
-            if name.endswith(".weight") and len(shape) in (2, 4) and "embeddings." not in name
+            if name.endswith(".weight") and len(shape) in (1, 2, 4) and "embeddings." not in name
         }
 
 

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from ..base.family import FAMILIES, SD1, SD2, SDXL, Family
 from ..errors import LoraFileError
 from ..lora.change import Change
-from ..lora.weights import LowRank
-from .hashes import legacy_hash
-from .keys import kohya_keys, part_of
+from .keys import part_of
 from .lora_tensors import build_change, group_by_module
-from .safetensors_file import serialise, write_whole
 from .tensor_files import TensorFile, open_tensor_file
 
 MAX_TENSORS = 50_000
@@ -220,38 +215,3 @@ def _dialect(names: Iterable[str]) -> str:
     return next(
         (dialect for dialect, mark in marks.items() if any(re.match(mark, name) for name in names)), "diffusers"
     )
-
-
-def write_kohya(
-    path: Path,
-    modules: Mapping[str, LowRank],
-    metadata: Mapping[str, str],
-    *,
-    dtype: torch.dtype,
-    family: Family = SD1,
-    base_modules: Collection[str] = (),
-) -> None:
-    """Write canonical ``modules`` under kohya's names, with alphas, and with the hashes of the final bytes.
-
-    ``base_modules`` as in ``kohya_keys``: SDXL needs them. The file is read back before this returns; a module that would
-    be lost raises ``LoraFileError``.
-    """
-    tensors, keys = {}, kohya_keys(modules, family, base_modules)
-    for name, module in modules.items():
-        key = keys[name]
-        tensors[f"{key}.lora_down.weight"] = module.down.to(dtype)
-        tensors[f"{key}.lora_up.weight"] = module.up.to(dtype)
-        tensors[f"{key}.alpha"] = torch.tensor(module.alpha, dtype=dtype)
-    training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
-    header, payload = serialise(tensors, training)
-    digest = hashlib.sha256(payload).hexdigest()
-    hashed = {
-        **metadata,
-        "sshs_model_hash": digest,
-        "sshs_legacy_hash": legacy_hash(header + payload),
-        "modelspec.hash_sha256": f"0x{digest}",
-    }
-    header, payload = serialise(tensors, hashed)
-    write_whole(path, header, payload)
-    if len(read_lora(path).modules) != len(modules):
-        raise LoraFileError(f"{path}: not every module can be read back")

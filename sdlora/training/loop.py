@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from ..base.load import Base, load_base
 from ..base.tokens import WORDS_IN_CHUNK
 from ..errors import Interrupted, TrainingError
-from ..formats.lora_file import write_kohya
+from ..formats.lora_writer import write_lora
 from ..formats.metadata import DatasetFacts, RunFacts, safe_title, training_metadata
 from ..precision import choose_precision
 from ..progress import Progress
@@ -76,7 +76,7 @@ def run_training(plan: RunPlan, *, restart: bool, progress: Progress) -> TrainRe
         metadata = describe_run(plan, base, modules=len(weights), tokens=tokens, started_at=started_at)
         metadata[RUN_KEY] = plan.identity.to_json()
         file_dtype = getattr(torch, config.output.precision)
-        write_kohya(
+        write_lora(
             output,
             weights,
             metadata,

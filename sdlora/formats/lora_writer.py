@@ -1,0 +1,134 @@
+"""Changes of a base's modules as a LoRA file in one of the dialects that other tools take as their own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..base.family import SD1, Family
+from ..errors import LoraFileError
+from ..lora.change import Change
+from ..lora.kinds import Decomposed
+from ..lora.weights import LowRank
+from .hashes import legacy_hash
+from .keys import PARTS, kohya_keys
+from .lora_file import read_lora
+from .safetensors_file import serialise, write_whole
+
+DIALECTS = ("kohya", "diffusers", "peft")
+
+
+def write_lora(
+    path: Path,
+    modules: Mapping[str, Change],
+    metadata: Mapping[str, str],
+    *,
+    dtype: torch.dtype,
+    dialect: str = "kohya",
+    family: Family = SD1,
+    base_modules: Collection[str] = (),
+) -> None:
+    """Write canonical ``modules`` in one of ``DIALECTS``, with their alphas and with the hashes of the final bytes.
+
+    ``base_modules`` as in ``kohya_keys``: SDXL in kohya's names needs them. The same content gives the same bytes.
+
+    Raises:
+        LoraFileError: the dialect has no words for a module's kind; or the file, read back, lacks a module.
+    """
+    if dialect == "kohya":
+        tensors, described = _kohya(modules, family, base_modules), {}
+    else:
+        tensors, described = (
+            _peft(modules, dialect),
+            {"format": "pt", "lora_adapter_metadata": _adapter_metadata(modules)},
+        )
+    tensors = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    described = {**metadata, **described}
+    training = {key: value for key, value in described.items() if key.startswith("ss_")}
+    header, payload = serialise(tensors, training)
+    digest = hashlib.sha256(payload).hexdigest()
+    hashed = {
+        **described,
+        "sshs_model_hash": digest,
+        "sshs_legacy_hash": legacy_hash(header + payload),
+        "modelspec.hash_sha256": f"0x{digest}",
+    }
+    header, payload = serialise(tensors, hashed)
+    write_whole(path, header, payload)
+    again = read_lora(path)
+    if len(again.modules) != len(modules) or again.problems:
+        raise LoraFileError(
+            f"{path}: not every module can be read back: {'; '.join(again.problems) or 'some are gone'}"
+        )
+
+
+def _kohya(modules: Mapping[str, Change], family: Family, base_modules: Collection[str]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for name, key in kohya_keys(modules, family, base_modules).items():
+        tensors |= {f"{key}.{suffix}": tensor for suffix, tensor in modules[name].tensors().items()}
+        alpha = modules[name].alpha
+        if alpha is not None:
+            tensors[f"{key}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
+    return tensors
+
+
+def _peft(modules: Mapping[str, Change], dialect: str) -> dict[str, Tensor]:
+    """PEFT's names, or the older ones that diffusers still writes."""
+    tensors: dict[str, Tensor] = {}
+    foreign = {name: change.kind for name, change in modules.items() if _low_rank(change) is None}
+    if foreign:
+        kinds = ", ".join(f"{count} of kind {kind}" for kind, count in Counter(foreign.values()).items())
+        raise LoraFileError(
+            f"{dialect} files hold low-rank changes alone; here are {kinds}, such as {next(iter(foreign))}"
+        )
+    for name, change in modules.items():
+        low_rank = _low_rank(change)
+        if low_rank is None:
+            continue
+        down, up = "lora_A", "lora_B"
+        if dialect == "diffusers":
+            infix = "lora" if name.startswith("unet.") else "lora_linear_layer"
+            down, up = f"{infix}.down", f"{infix}.up"
+        tensors |= {f"{name}.{down}.weight": low_rank.down, f"{name}.{up}.weight": low_rank.up}
+        if isinstance(change, Decomposed):
+            tensors[f"{name}.lora_magnitude_vector.weight"] = change.magnitude.reshape(-1)
+    return tensors
+
+
+def _low_rank(change: Change) -> LowRank | None:
+    """The product of two matrices that PEFT knows, under a magnitude for each output or none."""
+    inner = change.inner if isinstance(change, Decomposed) else change
+    if not isinstance(inner, LowRank) or inner.mid is not None:
+        return None
+    by_output = not isinstance(change, Decomposed) or change.magnitude.numel() == inner.weight_shape[0]
+    return inner if by_output else None
+
+
+def _adapter_metadata(modules: Mapping[str, Change]) -> str:
+    """PEFT's configuration of each part, as diffusers keeps it in the header: where alphas and ranks are told."""
+    table: dict[str, object] = {}
+    for part in PARTS:
+        own = {n.removeprefix(f"{part}."): c for n, c in modules.items() if n.startswith(f"{part}.")}
+        if not own:
+            continue
+        ranks = {name: change.rank for name, change in own.items()}
+        alphas = {name: change.alpha for name, change in own.items()}
+        rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+        settings = {
+            "peft_type": "LORA",
+            "r": rank,
+            "lora_alpha": alpha,
+            "rank_pattern": {name: value for name, value in sorted(ranks.items()) if value != rank},
+            "alpha_pattern": {name: value for name, value in sorted(alphas.items()) if value != alpha},
+            "target_modules": sorted(own),
+            "use_dora": any(isinstance(change, Decomposed) for change in own.values()),
+            "use_rslora": False,
+        }
+        table |= {f"{part}.{key}": value for key, value in settings.items()}
+    return json.dumps(table, sort_keys=True)
