@@ -20,12 +20,17 @@ SURFACE = {
     },
     "inspect": {"file", "with_hashes", "as_json"},
     "convert": {"source", "target", "to", "base", "precision", "as_json"},
+    "metadata show": {"file", "as_json"},
+    "metadata set": {"file", "pairs", "out"},
+    "metadata redact": {"file", "out"},
     "quickstart": {"out", "as_json"},
 }
 
 
 def test_the_surface_changes_only_on_purpose() -> None:
-    commands = get_command(app).commands  # ty: ignore[unresolved-attribute]
+    commands = dict(get_command(app).commands)  # ty: ignore[unresolved-attribute]
+    group = commands.pop("metadata").commands
+    commands |= {f"metadata {name}": command for name, command in group.items()}
     assert {name: {p.name for p in command.params} for name, command in commands.items()} == SURFACE
 
 

@@ -16,7 +16,7 @@ from lycoris.modules.locon import LoConModule
 from lycoris.modules.loha import LohaModule
 from lycoris.modules.lokr import LokrModule
 from lycoris.modules.norms import NormModule
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sdlora.formats.lora_file import read_lora
@@ -113,6 +113,8 @@ def test_the_change_is_that_of_lycoris_forward(case: str, tmp_path: Path) -> Non
     file = read_lora(written(module, tmp_path / "x.safetensors"))
     assert list(file.modules) == [KEY]
     assert not file.problems
+    stored = set(load_file(tmp_path / "x.safetensors")) - {f"{KEY}.alpha"}
+    assert {f"{KEY}.{name}" for name in file.modules[KEY].tensors()} == stored
     with merged({"x": layer}, [{"x": (file.modules[KEY], 1.0)}]):
         ours = layer(x)
     assert (expected - before).abs().max() > 1e-2

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,7 +42,7 @@ _DTYPES = {
     "F8_E8M0": torch.float8_e8m0fnu,
     "C64": torch.complex64,
 }
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,31 +68,15 @@ def read_header(path: Path, error: type[SdloraError]) -> Header:
     Raises:
         error: the file is missing, truncated or not safetensors; the message names it and what is wrong.
     """
+    raw, size = _read_raw_header(path, error)
+    table, metadata = _parse(path, raw, error)
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            prefix = file.read(8)
-            if len(prefix) < 8:
-                raise error(f"{path}: not a safetensors file: only {len(prefix)} bytes long")
-            (length,) = struct.unpack("<Q", prefix)
-            if length > MAX_HEADER_BYTES or length > size - 8:
-                raise error(f"{path}: not a safetensors file, or truncated: its header would end behind its last byte")
-            raw = file.read(length)
-    except FileNotFoundError:
-        raise error(f"{path}: no such file") from None
-    except OSError as fault:
-        raise error(f"{path}: cannot be read: {fault.strerror}") from None
-    try:
-        table = json.loads(raw, object_pairs_hook=_without_duplicates)
-        metadata = table.pop("__metadata__", {})
         tensors = {name: _tensor_info(entry) for name, entry in table.items()}
-        if not all(isinstance(value, str) for value in metadata.values()):
-            raise TypeError
     except _HeaderFaultError as fault:
         raise error(f"{path}: damaged: {fault}") from None
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError):
         raise error(f"{path}: not a safetensors file: its header cannot be understood") from None
-    payload, position = size - 8 - length, 0
+    payload, position = size - 8 - len(raw), 0
     for name, info in sorted(tensors.items(), key=lambda entry: (entry[1].start, entry[1].end)):
         count = 1
         for extent in info.shape:
@@ -102,7 +87,47 @@ def read_header(path: Path, error: type[SdloraError]) -> Header:
     if position != payload:
         what = f"{position - payload:,} bytes are missing" if position > payload else "bytes are left over"
         raise error(f"{path}: truncated or damaged: {what} at its end")
-    return Header(tensors=tensors, metadata=metadata, payload_start=8 + length)
+    return Header(tensors=tensors, metadata=metadata, payload_start=8 + len(raw))
+
+
+def read_metadata(path: Path, error: type[SdloraError]) -> dict[str, str]:
+    """The metadata alone, without a look at the tensors' table: for listing many files. Raises as ``read_header``."""
+    return _parse(path, _read_raw_header(path, error)[0], error)[1]
+
+
+def _read_raw_header(path: Path, error: type[SdloraError]) -> tuple[bytes, int]:
+    """The header's text, and the size of the file."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            if len(prefix) < 8:
+                raise error(f"{path}: not a safetensors file: only {len(prefix)} bytes long")
+            (length,) = struct.unpack("<Q", prefix)
+            if length > MAX_HEADER_BYTES or length > size - 8:
+                raise error(f"{path}: not a safetensors file, or truncated: its header would end behind its last byte")
+            return file.read(length), size
+    except FileNotFoundError:
+        raise error(f"{path}: no such file") from None
+    except OSError as fault:
+        raise error(f"{path}: cannot be read: {fault.strerror}") from None
+
+
+def _parse(path: Path, raw: bytes, error: type[SdloraError]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The tensors' table, unchecked, and the metadata."""
+    try:
+        table = json.loads(raw)
+        if raw.count(b'"data_offsets"') != len(table) - ("__metadata__" in table):
+            # Names that occur twice, as a rule; looking at every pair takes several times as long.
+            table = json.loads(raw, object_pairs_hook=_without_duplicates)
+        metadata = table.pop("__metadata__", {})
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise TypeError
+    except _HeaderFaultError as fault:
+        raise error(f"{path}: damaged: {fault}") from None
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        raise error(f"{path}: not a safetensors file: its header cannot be understood") from None
+    return table, metadata
 
 
 class _HeaderFaultError(Exception):
@@ -134,7 +159,7 @@ def serialise(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) 
     for name, tensor in sorted(tensors.items()):
         data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
         offsets = [position, position + len(data)]
-        table[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        table[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
         chunks.append(data)
         position += len(data)
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode("utf-8")

@@ -164,9 +164,8 @@ class Full(Change):
         return 0.0 if self.diff is None else float(self.diff.float().norm())
 
     def tensors(self) -> dict[str, Tensor]:
-        return _named_tensors(
-            self, {"diff": "w_norm", "bias": "b_norm"} if self.norm else {"diff": "diff", "bias": "diff_b"}
-        )
+        names = ("w_norm", "b_norm") if self.of_norm else ("diff", "diff_b")
+        return _named_tensors(self, dict(zip(("diff", "bias"), names, strict=True)))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -1,0 +1,82 @@
+"""The metadata of any safetensors file: read without its tensors, changed without touching them, cleaned of places."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import LoraFileError
+from .hashes import legacy_hash
+from .safetensors_file import DTYPE_NAMES, Header, read_header, write_whole
+from .safetensors_file import read_metadata as safetensors_metadata
+
+_WHOLE_PATH = re.compile(r"\s*(?:[A-Za-z]:[\\/]|[\\/]|~[\\/]).*[^\s]", re.DOTALL)
+_PATH_WITHIN = re.compile(r"(?<![\w:/\\.])(?:[A-Za-z]:[\\/]|\\\\|~?/)(?:[^\\/\s\"',;:<>|]+[\\/])+([^\\/\s\"',;:<>|]*)")
+_ADDRESS = re.compile(r"[\w.+-]+@[\w-]+\.[\w.]+")
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Sorted. Raises ``LoraFileError`` where the file is missing, damaged or not safetensors."""
+    return dict(sorted(safetensors_metadata(path, LoraFileError).items()))
+
+
+def write_metadata(source: Path, target: Path, metadata: Mapping[str, str]) -> None:
+    """Write ``source`` to ``target``, which may be the same, with other metadata and the same bytes behind the header.
+
+    So every hash that is over the tensors stays. ``sshs_legacy_hash``, which kohya takes over a file that holds the ``ss_*``
+    keys alone, is told anew where it was told before.
+
+    Raises:
+        LoraFileError: ``source`` is missing, damaged or not safetensors.
+    """
+    header = read_header(source, LoraFileError)
+    payload = source.read_bytes()[header.payload_start :]
+    metadata = dict(metadata)
+    if "sshs_legacy_hash" in metadata:
+        training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
+        metadata["sshs_legacy_hash"] = legacy_hash(_header_bytes(header, training) + payload)
+    write_whole(target, _header_bytes(header, metadata), payload)
+
+
+def redacted(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The same metadata without folders and mail addresses: of a path, in a value or within JSON, its last name stays."""
+    return {key: _redacted_value(value) for key, value in metadata.items()}
+
+
+def _header_bytes(header: Header, metadata: Mapping[str, str]) -> bytes:
+    table: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    for name, info in header.tensors.items():
+        offsets = [info.start, info.end]
+        table[name] = {"dtype": DTYPE_NAMES[info.dtype], "shape": list(info.shape), "data_offsets": offsets}
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _redacted_value(value: str) -> str:
+    if value.lstrip().startswith(("{", "[")):
+        try:
+            return json.dumps(_redacted_tree(json.loads(value)), ensure_ascii=False)
+        except (ValueError, RecursionError):
+            pass
+    return _redacted_text(value)
+
+
+def _redacted_tree(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {_redacted_text(key): _redacted_tree(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_redacted_tree(value) for value in tree]
+    return _redacted_text(tree) if isinstance(tree, str) else tree
+
+
+def _redacted_text(text: str) -> str:
+    if "://" in text or text.startswith("data:"):
+        return _ADDRESS.sub("", text) if not text.startswith("data:") else text
+    if _WHOLE_PATH.fullmatch(text) and "\n" not in text:
+        return re.split(r"[\\/]", text.rstrip().rstrip("\\/"))[-1]
+    return _ADDRESS.sub("", _PATH_WITHIN.sub(r"\1", text))
