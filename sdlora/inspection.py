@@ -14,9 +14,8 @@ from .base.sniff import Sniffed, sniff
 from .errors import LoraFileError
 from .formats.hashes import FileHashes, cached_hashes, hash_file
 from .formats.keys import PARTS, part_of
-from .formats.lora_file import LoraFile, is_lora, read_lora
+from .formats.lora_file import PEFT_WEIGHTS, LoraFile, is_lora, read_lora
 from .formats.metadata import trigger_words
-from .formats.safetensors_file import read_header
 from .formats.tensor_files import open_tensor_file
 from .progress import Progress
 
@@ -75,6 +74,8 @@ def inspect_file(path: str, *, hashes: bool, progress: Progress) -> Report:
         LoraFileError, BaseModelError: it is neither, or it is damaged.
     """
     file = Path(path)
+    if (file / "adapter_config.json").is_file():
+        return _lora_report(read_lora(file))
     if path == MINI or file.is_dir():
         return _checkpoint_report(sniff(MINI_FOLDER if path == MINI else file), name=file.name, hashes=None)
     if is_lora(open_tensor_file(file, LoraFileError).tensors):
@@ -85,7 +86,8 @@ def inspect_file(path: str, *, hashes: bool, progress: Progress) -> Report:
 
 
 def _lora_report(lora: LoraFile) -> Report:
-    hashes = hash_file(lora.path, read_header(lora.path, LoraFileError).payload_start)
+    weights = lora.path / PEFT_WEIGHTS if lora.path.is_dir() else lora.path
+    hashes = hash_file(weights, open_tensor_file(weights, LoraFileError).payload_start)
     stated = lora.metadata.get("sshs_model_hash")
     problems = list(lora.problems)
     if stated and stated != hashes.payload_sha256:

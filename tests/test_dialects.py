@@ -22,6 +22,7 @@ from sdlora.formats.lora_file import read_lora
 from sdlora.formats.lora_writer import write_lora
 from sdlora.formats.published import published_modules
 from sdlora.formats.safetensors_file import read_header
+from sdlora.generation.loras import LoraChoice
 from sdlora.lora.kinds import Decomposed, Full
 from sdlora.lora.weights import LowRank
 from tests.tiny import tiny_pipeline, write_tiny_ldm
@@ -157,6 +158,8 @@ def test_a_peft_folder_tells_its_alphas(tmp_path: Path) -> None:
     assert {key: (m.rank, m.alpha) for key, m in lora.modules.items()} == {names[0]: (4, 8.0), names[1]: (2, 3.0)}
     (folder / "adapter_config.json").write_text(json.dumps(config | {"use_rslora": True}))
     assert read_lora(folder).modules[names[0]].alpha == 16.0
+    assert sdlora.inspect(folder).modules["unet"] == 2
+    assert LoraChoice.parse(str(folder)).file == folder
     (folder / "adapter_config.json").write_text("{")
     with pytest.raises(LoraFileError, match=r"adapter_config\.json: cannot be read as JSON"):
         read_lora(folder)
@@ -176,6 +179,8 @@ def test_bundled_embeddings_and_pickles(tmp_path: Path) -> None:
     assert (report.embeddings, report.problems, report.kinds) == (("zorb",), (), {"lora": 1})
     torch.save(tensors, tmp_path / "x.pt")
     assert list(read_lora(tmp_path / "x.pt").modules) == [key]
+    told = sdlora.inspect(tmp_path / "x.pt")
+    assert (told.kind, set(told.hashes)) == ("lora", {"sha256", "autov1", "autov2"})
 
 
 def test_mixed_kinds_are_counted_and_cannot_become_peft(tmp_path: Path) -> None:

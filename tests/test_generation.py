@@ -207,7 +207,7 @@ def test_lora_choices_are_read_as_written(unet: float, text: float) -> None:
 def test_one_weight_holds_for_both_parts() -> None:
     assert LoraChoice.parse("x.safetensors:0.4") == LoraChoice(file=Path("x.safetensors"), unet=0.4, text_encoder=0.4)
     assert LoraChoice.parse("x.safetensors").unet == 1.0
-    for text in ("x.safetensors:", "x.safetensors:much", "x.ckpt", "x.safetensors:nan", "x.safetensors:99"):
+    for text in ("x.safetensors:", "x.safetensors:much", "x.txt", "x.safetensors:nan", "x.safetensors:99"):
         with pytest.raises(LoraFileError, match="x"):
             LoraChoice.parse(text)
 

@@ -113,6 +113,14 @@ def test_the_change_is_that_of_lycoris_forward(case: str, tmp_path: Path) -> Non
     file = read_lora(written(module, tmp_path / "x.safetensors"))
     assert list(file.modules) == [KEY]
     assert not file.problems
+    shape = tuple(layer.weight.shape)
+    assert file.modules[KEY].fits(shape)
+    more_outputs, more_inputs = (shape[0] + 2, *shape[1:]), (shape[0], *[size + 3 for size in shape[1:2]], *shape[2:])
+    # A scaling of inputs knows nothing of outputs; a scaling or rotation of outputs knows nothing of inputs.
+    assert file.modules[KEY].fits(more_outputs) is (case == "ia3 input")
+    assert file.modules[KEY].fits(more_inputs) is (
+        more_inputs == shape or (file.modules[KEY].kind in ("oft", "ia3") and case != "ia3 input")
+    )
     stored = set(load_file(tmp_path / "x.safetensors")) - {f"{KEY}.alpha"}
     assert {f"{KEY}.{name}" for name in file.modules[KEY].tensors()} == stored
     with merged({"x": layer}, [{"x": (file.modules[KEY], 1.0)}]):

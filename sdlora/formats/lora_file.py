@@ -22,10 +22,12 @@ from .keys import part_of
 from .lora_tensors import build_change, group_by_module
 from .tensor_files import TensorFile, open_tensor_file
 
+PEFT_WEIGHTS = "adapter_model.safetensors"
 MAX_TENSORS = 50_000
 """Ten times what the largest LoRA of any family holds."""
 _LORA_TENSOR = (
     r"(^|[._])(lora_(down|up|mid|A|B|linear_layer)|lora\.(down|up)|hada_w\d_[ab]|lokr_w\d(_[ab])?|oft_blocks)(\.|$)"
+    r"|^(lora|lycoris|oft)_(unet|te)"
 )
 
 
@@ -151,7 +153,7 @@ def _tensors_of(file: TensorFile) -> Generator[Callable[[str], Tensor]]:
 
 def _read_adapter_folder(folder: Path) -> LoraFile:
     """``adapter_model.safetensors`` with the ``adapter_config.json`` that PEFT writes beside it."""
-    config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    config, weights = folder / "adapter_config.json", folder / PEFT_WEIGHTS
     missing = [file.name for file in (config, weights) if not file.is_file()]
     if missing:
         raise LoraFileError(f"{folder}: not the folder of a PEFT adapter: it lacks {' and '.join(missing)}")

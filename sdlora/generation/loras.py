@@ -12,9 +12,12 @@ from ..base.checkpoint import BaseCheckpoint
 from ..errors import CompatibilityError, LoraFileError
 from ..formats.keys import part_of, resolve
 from ..formats.lora_file import LoraFile, read_lora
+from ..formats.tensor_files import PICKLES
 from ..lora.change import Change
 
 logger = logging.getLogger(__name__)
+
+_ENDINGS = "|".join(re.escape(ending) for ending in (".safetensors", *PICKLES))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +35,12 @@ class LoraChoice:
         Raises:
             LoraFileError: a strength is not a number.
         """
-        match = re.fullmatch(r"(.+?\.safetensors)(?::([^:]*))?(?::([^:]*))?", text)
+        match = re.fullmatch(rf"(.+?(?:{_ENDINGS}))(?::([^:]*))?(?::([^:]*))?", text)
+        if match is None and Path(text).is_dir():
+            return cls(file=Path(text))
         if match is None:
             raise LoraFileError(
-                f"{text}: expected FILE.safetensors, FILE.safetensors:WEIGHT or FILE.safetensors:UNET:TE"
+                f"{text}: expected FILE.safetensors (or .pt, .ckpt, .bin), FILE:WEIGHT or FILE:UNET:TE, or a PEFT folder"
             )
         try:
             unet = 1.0 if match[2] is None else float(match[2])
@@ -102,16 +107,13 @@ def _fit(base: BaseCheckpoint, shapes: Mapping[str, tuple[int, ...]], file: Lora
         )
     if not matched:
         raise CompatibilityError(f"{file.path}: none of its {total} modules is in the base {base.name}")
-    misfits = [
-        (key, shape, shapes[name])
-        for key, name in found.matched.items()
-        if (shape := file.modules[key].weight_shape) is not None and not _fits(shape, shapes[name])
-    ]
+    misfits = [key for key, name in found.matched.items() if not file.modules[key].fits(shapes[name])]
     if misfits:
-        key, has, wants = misfits[0]
+        has, wants = file.modules[misfits[0]].weight_shape, shapes[found.matched[misfits[0]]]
+        sizes = f"{has} there, {wants} here" if has else f"the weight here is {wants}"
         raise CompatibilityError(
             f"{file.path}: {kind} of another size: {len(misfits)} of {total} modules do not fit the base "
-            f"{base.name} (for example {key}: {has} there, {wants} here)"
+            f"{base.name} (for example {misfits[0]}: {sizes})"
         )
     for problem in file.problems:
         logger.warning("%s: %s; left out", file.path, problem)
@@ -122,8 +124,3 @@ def _fit(base: BaseCheckpoint, shapes: Mapping[str, tuple[int, ...]], file: Lora
             *(file.path, matched, total, base.name, ", ".join(parts), found.unmatched[0]),
         )
     return FittedLora(file=file, modules={name: file.modules[key] for key, name in found.matched.items()})
-
-
-def _fits(change: tuple[int, ...], weight: tuple[int, ...]) -> bool:
-    """A linear change fits a 1 x 1 convolution and the other way round: SD 1.x and 2.x differ in that alone."""
-    return change == weight or (change[:2] == weight[:2] and set(change[2:] + weight[2:]) <= {1})

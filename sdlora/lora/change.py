@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 
@@ -41,6 +42,21 @@ class Change(ABC):
     @abstractmethod
     def tensors(self) -> Mapping[str, Tensor]:
         """Every tensor by its name in kohya's and LyCORIS' files, ``alpha`` not among them."""
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether a weight of ``shape`` can be changed by it.
+
+        A linear change fits a 1 x 1 convolution and the other way round: SD 1.x and 2.x differ in that alone.
+        """
+        bias, own = self.bias_delta(), self.weight_shape
+        if bias is not None and bias.numel() != shape[0]:
+            return False
+        if own is not None:
+            return own == shape or (own[:2] == shape[:2] and set(own[2:] + shape[2:]) <= {1})
+        try:
+            return tuple(self.delta(torch.empty(shape, device="meta")).shape) == shape
+        except (RuntimeError, ValueError, IndexError):
+            return False
 
     def bias_delta(self) -> Tensor | None:
         """Change of the bias, (out,), where there is one."""

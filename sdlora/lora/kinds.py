@@ -276,6 +276,9 @@ class Decomposed(Change):
         norms = torch.linalg.vector_norm(changed, dim=[i for i in range(changed.ndim) if i != axis], keepdim=True)
         return changed * (self.magnitude.to(weight).reshape(norms.shape) / norms) - weight
 
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        return self.inner.fits(shape) and self.magnitude.numel() in shape[:2]
+
     def bias_delta(self) -> Tensor | None:
         return self.inner.bias_delta()
 
