@@ -17,10 +17,11 @@ import sdlora
 from recipes.published_modules import modules_of
 from sdlora.base.family import FAMILIES
 from sdlora.errors import LoraFileError, SdloraError
-from sdlora.formats.keys import resolve
+from sdlora.formats.keys import kohya_keys, resolve
 from sdlora.formats.lora_file import read_lora
 from sdlora.formats.lora_writer import write_lora
 from sdlora.formats.published import published_modules
+from sdlora.formats.readers import lost_elsewhere
 from sdlora.formats.safetensors_file import read_header
 from sdlora.generation.loras import LoraChoice
 from sdlora.lora.kinds import Decomposed, Full
@@ -259,3 +260,37 @@ def test_diffusers_draws_the_same_from_a_converted_file_with_mixed_alphas(family
     for to, latents in drawn.items():
         assert (ours.latents - latents).abs().max() < 1e-3, to
     assert load_file(tmp_path / "peft.safetensors").keys() != load_file(tmp_path / "diffusers.safetensors").keys()
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_every_module_s_name_is_known_to_the_other_readers(family: str) -> None:
+    names = published_modules(family)
+    keys = kohya_keys(names, FAMILIES[family], names.keys())
+    assert lost_elsewhere(keys.values(), FAMILIES[family]) == {}
+
+
+@pytest.mark.parametrize(
+    ("family", "key"),
+    [
+        ("sd1", "lora_te_encoder_layers_0_self_attn_q_proj"),
+        ("sd1", "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q"),
+        ("sd1", "lora_te2_text_model_encoder_layers_0_mlp_fc1"),
+        ("sdxl", "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"),
+        ("sdxl", "lora_te_text_model_encoder_layers_0_mlp_fc1"),
+        ("sdxl", "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_out"),
+    ],
+)
+def test_names_that_a_reader_drops_are_told(family: str, key: str) -> None:
+    """What transformers >= 5.6 makes of a text encoder, and blocks named by the other convention, among them."""
+    assert "kohya" in lost_elsewhere([key], FAMILIES[family])
+
+
+def test_a_file_that_another_reader_would_halve_is_not_called_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    wrong = {name: "lora_te_encoder_layers_0_self_attn_q_proj"}
+    monkeypatch.setattr("sdlora.formats.lora_writer.kohya_keys", lambda *_: wrong)
+    with pytest.raises(LoraFileError, match="kohya would leave out 1 modules of this file, such as lora_te_encoder"):
+        write_lora(tmp_path / "x.safetensors", {name: low_rank((768, 768), 2, 1.0)}, {}, dtype=torch.float16)
+    assert not list(tmp_path.iterdir())

@@ -19,6 +19,7 @@ from ..lora.weights import LowRank
 from .hashes import legacy_hash
 from .keys import PARTS, kohya_keys
 from .lora_file import read_lora
+from .readers import lost_elsewhere
 from .safetensors_file import serialise, write_whole
 
 DIALECTS = ("kohya", "diffusers", "peft")
@@ -39,7 +40,8 @@ def write_lora(
     ``base_modules`` as in ``kohya_keys``: SDXL in kohya's names needs them. The same content gives the same bytes.
 
     Raises:
-        LoraFileError: the dialect has no words for a module's kind; or the file, read back, lacks a module.
+        LoraFileError: the dialect has no words for a module's kind, or kohya's tools, ComfyUI or diffusers would not know
+            its name (nothing is written then); or the file, read back, lacks a module.
     """
     if dialect == "kohya":
         tensors, described = _kohya(modules, family, base_modules), {}
@@ -70,7 +72,16 @@ def write_lora(
 
 def _kohya(modules: Mapping[str, Change], family: Family, base_modules: Collection[str]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    for name, key in kohya_keys(modules, family, base_modules).items():
+    keys = kohya_keys(modules, family, base_modules)
+    lost = lost_elsewhere(keys.values(), family)
+    if lost:
+        raise LoraFileError(
+            [
+                f"{reader} would leave out {len(own)} modules of this file, such as {own[0]}"
+                for reader, own in lost.items()
+            ]
+        )
+    for name, key in keys.items():
         tensors |= {f"{key}.{suffix}": tensor for suffix, tensor in modules[name].tensors().items()}
         alpha = modules[name].alpha
         if alpha is not None:
