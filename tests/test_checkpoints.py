@@ -235,6 +235,15 @@ def test_zero_terminal_snr_needs_v_prediction(made: Made) -> None:
         find_base(BaseSection(path=str(made[0]), prediction="epsilon", zero_terminal_snr=True))
 
 
+def test_a_scheduler_rescaled_for_sampling_does_not_make_a_zero_terminal_base(tmp_path: Path) -> None:
+    tiny_pipeline("sd1").save_pretrained(tmp_path / "x")
+    file = tmp_path / "x" / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"rescale_betas_zero_snr": True}))
+    assert not find_base(str(tmp_path / "x")).schedule.zero_terminal_snr
+    as_v = BaseSection(path=str(tmp_path / "x"), prediction="v_prediction")
+    assert find_base(as_v).schedule.zero_terminal_snr
+
+
 def test_damaged_pickles_give_one_line(tmp_path: Path) -> None:
     torch.save({"state_dict": tiny_ldm_tensors(tiny_pipeline("sd1"), "sd1")}, tmp_path / "whole.ckpt")
     good, rng = (tmp_path / "whole.ckpt").read_bytes(), random.Random(0)

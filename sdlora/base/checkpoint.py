@@ -119,12 +119,15 @@ def _overridden(schedule: ScheduleFacts, section: BaseSection) -> ScheduleFacts:
         schedule = replace(schedule, prediction=section.prediction)
     if section.zero_terminal_snr is not None:
         schedule = replace(schedule, zero_terminal_snr=section.zero_terminal_snr)
-    if schedule.zero_terminal_snr and schedule.prediction == "epsilon":
+    if not schedule.zero_terminal_snr or schedule.prediction != "epsilon":
+        return schedule
+    if section.zero_terminal_snr:
         raise BaseModelError(
             f"{section.path}: zero-terminal SNR wants v-prediction: where all is noise, epsilon says nothing of the "
             "picture; set base.prediction=v_prediction or base.zero_terminal_snr=false"
         )
-    return schedule
+    # A folder's scheduler may be rescaled for sampling alone.
+    return replace(schedule, zero_terminal_snr=False)
 
 
 def _clip_skip(section: BaseSection, family: Family, encoders: list[Part]) -> int:
