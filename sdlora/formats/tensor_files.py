@@ -50,6 +50,8 @@ def open_tensor_file(path: Path, error: type[SdloraError]) -> TensorFile:
     try:
         with path.open("rb") as file:
             start = file.read(2)
+    except FileNotFoundError:
+        raise error(f"{path}: no such file") from None
     except OSError as fault:
         raise error(f"{path}: cannot be read: {fault.strerror}") from None
     if start in (b"PK", b"\x80\x02") and path.suffix.lower() in PICKLES:
