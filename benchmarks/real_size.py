@@ -72,16 +72,19 @@ def measure_read(file: Path, _: int) -> dict[str, object]:
 
 
 def measure_load(file: Path, _: int) -> dict[str, object]:
-    began = time.perf_counter()
-    sniff(file)
-    sniffed, device = time.perf_counter() - began, choose_device()
+    sniffs = []
+    for _round in range(ROUNDS):
+        began = time.perf_counter()
+        sniff(file)
+        sniffs.append(time.perf_counter() - began)
+    device = choose_device()
     checkpoint = find_base(str(file))
     dtype = choose_precision("auto", device, unet_parameters=checkpoint.unet_parameters)
     began = time.perf_counter()
     load_base(checkpoint, device=device, dtype=dtype)
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return {"seconds": time.perf_counter() - began, "sniff_ms": 1000 * sniffed, "dtype": str(dtype)}
+    return {"seconds": time.perf_counter() - began, "sniff_ms": 1000 * statistics.median(sniffs), "dtype": str(dtype)}
 
 
 def measure_memory(file: Path, _: int) -> dict[str, object]:
