@@ -27,6 +27,9 @@ def unet_config(shapes: Shapes, family: Family, *, pooled_width: int | None, sam
     depths_down = [_depths(f"down_blocks.{i}", shapes) for i in levels]
     depths_up = [_depths(f"up_blocks.{i}", shapes) for i in levels]
     resnets = [len(_numbers(rf"down_blocks\.{i}\.resnets\.(\d+)\.", shapes)) for i in levels]
+    layers_down, layers_up = (
+        [_one_or_all(depths) if depths else 1 for depths in side] for side in (depths_down, depths_up)
+    )
     facts = family.unet
     heads = [facts.heads or max(1, width // (facts.head_width or width)) for width in channels]
     config: dict[str, Any] = {
@@ -38,15 +41,14 @@ def unet_config(shapes: Shapes, family: Family, *, pooled_width: int | None, sam
         "down_block_types": tuple("CrossAttnDownBlock2D" if depths else "DownBlock2D" for depths in depths_down),
         "up_block_types": tuple("CrossAttnUpBlock2D" if depths else "UpBlock2D" for depths in depths_up),
         "mid_block_type": _mid_block(shapes),
-        "transformer_layers_per_block": _one_or_all([_one_or_all(depths) if depths else 1 for depths in depths_down]),
+        "transformer_layers_per_block": _one_or_all(layers_down),
         "cross_attention_dim": next(s for n, s in shapes.items() if n.endswith("attn2.to_k.weight"))[1],
         "attention_head_dim": _one_or_all(heads),
         "use_linear_projection": len(next(s for n, s in shapes.items() if n.endswith(".proj_in.weight"))) == 2,
         "norm_num_groups": math.gcd(NORM_GROUPS, *channels),
     }
     if depths_up != [depths[:1] * (n + 1) for depths, n in zip(reversed(depths_down), reversed(resnets), strict=True)]:
-        config["reverse_transformer_layers_per_block"] = [_one_or_all(depths) if depths else 1 for depths in depths_up]
-        config["transformer_layers_per_block"] = [_one_or_all(depths) if depths else 1 for depths in depths_down]
+        config |= {"transformer_layers_per_block": layers_down, "reverse_transformer_layers_per_block": layers_up}
     if facts.size_conditioning:
         width = shapes["add_embedding.linear_1.weight"][1]
         size_width = facts.size_embedding_width if pooled_width is None else (width - pooled_width) // 6

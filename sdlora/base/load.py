@@ -191,9 +191,10 @@ def _filled(
             f"{checkpoint.name}: its {title} has a configuration that cannot be built: {reason}"
         ) from None
     flat = part.startswith("text_encoder") and not hasattr(model, "text_model")
-    wanted, problems = {}, []
+    wanted, problems, surplus = {}, [], set(found.tensors)
     for name, expected in model.state_dict().items():
         ours = f"text_model.{name}" if flat else name
+        surplus.discard(ours)
         place = found.tensors.get(ours)
         if place is None:
             problems.append(f"tensor {ours} is missing")
@@ -201,7 +202,6 @@ def _filled(
             problems.append(f"tensor {ours} has shape {place.shape}, expected {tuple(expected.shape)}")
         else:
             wanted[name] = place
-    surplus = found.tensors.keys() - {f"text_model.{name}" if flat else name for name in model.state_dict()}
     if part in ("unet", "vae"):
         problems += [f"tensor {name} has no place in it" for name in sorted(surplus)]
     if problems:

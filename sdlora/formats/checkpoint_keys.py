@@ -82,18 +82,13 @@ def unet_table_from_ldm(names: Collection[str]) -> Table:
 
 
 def unet_table_to_ldm(names: Collection[str]) -> Table:
-    """From our names: where an LDM file of this UNet keeps each of them."""
-    return _turned(names, ldm_unet_modules(names))
-
-
-def ldm_unet_modules(names: Collection[str]) -> dict[str, str]:
-    """LDM prefix -> our prefix, for the blocks of the UNet whose modules or tensors ``names`` are (ours)."""
+    """From our names, of tensors or of modules: where an LDM file of this UNet keeps each of them."""
     layout = _UnetLayout(
         down=_our_levels("down_blocks", "downsamplers", names),
         up=_our_levels("up_blocks", "upsamplers", names),
         mid_attention=any(name.startswith("mid_block.attentions.0.") for name in names),
     )
-    return _unet_modules(layout)
+    return _turned(names, _unet_modules(layout))
 
 
 def _ldm_levels(stem: str, first: int, names: Collection[str]) -> tuple[_Level, ...]:

@@ -37,7 +37,6 @@ _SUFFIXES = {
     ".rescale": "rescale",
 }
 _BY_LENGTH = sorted(_SUFFIXES.items(), key=lambda entry: -len(entry[0]))
-_LACKING = {"down": "down", "up": "up"}
 
 
 def group_by_module(names: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
@@ -132,7 +131,7 @@ def _low_rank(tensors: Mapping[str, Tensor], alpha: float | None) -> LowRank:
 def _required(tensors: Mapping[str, Tensor], prefix: str, names: tuple[str, ...]) -> dict[str, Tensor]:
     missing = [name for name in names if prefix + name not in tensors]
     if missing:
-        lacking = " and no ".join(f"{_LACKING.get(name, prefix + name)} matrix" for name in missing)
+        lacking = " and no ".join(f"{prefix}{name} matrix" for name in missing)
         raise ValueError(f"has no {lacking}")
     found = {name: tensors[prefix + name] for name in names}
     flat = [name for name, tensor in found.items() if tensor.ndim < 1 or 0 in tensor.shape]

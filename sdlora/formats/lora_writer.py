@@ -20,7 +20,7 @@ from .hashes import legacy_hash
 from .keys import PARTS, kohya_keys
 from .lora_file import read_lora
 from .readers import lost_elsewhere
-from .safetensors_file import serialise, write_whole
+from .safetensors_file import encode_header, lay_out, write_whole
 
 DIALECTS = ("kohya", "diffusers", "peft")
 
@@ -53,16 +53,15 @@ def write_lora(
     tensors = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     described = {**metadata, **described}
     training = {key: value for key, value in described.items() if key.startswith("ss_")}
-    header, payload = serialise(tensors, training)
+    table, payload = lay_out(tensors)
     digest = hashlib.sha256(payload).hexdigest()
     hashed = {
         **described,
         "sshs_model_hash": digest,
-        "sshs_legacy_hash": legacy_hash(header + payload),
+        "sshs_legacy_hash": legacy_hash(encode_header(table, training) + payload),
         "modelspec.hash_sha256": f"0x{digest}",
     }
-    header, payload = serialise(tensors, hashed)
-    write_whole(path, header, payload)
+    write_whole(path, encode_header(table, hashed), payload)
     again = read_lora(path)
     if len(again.modules) != len(modules) or again.problems:
         raise LoraFileError(

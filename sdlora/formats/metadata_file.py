@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import LoraFileError
 from .hashes import legacy_hash
-from .safetensors_file import DTYPE_NAMES, Header, read_header, write_whole
+from .safetensors_file import encode_header, read_header, write_whole
 from .safetensors_file import read_metadata as safetensors_metadata
 
 _WHOLE_PATH = re.compile(r"\s*(?:[A-Za-z]:[\\/]|[\\/]|~[\\/]).*[^\s]", re.DOTALL)
@@ -38,23 +37,13 @@ def write_metadata(source: Path, target: Path, metadata: Mapping[str, str]) -> N
     metadata = dict(metadata)
     if "sshs_legacy_hash" in metadata:
         training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
-        metadata["sshs_legacy_hash"] = legacy_hash(_header_bytes(header, training) + payload)
-    write_whole(target, _header_bytes(header, metadata), payload)
+        metadata["sshs_legacy_hash"] = legacy_hash(encode_header(header.tensors, training) + payload)
+    write_whole(target, encode_header(header.tensors, metadata), payload)
 
 
 def redacted(metadata: Mapping[str, str]) -> dict[str, str]:
     """The same metadata without folders and mail addresses: of a path, in a value or within JSON, its last name stays."""
     return {key: _redacted_value(value) for key, value in metadata.items()}
-
-
-def _header_bytes(header: Header, metadata: Mapping[str, str]) -> bytes:
-    table: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    for name, info in header.tensors.items():
-        offsets = [info.start, info.end]
-        table[name] = {"dtype": DTYPE_NAMES[info.dtype], "shape": list(info.shape), "data_offsets": offsets}
-    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
 
 
 def _redacted_value(value: str) -> str:

@@ -42,7 +42,7 @@ _DTYPES = {
     "F8_E8M0": torch.float8_e8m0fnu,
     "C64": torch.complex64,
 }
-DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,19 +152,34 @@ def _tensor_info(entry: Mapping) -> TensorInfo:
     return TensorInfo(dtype=_DTYPES[entry["dtype"]], shape=shape, start=start, end=end)
 
 
-def serialise(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> tuple[bytes, bytes]:
-    """(header, payload) of a safetensors file; the file is one behind the other."""
-    table: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+def lay_out(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, TensorInfo], bytes]:
+    """The tensors' table, sorted by name, and the payload that it describes."""
+    table: dict[str, TensorInfo] = {}
     chunks, position = [], 0
     for name, tensor in sorted(tensors.items()):
         data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        offsets = [position, position + len(data)]
-        table[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        shape, end = tuple(tensor.shape), position + len(data)
+        table[name] = TensorInfo(dtype=tensor.dtype, shape=shape, start=position, end=end)
         chunks.append(data)
-        position += len(data)
+        position = end
+    return table, b"".join(chunks)
+
+
+def encode_header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:
+    """Everything in front of the payload."""
+    table: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    for name, info in tensors.items():
+        offsets = [info.start, info.end]
+        table[name] = {"dtype": _DTYPE_NAMES[info.dtype], "shape": list(info.shape), "data_offsets": offsets}
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text, b"".join(chunks)
+    return struct.pack("<Q", len(text)) + text
+
+
+def serialise(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> tuple[bytes, bytes]:
+    """(header, payload) of a safetensors file; the file is one behind the other."""
+    table, payload = lay_out(tensors)
+    return encode_header(table, metadata), payload
 
 
 def write_whole(path: Path, *chunks: bytes) -> None:

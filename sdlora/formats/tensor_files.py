@@ -55,7 +55,7 @@ def open_tensor_file(path: Path, error: type[SdloraError]) -> TensorFile:
     except OSError as fault:
         raise error(f"{path}: cannot be read: {fault.strerror}") from None
     if start in (b"PK", b"\x80\x02") and path.suffix.lower() in PICKLES:
-        return _open_pickle(path, error)
+        return _open_pickle(path, error, is_zip=start == b"PK")
     header = read_header(path, error)
     return TensorFile(
         path=path,
@@ -66,9 +66,9 @@ def open_tensor_file(path: Path, error: type[SdloraError]) -> TensorFile:
     )
 
 
-def _open_pickle(path: Path, error: type[SdloraError]) -> TensorFile:
+def _open_pickle(path: Path, error: type[SdloraError], *, is_zip: bool) -> TensorFile:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as fault:
         wanted = re.search(r"GLOBAL ([\w.]+)", str(fault))
         what = f"it wants to run {wanted[1]}" if wanted else "it holds more than tensors"
@@ -94,11 +94,6 @@ def _open_pickle(path: Path, error: type[SdloraError]) -> TensorFile:
     step = content.get("global_step") if isinstance(content, dict) else None
     metadata = {"global_step": str(step)} if isinstance(step, int) else {}
     return TensorFile(path=path, tensors=infos, metadata=metadata, payload_start=0, pickled=tensors)
-
-
-def _is_zip(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(2) == b"PK"
 
 
 @dataclass(frozen=True, kw_only=True)
