@@ -36,6 +36,18 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_base(tmp_path_factory.mktemp("base") / "tiny")
 
 
+@pytest.fixture(scope="session")
+def tiny_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Family -> a single file in LDM's names, of ``tests.tiny.tiny_pipeline`` of that family; not to be changed."""
+    from sdlora.base.family import FAMILIES
+    from tests.tiny import write_tiny_ldm
+
+    folder = tmp_path_factory.mktemp("families")
+    for family in FAMILIES:
+        write_tiny_ldm(folder / f"{family}.safetensors", family)
+    return {family: folder / f"{family}.safetensors" for family in FAMILIES}
+
+
 def write_pictures(folder: Path, count: int = 5, *, sizes: tuple[tuple[int, int], ...] = ((64, 64),)) -> Path:
     """``count`` PNGs of random colour fields with captions."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -29,29 +29,21 @@ from sdlora.progress import Silence
 from sdlora.training.plan import plan_run
 from sdlora.training.session import open_session
 from tests.conftest import write_pictures
-from tests.tiny import tiny_ldm_tensors, tiny_pipeline, write_tiny_ldm
+from tests.tiny import tiny_ldm_tensors, tiny_pipeline
 
 PROMPT, NEGATIVE, STEPS = "a red fox, masterpiece", "blue", 4
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("families")
-    for family in FAMILIES:
-        write_tiny_ldm(folder / f"{family}.safetensors", family)
-    return {family: folder / f"{family}.safetensors" for family in FAMILIES}
-
-
-@pytest.fixture(scope="module")
-def loras(files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def loras(tiny_files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A LoRA trained on each family's tiny base."""
     folder = tmp_path_factory.mktemp("loras")
     pictures = write_pictures(folder / "pictures", 4, sizes=((64, 64), (100, 60)))
-    for family, file in files.items():
+    for family, file in tiny_files.items():
         config = load_config(None, overrides(file, pictures, folder / f"{family}.safetensors"))
         sdlora.train(config, show_progress=False)
-    return {family: folder / f"{family}.safetensors" for family in files}
+    return {family: folder / f"{family}.safetensors" for family in tiny_files}
 
 
 def overrides(base: Path, pictures: Path, output: Path, *more: str) -> list[str]:
@@ -87,9 +79,9 @@ def difference(picture: Picture, latents: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("family", list(FAMILIES))
 @pytest.mark.parametrize("form", ["file", "folder"])
-def test_pictures_equal_those_of_diffusers(files: dict[str, Path], family: str, form: str, tmp_path: Path) -> None:
+def test_pictures_equal_those_of_diffusers(tiny_files: dict[str, Path], family: str, form: str, tmp_path: Path) -> None:
     pipe = tiny_pipeline(family)
-    base = files[family]
+    base = tiny_files[family]
     if form == "folder":
         base = tmp_path / "folder"
         pipe.save_pretrained(base)
@@ -165,24 +157,24 @@ def test_training_changes_every_part_under_kohya_s_names(loras: dict[str, Path],
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_diffusers_draws_the_same_from_the_trained_file(
-    files: dict[str, Path], loras: dict[str, Path], family: str
+    tiny_files: dict[str, Path], loras: dict[str, Path], family: str
 ) -> None:
     pipe = tiny_pipeline(family)
     pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
     plain = theirs(pipe)
     pipe.load_lora_weights(str(loras[family].parent), weight_name=loras[family].name)
     reference = theirs(pipe)
-    picture = ours(files[family], "euler", loras=[str(loras[family])])
+    picture = ours(tiny_files[family], "euler", loras=[str(loras[family])])
     assert difference(picture, reference) < 1e-3
     assert (plain - reference).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
-def test_the_loss_is_the_formula_on_diffusers_models(files: dict[str, Path], family: str, tmp_path: Path) -> None:
+def test_the_loss_is_the_formula_on_diffusers_models(tiny_files: dict[str, Path], family: str, tmp_path: Path) -> None:
     """One step's loss, rebuilt from the pipeline's own parts: latents, noise, text, sizes, target and weight."""
     pictures = write_pictures(tmp_path / "pictures", 1, sizes=((100, 60),))
     more = ("train.batch_size=1", "train.min_snr_gamma=0", "data.resolution=64", "train.text_encoder_learning_rate=0")
-    plan = plan_run(load_config(None, overrides(files[family], pictures, tmp_path / "x.safetensors", *more)))
+    plan = plan_run(load_config(None, overrides(tiny_files[family], pictures, tmp_path / "x.safetensors", *more)))
     base = load_base(plan.base, device=CPU, dtype=torch.float32)
     session = open_session(plan, base, Accelerator(), Silence())
     (placement,), (item,) = plan.placements, plan.items
@@ -227,10 +219,10 @@ def test_the_loss_is_the_formula_on_diffusers_models(files: dict[str, Path], fam
     torch.testing.assert_close(loss, (predicted - noise).square().mean(), rtol=1e-4, atol=1e-5)
 
 
-def test_v_prediction_trains_towards_v(files: dict[str, Path], tmp_path: Path) -> None:
+def test_v_prediction_trains_towards_v(tiny_files: dict[str, Path], tmp_path: Path) -> None:
     pictures = write_pictures(tmp_path / "pictures", 2)
     for more in (("base.prediction=v_prediction",), ("base.prediction=v_prediction", "base.zero_terminal_snr=true")):
-        config = load_config(None, overrides(files["sd2"], pictures, tmp_path / f"{len(more)}.safetensors", *more))
+        config = load_config(None, overrides(tiny_files["sd2"], pictures, tmp_path / f"{len(more)}.safetensors", *more))
         sdlora.train(config, show_progress=False)
         metadata = read_header(Path(config.output.path), SdloraError).metadata
         assert metadata["ss_base_model_version"] == "sd_v2_v"
@@ -239,10 +231,10 @@ def test_v_prediction_trains_towards_v(files: dict[str, Path], tmp_path: Path) -
         assert metadata["ss_zero_terminal_snr"] == str(len(more) == 2)
 
 
-def test_replacements_are_part_of_a_run_and_their_paths_are_not(files: dict[str, Path], tmp_path: Path) -> None:
+def test_replacements_are_part_of_a_run_and_their_paths_are_not(tiny_files: dict[str, Path], tmp_path: Path) -> None:
     pictures, output = write_pictures(tmp_path / "pictures", 2), tmp_path / "x.safetensors"
     tiny_pipeline("sd1", seed=5).vae.save_pretrained(tmp_path / "vae")
-    options = overrides(files["sd1"], pictures, output)
+    options = overrides(tiny_files["sd1"], pictures, output)
     sdlora.train(load_config(None, [*options, f"base.vae={tmp_path / 'vae'}"]), show_progress=False)
     assert str(tmp_path) not in str(read_header(output, SdloraError).metadata)
     with pytest.raises(ResumeError, match="the base checkpoint has changed"):
@@ -251,27 +243,27 @@ def test_replacements_are_part_of_a_run_and_their_paths_are_not(files: dict[str,
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_gradient_checkpointing_changes_memory_and_nothing_else(
-    files: dict[str, Path], family: str, loras: dict[str, Path], tmp_path: Path
+    tiny_files: dict[str, Path], family: str, loras: dict[str, Path], tmp_path: Path
 ) -> None:
     output = tmp_path / "x.safetensors"
     pictures = loras[family].parent / "pictures"
-    config = load_config(None, overrides(files[family], pictures, output, "train.gradient_checkpointing=true"))
+    config = load_config(None, overrides(tiny_files[family], pictures, output, "train.gradient_checkpointing=true"))
     sdlora.train(config, show_progress=False)
     one, other = load_file(loras[family]), load_file(output)
     assert all(torch.allclose(one[name], other[name], rtol=1e-3, atol=1e-4) for name in one)
 
 
-def test_long_captions_are_trained_in_chunks(files: dict[str, Path], tmp_path: Path) -> None:
+def test_long_captions_are_trained_in_chunks(tiny_files: dict[str, Path], tmp_path: Path) -> None:
     pictures = write_pictures(tmp_path / "pictures", 2)
     (pictures / "0.txt").write_text(", ".join(f"thing {i}" for i in range(25)))
-    config = load_config(None, overrides(files["sdxl"], pictures, tmp_path / "x.safetensors"))
+    config = load_config(None, overrides(tiny_files["sdxl"], pictures, tmp_path / "x.safetensors"))
     plan = plan_run(config)
     session = open_session(plan, load_base(plan.base, device=CPU, dtype=torch.float32), Accelerator(), Silence())
     assert session.contexts.of([0, 1, None]).context.shape == (3, 154, 128)
     sdlora.train(config, show_progress=False)
     assert read_header(tmp_path / "x.safetensors", SdloraError).metadata["ss_max_token_length"] == "150"
     short = load_config(
-        None, overrides(files["sdxl"], pictures, tmp_path / "y.safetensors", "data.max_token_length=75")
+        None, overrides(tiny_files["sdxl"], pictures, tmp_path / "y.safetensors", "data.max_token_length=75")
     )
     sdlora.train(short, show_progress=False)
     assert read_header(tmp_path / "y.safetensors", SdloraError).metadata["ss_max_token_length"] == "None"
@@ -279,28 +271,28 @@ def test_long_captions_are_trained_in_chunks(files: dict[str, Path], tmp_path: P
 
 @pytest.mark.parametrize(("lora", "base"), list(itertools.permutations(FAMILIES, 2)))
 def test_wrong_pairs_are_refused_before_anything_is_loaded(
-    files: dict[str, Path], loras: dict[str, Path], lora: str, base: str, monkeypatch: pytest.MonkeyPatch
+    tiny_files: dict[str, Path], loras: dict[str, Path], lora: str, base: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr("sdlora.api.load_base", refuse)
     with pytest.raises(CompatibilityError) as caught:
-        ours(files[base], "euler", loras=[str(loras[lora])])
+        ours(tiny_files[base], "euler", loras=[str(loras[lora])])
     (sentence,) = caught.value.problems
     assert f"a LoRA for {FAMILIES[lora].title}; the base {base} is {FAMILIES[base].title}" in sentence
     assert f"use it with a {FAMILIES[lora].title} base" in sentence
 
 
 def test_metadata_that_lies_does_not_decide(
-    files: dict[str, Path], loras: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tiny_files: dict[str, Path], loras: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     save_file(load_file(loras["sdxl"]), tmp_path / "x.safetensors", metadata={"ss_base_model_version": "sd_v1"})
     assert sdlora.inspect(tmp_path / "x.safetensors").family == "sdxl"
     with caplog.at_level(logging.WARNING):
-        ours(files["sdxl"], "euler", loras=[str(tmp_path / "x.safetensors")])
+        ours(tiny_files["sdxl"], "euler", loras=[str(tmp_path / "x.safetensors")])
     with pytest.raises(CompatibilityError, match="a LoRA for Stable Diffusion XL; the base sd1"):
-        ours(files["sd1"], "euler", loras=[str(tmp_path / "x.safetensors")])
+        ours(tiny_files["sd1"], "euler", loras=[str(tmp_path / "x.safetensors")])
 
 
 def test_framings_are_heights_first() -> None:
@@ -326,14 +318,14 @@ def test_kernels_for_another_cuda_are_told(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_xformers_is_probed_and_replaced_where_it_cannot_run(
-    files: dict[str, Path], caplog: pytest.LogCaptureFixture
+    tiny_files: dict[str, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU; whether xformers runs on it depends on its build")
     reason = why_not_xformers(CPU, torch.float32)
     assert reason is not None
     assert "not installed" in reason or "needs a CUDA device" in reason
-    base = load_base(find_base(str(files["sd1"])), device=CPU, dtype=torch.float32)
+    base = load_base(find_base(str(tiny_files["sd1"])), device=CPU, dtype=torch.float32)
     before = {name: type(processor) for name, processor in base.unet.attn_processors.items()}
     for wish, warnings in (("auto", 0), ("sdpa", 0), ("xformers", 1)):
         with caplog.at_level(logging.WARNING):

@@ -18,17 +18,9 @@ from sdlora.base.tokens import Span, padded, plain, token_count, tokenize
 from sdlora.config import BaseSection
 from sdlora.errors import BaseModelError
 from sdlora.generation.prompts import parse_prompt
-from tests.tiny import tiny_pipeline, write_tiny_ldm
+from tests.tiny import tiny_pipeline
 
 Loaded = tuple[Base, Any]
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("prompts")
-    for family in FAMILIES:
-        write_tiny_ldm(folder / f"{family}.safetensors", family)
-    return {family: folder / f"{family}.safetensors" for family in FAMILIES}
 
 
 def opened(file: Path, **options: Any) -> Base:
@@ -37,8 +29,8 @@ def opened(file: Path, **options: Any) -> Base:
 
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
-def loaded(request: pytest.FixtureRequest, files: dict[str, Path]) -> Loaded:
-    return opened(files[request.param]), tiny_pipeline(request.param)
+def loaded(request: pytest.FixtureRequest, tiny_files: dict[str, Path]) -> Loaded:
+    return opened(tiny_files[request.param]), tiny_pipeline(request.param)
 
 
 def test_the_vocabulary_is_clip_s() -> None:
@@ -70,8 +62,8 @@ def test_plain_prompts_give_diffusers_numbers(loaded: Loaded) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("skip", [1, 2, 3])
-def test_clip_skip_reads_the_layer_that_it_names(files: dict[str, Path], skip: int) -> None:
-    for family, file in files.items():
+def test_clip_skip_reads_the_layer_that_it_names(tiny_files: dict[str, Path], skip: int) -> None:
+    for family, file in tiny_files.items():
         base, pipe = opened(file, clip_skip=skip), tiny_pipeline(family)
         told = encode_prompts(base, [tokenize(base, plain("a red fox"))]).context
         layer = max(skip, 2) if family == "sdxl" else skip
@@ -82,7 +74,7 @@ def test_clip_skip_reads_the_layer_that_it_names(files: dict[str, Path], skip: i
             expected.append(hidden if family == "sdxl" else model.final_layer_norm(hidden))
         assert torch.equal(told, torch.cat(expected, -1))
     with pytest.raises(BaseModelError, match="clip skip 4: its text encoder has 3 layers"):
-        find_base(BaseSection(path=str(files["sd1"]), clip_skip=4))
+        find_base(BaseSection(path=str(tiny_files["sd1"]), clip_skip=4))
 
 
 @torch.no_grad()
