@@ -70,7 +70,17 @@ def convert(
     dtype = getattr(torch, lora.dtype.split(", ")[-1] if precision == "auto" else precision)
     modules = {name: lora.modules[key] for key, name in found.matched.items()}
     own = {key: value for key, value in lora.metadata.items() if key not in ("lora_adapter_metadata", "format")}
-    write_lora(target, modules, own, dtype=dtype, dialect=to, family=family, base_modules=names.keys())
+    write_lora(
+        target,
+        modules,
+        own,
+        dtype=dtype,
+        dialect=to,
+        family=family,
+        base_modules=names.keys(),
+        bundled=lora.bundled if to == "kohya" else None,
+    )
+    lost = [f"embedding {name}: only kohya's dialect can bundle one" for name in lora.embeddings if to != "kohya"]
     return Conversion(
         output=str(target),
         family=family.name,
@@ -78,5 +88,5 @@ def convert(
         source_dialect=lora.dialect,
         dialect=to,
         dtype=str(dtype).removeprefix("torch."),
-        left_out=lora.problems,
+        left_out=(*lora.problems, *lost),
     )

@@ -178,6 +178,13 @@ def test_bundled_embeddings_and_pickles(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "x.safetensors")
     report = sdlora.inspect(tmp_path / "x.safetensors")
     assert (report.embeddings, report.problems, report.kinds) == (("zorb",), (), {"lora": 1})
+    kept = sdlora.convert(tmp_path / "x.safetensors", tmp_path / "kept.safetensors", to="kohya", base="mini")
+    assert kept.left_out == ()
+    again = load_file(tmp_path / "kept.safetensors")
+    assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
+    lost = sdlora.convert(tmp_path / "x.safetensors", tmp_path / "lost.safetensors", to="peft", base="mini")
+    assert lost.left_out == ("embedding zorb: only kohya's dialect can bundle one",)
+    assert len(load_file(tmp_path / "lost.safetensors")) == 2
     torch.save(tensors, tmp_path / "x.pt")
     assert list(read_lora(tmp_path / "x.pt").modules) == [key]
     told = sdlora.inspect(tmp_path / "x.pt")

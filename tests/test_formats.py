@@ -20,6 +20,7 @@ from sdlora.errors import LoraFileError
 from sdlora.formats.hashes import hash_file
 from sdlora.formats.keys import kohya_keys, part_of, resolve
 from sdlora.formats.lora_file import read_lora
+from sdlora.formats.lora_tensors import build_change
 from sdlora.formats.lora_writer import write_lora
 from sdlora.formats.metadata import (
     DatasetFacts,
@@ -173,20 +174,44 @@ def test_what_cannot_be_used_is_listed(tmp_path: Path) -> None:
         "lora_unet_e.lora_down.weight": torch.randn(2, 3),
         "lora_unet_e.lora_up.weight": torch.randn(3, 4),
         "lora_unet_f.alpha": torch.tensor(1.0),
+        "lora_unet_g.set_weight": torch.randn(2, 3),
+        "lora_unet_h.reshape_weight": torch.tensor([4, 6]),
+        "lora_unet_h.lora_down.weight": torch.randn(2, 3),
+        "lora_unet_h.lora_up.weight": torch.randn(3, 2),
+        **{f"lora_unet_i.{name}.weight": torch.randn(3) for name in ("a1", "a2", "b1", "b2")},
+        "lora_unet_j.something": torch.randn(3),
     }
     save_file(tensors, tmp_path / "x.safetensors")
     file = read_lora(tmp_path / "x.safetensors")
     assert list(file.modules) == ["lora_unet_a"]
     text = "\n".join(file.problems)
-    assert len(file.problems) == 5
+    assert len(file.problems) == 9
     for part in (
         "lora_unet_b has no up",
         "lora_unet_c has no hada_w1_b",
         "lora_unet_d holds NaN",
         "do not multiply",
         "lora_unet_f",
+        "lora_unet_g puts another weight",
+        "lora_unet_h is for a weight of another shape",
+        "lora_unet_i has GLoRA matrices with less than two axes",
+        "tensor lora_unet_j.something is of a kind that cannot be applied",
     ):
         assert part in text
+
+
+@given(
+    values=st.lists(st.floats(width=16), min_size=1, max_size=6),
+    dtype=st.sampled_from(["float16", "bfloat16", "float32", "float64", "float8_e4m3fn", "float8_e5m2"]),
+)
+def test_numbers_are_found_finite_as_torch_finds_them(values: list[float], dtype: str) -> None:
+    tensor = torch.tensor(values).to(getattr(torch, dtype))
+    change = {"diff": tensor[None]}
+    if tensor.float().isfinite().all():
+        assert build_change(change, alpha=None).kind == "full"
+    else:
+        with pytest.raises(ValueError, match="holds NaN or infinity"):
+            build_change(change, alpha=None)
 
 
 @given(damage=st.binary(min_size=0, max_size=400))

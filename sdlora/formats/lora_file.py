@@ -26,7 +26,7 @@ PEFT_WEIGHTS = "adapter_model.safetensors"
 MAX_TENSORS = 50_000
 """Ten times what the largest LoRA of any family holds."""
 _LORA_TENSOR = (
-    r"(^|[._])(lora_(down|up|mid|A|B|linear_layer)|lora\.(down|up)|hada_w\d_[ab]|lokr_w\d(_[ab])?|oft_blocks)(\.|$)"
+    r"(^|[._])(lora_(down|up|mid|A|B|linear_layer)|lora\.(down|up)|hada_w\d_[ab]|lokr_w\d(_[ab])?|oft_(blocks|diag))(\.|$)"
     r"|^(lora|lycoris|oft)_(unet|te)"
 )
 
@@ -40,8 +40,8 @@ class LoraFile:
 
     path: Path
     modules: Mapping[str, Change]
-    embeddings: tuple[str, ...]
-    """Names of the textual-inversion embeddings that are bundled with it."""
+    bundled: Mapping[str, Tensor]
+    """The tensors of textual-inversion embeddings that came with it, as the file names them."""
     metadata: Mapping[str, str]
     dialect: str
     dtype: str
@@ -72,6 +72,11 @@ class LoraFile:
                 return family
         architecture = self.metadata.get("modelspec.architecture", "")
         return next((f for f in FAMILIES.values() if f.modelspec_architecture == architecture), None)
+
+    @property
+    def embeddings(self) -> tuple[str, ...]:
+        """Names of the bundled embeddings."""
+        return tuple(sorted({name.split(".")[1] for name in self.bundled}))
 
     @property
     def ranks(self) -> tuple[float, float, float]:
@@ -128,13 +133,14 @@ def _read(path: Path, file: TensorFile, alpha_of: Callable[[str], float | None])
                 modules[short] = build_change({r: tensor(n) for r, n in roles.items()}, alpha=alpha_of(short))
             except (ValueError, RuntimeError) as fault:
                 problems.append(f"module {short} {fault}")
+        embeddings = {name: tensor(name) for name in sorted(bundled)}
     if not modules:
         raise LoraFileError([f"{path}: {problem}" for problem in problems])
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for m in modules.values() for t in m.tensors().values()})
     return LoraFile(
         path=path,
         modules=modules,
-        embeddings=tuple(sorted({name.split(".")[1] for name in bundled})),
+        bundled=embeddings,
         metadata=dict(file.metadata),
         dialect=_dialect(file.tensors),
         dtype=", ".join(dtype for dtype in dtypes if not dtype.startswith("int")),

@@ -34,22 +34,22 @@ def write_lora(
     dialect: str = "kohya",
     family: Family = SD1,
     base_modules: Collection[str] = (),
+    bundled: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write canonical ``modules`` in one of ``DIALECTS``, with their alphas and with the hashes of the final bytes.
 
-    ``base_modules`` as in ``kohya_keys``: SDXL in kohya's names needs them. The same content gives the same bytes.
+    ``base_modules`` as in ``kohya_keys``: SDXL in kohya's names needs them. ``bundled`` are the tensors of embeddings, for
+    kohya's dialect alone: one of them makes diffusers refuse a file. The same content gives the same bytes.
 
     Raises:
         LoraFileError: the dialect has no words for a module's kind, or kohya's tools, ComfyUI or diffusers would not know
             its name (nothing is written then); or the file, read back, lacks a module.
     """
     if dialect == "kohya":
-        tensors, described = _kohya(modules, family, base_modules), {}
+        tensors, described = _kohya(modules, family, base_modules) | dict(bundled or {}), {}
     else:
-        tensors, described = (
-            _peft(modules, dialect),
-            {"format": "pt", "lora_adapter_metadata": _adapter_metadata(modules)},
-        )
+        tensors = _peft(modules, dialect)
+        described = {"format": "pt", "lora_adapter_metadata": _adapter_metadata(modules)}
     tensors = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     described = {**metadata, **described}
     training = {key: value for key, value in described.items() if key.startswith("ss_")}

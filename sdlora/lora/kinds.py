@@ -200,12 +200,14 @@ class Generalised(Change):
 class Orthogonal(Change):
     """OFT and BOFT as LyCORIS has them: blocks of outputs turned by (I + Q)(I - Q)⁻¹, Q = S - Sᵀ (Qiu et al. 2023, eq. 4).
 
-    ``blocks`` S is (count, b, b), or (stages, count, b, b) for the butterfly of BOFT (Liu et al. 2023, section 4).
+    ``blocks`` S is (count, b, b), or (stages, count, b, b) for the butterfly of BOFT (Liu et al. 2023, section 4). Where
+    ``turned``, they are the rotations themselves, as LyCORIS wrote them at first.
     """
 
     kind = "oft"
     rank = weight_shape = None
     blocks: Tensor
+    turned: bool = False
     rescale: Tensor | None = None
     """(out, 1[, 1, 1]), times the turned weight."""
     alpha: float
@@ -230,6 +232,8 @@ class Orthogonal(Change):
 
     def _turns(self, weight: Tensor) -> Tensor:
         blocks = self.blocks.to(weight)
+        if self.turned:
+            return blocks
         skew = blocks - blocks.transpose(-1, -2)
         limit = self.alpha * weight.shape[0]
         if limit > 0:
@@ -239,7 +243,7 @@ class Orthogonal(Change):
         return (eye + skew) @ torch.linalg.inv(eye - skew)
 
     def tensors(self) -> dict[str, Tensor]:
-        return _named_tensors(self, {"blocks": "oft_blocks", "rescale": "rescale"})
+        return _named_tensors(self, {"blocks": "oft_diag" if self.turned else "oft_blocks", "rescale": "rescale"})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
