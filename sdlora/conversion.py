@@ -77,7 +77,7 @@ def convert(
         dtype=dtype,
         dialect=to,
         family=family,
-        base_modules=names.keys(),
+        base_modules=names,
         bundled=lora.bundled if to == "kohya" else None,
     )
     lost = [f"embedding {name}: only kohya's dialect can bundle one" for name in lora.embeddings if to != "kohya"]

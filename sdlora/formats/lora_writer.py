@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -33,20 +33,23 @@ def write_lora(
     dtype: torch.dtype,
     dialect: str = "kohya",
     family: Family = SD1,
-    base_modules: Collection[str] = (),
+    base_modules: Mapping[str, tuple[int, ...]] | None = None,
     bundled: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write canonical ``modules`` in one of ``DIALECTS``, with their alphas and with the hashes of the final bytes.
 
-    ``base_modules`` as in ``kohya_keys``: SDXL in kohya's names needs them. ``bundled`` are the tensors of embeddings, for
-    kohya's dialect alone: one of them makes diffusers refuse a file. The same content gives the same bytes.
+    ``base_modules`` is canonical name -> shape of the weight, of the whole base. Kohya's dialect needs it to name SDXL's
+    blocks, and to complete attention in text encoders that A1111 reads as open_clip's: there it applies a layer only if
+    q, k, v and out are all in the file, so missing ones are added with a change of zero. ``bundled`` are the tensors of
+    embeddings, for kohya's dialect alone: one of them makes diffusers refuse a file. The same content gives the same bytes.
 
     Raises:
         LoraFileError: the dialect has no words for a module's kind, or kohya's tools, ComfyUI or diffusers would not know
             its name (nothing is written then); or the file, read back, lacks a module.
     """
     if dialect == "kohya":
-        tensors, described = _kohya(modules, family, base_modules) | dict(bundled or {}), {}
+        modules = _with_whole_attention(modules, family, base_modules or {})
+        tensors, described = _kohya(modules, family, base_modules or {}) | dict(bundled or {}), {}
     else:
         tensors = _peft(modules, dialect)
         described = {"format": "pt", "lora_adapter_metadata": _adapter_metadata(modules)}
@@ -69,7 +72,25 @@ def write_lora(
         )
 
 
-def _kohya(modules: Mapping[str, Change], family: Family, base_modules: Collection[str]) -> dict[str, Tensor]:
+def _with_whole_attention(
+    modules: Mapping[str, Change], family: Family, base_modules: Mapping[str, tuple[int, ...]]
+) -> dict[str, Change]:
+    whole = dict(modules)
+    parts = {encoder.part for encoder in family.text_encoders if encoder.spelling == "open_clip"}
+    for name in modules:
+        layer, attention, _ = name.rpartition(".self_attn.")
+        if not attention or name.partition(".")[0] not in parts:
+            continue
+        for sibling in (f"{layer}.self_attn.{projection}_proj" for projection in ("q", "k", "v", "out")):
+            if sibling in base_modules and sibling not in whole:
+                out, inner = base_modules[sibling]
+                whole[sibling] = LowRank(down=torch.zeros(1, inner), up=torch.zeros(out, 1), alpha=1.0)
+    return whole
+
+
+def _kohya(
+    modules: Mapping[str, Change], family: Family, base_modules: Mapping[str, tuple[int, ...]]
+) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     keys = kohya_keys(modules, family, base_modules)
     lost = lost_elsewhere(keys.values(), family)

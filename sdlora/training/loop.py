@@ -82,7 +82,7 @@ def run_training(plan: RunPlan, *, restart: bool, progress: Progress) -> TrainRe
             metadata,
             dtype=file_dtype,
             family=plan.base.family,
-            base_modules=plan.base.module_shapes().keys(),
+            base_modules=plan.base.module_shapes(),
         )
         folder.remove()
     accelerator.wait_for_everyone()
