@@ -15,6 +15,7 @@ from .base.load import Base, choose_device, load_base
 from .config import BaseSection, Config
 from .data.captions import with_trigger
 from .errors import SdloraError
+from .formats.thumbnail import add_thumbnail
 from .generation.grid import labelled_grid
 from .generation.infotext import SAMPLERS, save_png
 from .generation.loras import FittedLora, LoraChoice, fit_loras
@@ -60,6 +61,8 @@ def train(config: Config, *, restart: bool = False, show_progress: bool = True) 
     sheet = labelled_grid([[picture.image for picture in pictures]], columns=[""] * len(pictures))
     samples = result.output.with_suffix(".samples.png")
     save_png(sheet, samples, "\n\n".join(picture.parameters for picture in pictures))
+    if config.output.thumbnail and config.output.metadata == "full":
+        add_thumbnail(result.output, pictures[0].image)
     return TrainReport(result=result, samples=samples)
 
 

@@ -89,6 +89,20 @@ class OutputSection(Section):
     """Of the tensors in the file."""
     samples: tuple[str, ...] | None = None
     """Prompts for the sample sheet at the end; by default the first four captions, () for none."""
+    metadata: Literal["none", "minimal", "full"] = "full"
+    """What the file says of its making: all; or what loaders need, the trigger and the five fields below; or nothing."""
+    title: str | None = None
+    """By default the file's name."""
+    author: str | None = None
+    license: str | None = None
+    description: str | None = None
+    tags: tuple[str, ...] = ()
+    usage_hint: str | None = None
+    """By default that the trigger word goes into the prompt."""
+    comment: str | None = None
+    """``ss_training_comment``, where kohya's tools look for notes."""
+    thumbnail: bool = True
+    """Whether the first sample goes into the file, 256 pixels wide, under the level ``full``."""
 
 
 class Config(Section):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import struct
 from pathlib import Path
 
@@ -15,9 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from sdlora.base.family import FAMILIES, SD1, SDXL
-from sdlora.config import load_config
+from sdlora.config import Config, load_config
 from sdlora.errors import LoraFileError
-from sdlora.formats.hashes import hash_file
+from sdlora.formats.hashes import FileHashes, hash_file
 from sdlora.formats.keys import kohya_keys, part_of, resolve
 from sdlora.formats.lora_file import read_lora
 from sdlora.formats.lora_tensors import build_change
@@ -257,9 +258,10 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
 
 def facts(**changes: object) -> tuple[RunFacts, DatasetFacts]:
     run = RunFacts(
-        title="x", base_name="mini", family=SD1, prediction="epsilon", resolution=128, modules=92, epochs=3,
-        batches_per_epoch=9, precision="bfloat16", session=5, started_at=1.0, finished_at=100.0,
-        clip_skip=None, token_length=75, zero_terminal_snr=False,
+        title="x", base_name="b.safetensors", family=SD1, vae_name=None, vae_hashes=None,
+        base_hashes=FileHashes(sha256="0" * 64, autov1="12345678", payload_sha256="1" * 64),
+        prediction="epsilon", resolution=128, modules=92, epochs=3, batches_per_epoch=9, precision="bfloat16",
+        session=5, started_at=1.0, finished_at=100.0, clip_skip=None, token_length=75, zero_terminal_snr=False,
     )  # fmt: skip
     return run, DatasetFacts(folder="pics", captions=["zorb, a cat", "zorb, a dog"], buckets={(128, 128): 2})
 
@@ -280,6 +282,58 @@ def test_metadata_is_text_tells_the_run_and_no_place() -> None:
     assert metadata["modelspec.date"] == "1970-01-01T00:01:40+00:00"
     assert "someone" not in json.dumps(metadata)
     assert trigger_words(metadata) == ("zorb",)
+
+
+KOHYA_KEYS = re.findall(
+    r"\w+",
+    """
+    session_id training_started_at training_finished_at output_name training_comment sd_model_name sd_model_hash
+    new_sd_model_hash vae_name vae_hash new_vae_hash v2 base_model_version clip_skip max_token_length network_module
+    network_dim network_alpha network_dropout network_args learning_rate unet_lr text_encoder_lr optimizer
+    lr_scheduler lr_warmup_steps max_grad_norm max_train_steps num_epochs num_batches_per_epoch steps epoch
+    gradient_accumulation_steps gradient_checkpointing mixed_precision full_fp16 fp8_base fp8_base_unet seed lowram
+    min_snr_gamma debiased_estimation loss_type huber_schedule huber_scale huber_c scale_weight_norms noise_offset
+    noise_offset_random_strength adaptive_noise_scale multires_noise_iterations multires_noise_discount
+    ip_noise_gamma ip_noise_gamma_random_strength zero_terminal_snr num_train_images num_reg_images dataset_dirs
+    reg_dataset_dirs tag_frequency bucket_info resolution batch_size_per_device total_batch_size enable_bucket
+    cache_latents color_aug flip_aug random_crop face_crop_aug_range shuffle_caption keep_tokens
+    caption_dropout_rate caption_dropout_every_n_epochs resize_interpolation
+    """,
+)
+"""Of kohya's list; ``sd_scripts_commit_hash`` would not be true of us, ``datasets`` stands for the single values there."""
+
+
+def configured(*settings: str) -> Config:
+    return load_config(None, ["data.images=pics", "data.trigger=zorb", "output.path=x.safetensors", *settings])
+
+
+def test_all_of_kohya_s_keys_are_there_with_true_values() -> None:
+    metadata = training_metadata(configured("output.comment=a note"), *facts())
+    assert [key for key in KOHYA_KEYS if f"ss_{key}" not in metadata] == []
+    assert metadata["ss_sd_model_name"] == "b.safetensors"
+    assert (metadata["ss_sd_model_hash"], metadata["ss_new_sd_model_hash"]) == ("12345678", "0" * 64)
+    assert (metadata["ss_vae_hash"], metadata["ss_training_comment"]) == ("None", "a note")
+
+
+def test_levels_of_metadata() -> None:
+    written = [
+        "output.author=Ada", "output.license=CC0-1.0", "output.description=Blue, thin lines.", "output.title=Blue paper",
+        'output.tags=["style", "paper"]', "output.usage_hint=At 0.8.", "base.clip_skip=2",
+    ]  # fmt: skip
+    full, minimal = (
+        training_metadata(configured(*written, f"output.metadata={level}"), *facts()) for level in ("full", "minimal")
+    )
+    for metadata in (full, minimal):
+        told = {key.removeprefix("modelspec."): metadata[key] for key in metadata if key.startswith("modelspec.")}
+        assert told["title"] == "Blue paper"
+        assert (told["author"], told["license"], told["tags"]) == ("Ada", "CC0-1.0", "style, paper")
+        assert (told["description"], told["usage_hint"]) == ("Blue, thin lines.", "At 0.8.")
+        assert told["trigger_phrase"] == "zorb"
+    assert set(minimal) < set(full)
+    kept = ("v2", "base_model_version", "network_module", "network_dim", "network_alpha", "network_args")
+    assert {key for key in minimal if key.startswith("ss_")} == {f"ss_{key}" for key in kept}
+    assert not any(key.startswith("sdlora") for key in minimal)
+    assert training_metadata(configured("output.metadata=none"), *facts()) == {}
 
 
 def test_trigger_words_of_a_foreign_file() -> None:

@@ -28,7 +28,7 @@ DIALECTS = ("kohya", "diffusers", "peft")
 def write_lora(
     path: Path,
     modules: Mapping[str, Change],
-    metadata: Mapping[str, str],
+    metadata: Mapping[str, str] | None,
     *,
     dtype: torch.dtype,
     dialect: str = "kohya",
@@ -37,6 +37,8 @@ def write_lora(
     bundled: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write canonical ``modules`` in one of ``DIALECTS``, with their alphas and with the hashes of the final bytes.
+
+    Without ``metadata``, None, the file says nothing of itself, not even its hashes, unless the dialect needs it.
 
     ``base_modules`` is canonical name -> shape of the weight, of the whole base. Kohya's dialect needs it to name SDXL's
     blocks, and to complete attention in text encoders that A1111 reads as open_clip's: there it applies a layer only if
@@ -54,17 +56,17 @@ def write_lora(
         tensors = _peft(modules, dialect)
         described = {"format": "pt", "lora_adapter_metadata": _adapter_metadata(modules)}
     tensors = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-    described = {**metadata, **described}
+    described = {**(metadata or {}), **described}
     training = {key: value for key, value in described.items() if key.startswith("ss_")}
     table, payload = lay_out(tensors)
     digest = hashlib.sha256(payload).hexdigest()
-    hashed = {
-        **described,
-        "sshs_model_hash": digest,
-        "sshs_legacy_hash": legacy_hash(encode_header(table, training) + payload),
-        "modelspec.hash_sha256": f"0x{digest}",
-    }
-    write_whole(path, encode_header(table, hashed), payload)
+    if metadata is not None:
+        described |= {
+            "sshs_model_hash": digest,
+            "sshs_legacy_hash": legacy_hash(encode_header(table, training) + payload),
+            "modelspec.hash_sha256": f"0x{digest}",
+        }
+    write_whole(path, encode_header(table, described), payload)
     again = read_lora(path)
     if len(again.modules) != len(modules) or again.problems:
         raise LoraFileError(

@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from .. import __version__
 from ..base.family import Family
 from ..config import Config
+from .hashes import FileHashes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,12 @@ class RunFacts:
 
     title: str
     base_name: str
+    """With its ending, where it is a file."""
+    base_hashes: FileHashes | None
+    """None where it is a folder."""
+    vae_name: str | None
+    """Of a VAE that the user put in the place of the base's own."""
+    vae_hashes: FileHashes | None
     family: Family
     prediction: str
     resolution: int
@@ -46,16 +54,45 @@ class RunFacts:
 
 
 def training_metadata(config: Config, run: RunFacts, data: DatasetFacts) -> dict[str, str]:
-    """Every value is text, as the format wants it; nothing in it names a folder's place, a user or a machine."""
+    """Every value is text, as the format wants it; nothing in it names a folder's place, a user or a machine.
+
+    Of ``output.metadata``'s levels, ``minimal`` is what kohya's ``--no_metadata`` keeps, what ModelSpec demands, the trigger
+    and what the user wrote; ``none`` is nothing.
+    """
+    if config.output.metadata == "none":
+        return {}
+    values = _run_values(config, run, data) | _modelspec_values(config, run)
+    if config.output.metadata == "minimal":
+        values = {key: value for key, value in values.items() if key in _MINIMAL}
+    return {key: json.dumps(v) if isinstance(v, dict) else str(v) for key, v in values.items()}
+
+
+_WRITTEN_BY_USERS = ("author", "license", "description", "tags", "usage_hint")
+_MINIMAL = frozenset(
+    {"ss_v2", "ss_base_model_version", "ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args"}
+    | {f"modelspec.{key}" for key in ("sai_model_spec", "architecture", "implementation", "title", "resolution")}
+    | {f"modelspec.{key}" for key in ("prediction_type", "trigger_phrase", *_WRITTEN_BY_USERS)}
+)
+
+
+def _run_values(config: Config, run: RunFacts, data: DatasetFacts) -> dict[str, object]:
+    """Kohya's keys. What this program has no setting for stands with the value by which kohya says that it is off."""
     train, lora = config.train, config.lora
     trained_text_encoder = train.text_encoder_learning_rate > 0
     epsilon = run.prediction == "epsilon"
-    values: dict[str, object] = {
+    base, vae = run.base_hashes, run.vae_hashes
+    return {
         "ss_session_id": run.session,
         "ss_training_started_at": run.started_at,
         "ss_training_finished_at": run.finished_at,
         "ss_output_name": run.title,
+        "ss_training_comment": config.output.comment,
         "ss_sd_model_name": run.base_name,
+        "ss_sd_model_hash": base and base.autov1,
+        "ss_new_sd_model_hash": base and base.sha256,
+        "ss_vae_name": run.vae_name,
+        "ss_vae_hash": vae and vae.autov1,
+        "ss_new_vae_hash": vae and vae.sha256,
         "ss_base_model_version": run.family.kohya_version if epsilon else run.family.kohya_version_v,
         "ss_v2": run.family.name == "sd2",
         "ss_clip_skip": run.clip_skip,
@@ -81,10 +118,25 @@ def training_metadata(config: Config, run: RunFacts, data: DatasetFacts) -> dict
         "ss_gradient_accumulation_steps": 1,
         "ss_gradient_checkpointing": train.gradient_checkpointing,
         "ss_mixed_precision": {"bfloat16": "bf16"}.get(run.precision, "no"),
+        "ss_full_fp16": False,
+        "ss_fp8_base": False,
+        "ss_fp8_base_unet": False,
+        "ss_lowram": False,
         "ss_seed": train.seed,
         "ss_min_snr_gamma": train.min_snr_gamma or None,
+        "ss_debiased_estimation": False,
         "ss_loss_type": "l2",
+        "ss_huber_schedule": None,
+        "ss_huber_scale": None,
+        "ss_huber_c": None,
+        "ss_scale_weight_norms": None,
         "ss_noise_offset": None,
+        "ss_noise_offset_random_strength": False,
+        "ss_adaptive_noise_scale": None,
+        "ss_multires_noise_iterations": None,
+        "ss_multires_noise_discount": None,
+        "ss_ip_noise_gamma": None,
+        "ss_ip_noise_gamma_random_strength": False,
         "ss_num_train_images": len(data.captions),
         "ss_num_reg_images": 0,
         "ss_dataset_dirs": {data.folder: {"n_repeats": 1, "img_count": len(data.captions)}},
@@ -104,21 +156,39 @@ def training_metadata(config: Config, run: RunFacts, data: DatasetFacts) -> dict
         "ss_shuffle_caption": False,
         "ss_keep_tokens": 0,
         "ss_caption_dropout_rate": train.caption_dropout,
+        "ss_caption_dropout_every_n_epochs": 0,
+        "ss_face_crop_aug_range": None,
+        "ss_resize_interpolation": "lanczos",
         "ss_flip_aug": False,
         "ss_color_aug": False,
         "ss_random_crop": False,
+        "sdlora_modules": run.modules,
+        "sdlora_version": __version__,
+    }
+
+
+def _modelspec_values(config: Config, run: RunFacts) -> dict[str, object]:
+    """ModelSpec 1.0.1, less the hash, which is over the final bytes, and the thumbnail, which is made of a sample."""
+    epsilon, output, trigger = run.prediction == "epsilon", config.output, config.data.trigger
+    written = {
+        "author": output.author,
+        "license": output.license,
+        "description": output.description,
+        "tags": ", ".join(output.tags),
+        "usage_hint": output.usage_hint or f"Put the word {trigger} into the prompt.",
+        "encoder_layer": None if run.clip_skip is None else str(run.clip_skip),
+    }
+    return {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": run.family.modelspec_architecture if epsilon else run.family.modelspec_architecture_v,
         "modelspec.implementation": run.family.modelspec_implementation,
-        "modelspec.title": run.title,
+        "modelspec.title": output.title or run.title,
         "modelspec.resolution": f"{run.resolution}x{run.resolution}",
         "modelspec.date": datetime.fromtimestamp(int(run.finished_at), UTC).isoformat(),
-        "modelspec.trigger_phrase": config.data.trigger,
+        "modelspec.trigger_phrase": trigger,
         "modelspec.prediction_type": {"v_prediction": "v"}.get(run.prediction, run.prediction),
-        "modelspec.usage_hint": f"Put the word {config.data.trigger} into the prompt.",
-        "sdlora_modules": run.modules,
+        **{f"modelspec.{key}": value for key, value in written.items() if value},
     }
-    return {key: json.dumps(v) if isinstance(v, dict) else str(v) for key, v in values.items()}
 
 
 def tag_frequency(captions: Sequence[str]) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -34,8 +35,9 @@ class RunIdentity:
         settings = config.flat()
         # The base's own path and parts are told by its fingerprint; how attention is computed does not count.
         own = ("base.vae", "base.text_encoder", "base.text_encoder_2", "base.attention")
-        for key in ("output.path", "output.samples", "train.save_every", "data.images", *own):
+        for key in ("train.save_every", "data.images", *own):
             del settings[key]
+        settings = {k: v for k, v in settings.items() if not k.startswith("output.") or k == "output.precision"}
         settings["base.path"] = json.dumps(base.name)
         return cls(config=settings, dataset=dataset, base=base.fingerprint)
 
@@ -85,9 +87,9 @@ def finished(output: Path, identity: RunIdentity) -> bool:
     if not output.exists():
         return False
     try:
-        earlier = RunIdentity.from_json(read_header(output, ResumeError).metadata[RUN_KEY])
-        differences = identity.differences(earlier)
-    except (ResumeError, ValueError, KeyError, TypeError):
+        stated = read_header(output, ResumeError).metadata.get(RUN_KEY)
+        differences = identity.differences(RunIdentity.from_json(stated or _recorded(output)))
+    except (ResumeError, OSError, ValueError, KeyError, TypeError):
         differences = ["it is not the output of a training run of this program"]
     if differences:
         raise ResumeError(
@@ -95,6 +97,34 @@ def finished(output: Path, identity: RunIdentity) -> bool:
             "choose another output.path, or replace it with --restart"
         )
     return True
+
+
+def record_run(output: Path, identity: RunIdentity) -> None:
+    """Keep ``NAME.run.json`` beside an output that does not say itself which run made it."""
+    record = {"run": identity.to_json(), "sha256": _sha256(output)}
+    write_whole(_record(output), json.dumps(record).encode())
+
+
+def forget_run(output: Path) -> None:
+    """Remove what ``record_run`` kept."""
+    _record(output).unlink(missing_ok=True)
+
+
+def _recorded(output: Path) -> str:
+    """Raises ``OSError``, ``ValueError`` or ``KeyError`` where there is no record of these very bytes."""
+    record = json.loads(_record(output).read_text(encoding="utf-8"))
+    if record["sha256"] != _sha256(output):
+        raise ValueError
+    return record["run"]
+
+
+def _record(output: Path) -> Path:
+    return output.with_suffix(".run.json")
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 class RunFolder:

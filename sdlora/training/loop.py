@@ -15,12 +15,14 @@ from accelerate import Accelerator
 
 from ..base.load import Base, load_base
 from ..base.tokens import WORDS_IN_CHUNK
-from ..errors import Interrupted, TrainingError
+from ..errors import BaseModelError, Interrupted, TrainingError
+from ..formats.hashes import FileHashes, cached_hashes
 from ..formats.lora_writer import write_lora
 from ..formats.metadata import DatasetFacts, RunFacts, safe_title, training_metadata
+from ..formats.tensor_files import open_tensor_file
 from ..precision import choose_precision
 from ..progress import Progress
-from .checkpoint import RUN_KEY, Checkpoint, RunFolder, finished
+from .checkpoint import RUN_KEY, Checkpoint, RunFolder, finished, forget_run, record_run
 from .plan import RunPlan
 from .session import TrainingSession, open_session
 
@@ -73,17 +75,24 @@ def run_training(plan: RunPlan, *, restart: bool, progress: Progress) -> TrainRe
     if accelerator.is_main_process:
         weights = session.adapter.weights()
         tokens = WORDS_IN_CHUNK * session.contexts.chunks
-        metadata = describe_run(plan, base, modules=len(weights), tokens=tokens, started_at=started_at)
-        metadata[RUN_KEY] = plan.identity.to_json()
-        file_dtype = getattr(torch, config.output.precision)
+        metadata = describe_run(
+            plan, base, modules=len(weights), tokens=tokens, started_at=started_at, progress=progress
+        )
+        level = config.output.metadata
+        if level == "full":
+            metadata[RUN_KEY] = plan.identity.to_json()
         write_lora(
             output,
             weights,
-            metadata,
-            dtype=file_dtype,
+            None if level == "none" else metadata,
+            dtype=getattr(torch, config.output.precision),
             family=plan.base.family,
             base_modules=plan.base.module_shapes(),
         )
+        if level == "full":
+            forget_run(output)
+        else:
+            record_run(output, plan.identity)
         folder.remove()
     accelerator.wait_for_everyone()
     return TrainResult(
@@ -147,12 +156,18 @@ def interrupt_flag() -> Generator[threading.Event]:
         signal.signal(signal.SIGINT, previous)
 
 
-def describe_run(plan: RunPlan, base: Base, *, modules: int, tokens: int, started_at: float) -> dict[str, str]:
+def describe_run(
+    plan: RunPlan, base: Base, *, modules: int, tokens: int, started_at: float, progress: Progress
+) -> dict[str, str]:
     """The metadata of the finished file; captions were read up to ``tokens`` tokens."""
+    own = plan.config.base
     sizes = [(placement.width, placement.height) for placement in plan.placements]
     run = RunFacts(
         title=safe_title(Path(plan.config.output.path).stem),
-        base_name=plan.base.name,
+        base_name=Path(own.path).name,
+        base_hashes=_hashes(own.path, progress),
+        vae_name=own.vae and Path(own.vae).name,
+        vae_hashes=_hashes(own.vae, progress),
         family=plan.base.family,
         prediction=base.schedule.prediction,
         resolution=plan.resolution,
@@ -173,6 +188,13 @@ def describe_run(plan: RunPlan, base: Base, *, modules: int, tokens: int, starte
         buckets={size: sizes.count(size) for size in sizes},
     )
     return training_metadata(plan.config, run, data)
+
+
+def _hashes(path: str | None, progress: Progress) -> FileHashes | None:
+    """Of a checkpoint file; None of a folder."""
+    if path is None or not Path(path).is_file():
+        return None
+    return cached_hashes(Path(path), open_tensor_file(Path(path), BaseModelError).payload_start, progress)
 
 
 def _check_skipped(session: TrainingSession, done: int) -> None:

@@ -1,0 +1,79 @@
+"""What a run leaves in its file, by level, and that the same command knows its own output again."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import sdlora
+from sdlora.errors import ResumeError
+from sdlora.formats.hashes import hash_file
+from sdlora.formats.metadata_file import read_metadata
+
+
+def trained(tiny_base: Path, pictures: Path, out: Path, *settings: str) -> sdlora.Config:
+    given = [f"base.path={tiny_base}", f"data.images={pictures}", "data.trigger=zorb", f"output.path={out}"]
+    config = sdlora.load_config(None, [*given, "train.steps=2", "data.resolution=64", *settings])
+    sdlora.train(config, show_progress=False)
+    return config
+
+
+def test_a_full_file_bears_a_thumbnail_and_hashes_that_hold(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "x.safetensors"
+    config = trained(tiny_base, pictures, out, 'output.samples=["a cat"]')
+    metadata = read_metadata(out)
+    kind, _, picture = metadata["modelspec.thumbnail"].partition(",")
+    assert kind == "data:image/jpeg;base64"
+    with Image.open(BytesIO(base64.b64decode(picture))) as thumbnail:
+        assert (thumbnail.format, thumbnail.size) == ("JPEG", (256, 256))
+    data = out.read_bytes()
+    payload = hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
+    assert metadata["sshs_model_hash"] == payload
+    assert metadata["modelspec.hash_sha256"] == f"0x{payload}"
+    assert "ss_new_sd_model_hash" in metadata
+    assert sdlora.inspect(out).problems == ()
+    assert sdlora.train(config, show_progress=False).result.loss is None
+    assert out.read_bytes() == data
+
+
+@pytest.mark.parametrize("level", ["minimal", "none"])
+def test_a_file_that_says_less_is_known_by_its_record(
+    level: str, tiny_base: Path, pictures: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "x.safetensors"
+    config = trained(tiny_base, pictures, out, f"output.metadata={level}", 'output.samples=["a cat"]')
+    metadata = read_metadata(out)
+    assert ("sshs_model_hash" in metadata) is (level == "minimal")
+    assert not any(word in json.dumps(metadata) for word in ("thumbnail", "pictures", "sdlora_run"))
+    if level == "none":
+        assert metadata == {}
+    assert sdlora.train(config, show_progress=False).result.loss is None
+    record = out.with_suffix(".run.json")
+    assert str(tmp_path) not in record.read_text()
+    hashes = hash_file(out, 8 + int.from_bytes(out.read_bytes()[:8], "little"))
+    assert json.loads(record.read_text())["sha256"] == hashes.sha256
+    changed = config.model_copy(update={"lora": config.lora.model_copy(update={"rank": 3})})
+    with pytest.raises(ResumeError, match=r"lora\.rank was 16, is now 3"):
+        sdlora.train(changed, show_progress=False)
+    record.unlink()
+    with pytest.raises(ResumeError, match="not the output of a training run"):
+        sdlora.train(config, show_progress=False)
+    sdlora.train(
+        config.model_copy(update={"output": config.output.model_copy(update={"metadata": "full"})}), restart=True
+    )
+    assert not record.exists()
+
+
+def test_the_hashes_of_a_base_file_are_told(tiny_files: dict[str, Path], pictures: Path, tmp_path: Path) -> None:
+    out, base = tmp_path / "x.safetensors", tiny_files["sd1"]
+    trained(base, pictures, out, "output.samples=[]")
+    metadata = read_metadata(out)
+    assert metadata["ss_sd_model_name"] == base.name
+    assert metadata["ss_new_sd_model_hash"] == hashlib.sha256(base.read_bytes()).hexdigest()
+    assert metadata["ss_sd_model_hash"] == hashlib.sha256(base.read_bytes()[0x100000:0x110000]).hexdigest()[:8]
