@@ -20,7 +20,8 @@ from .generation.grid import labelled_grid
 from .generation.infotext import SAMPLERS, save_png
 from .generation.loras import FittedLora, LoraChoice, fit_loras
 from .generation.pipeline import Picture, PictureRequest, generate_pictures
-from .inspection import Report, inspect_file
+from .inspection.files import inspect_file
+from .inspection.report import Report
 from .precision import choose_precision
 from .progress import progress_bar
 from .training.loop import TrainResult, run_training

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 # Read when torch is imported. OpenMP threads that spin for work slow a step a hundred times when another process is
 # busy; threads that sleep at once halve the speed of small steps. So they spin for some 50 microseconds, then sleep.
@@ -21,9 +21,6 @@ import typer
 
 from . import __version__
 from .errors import Interrupted, SdloraError
-
-if TYPE_CHECKING:
-    from .inspection import Report
 
 app = typer.Typer(
     add_completion=False,
@@ -218,7 +215,8 @@ def inspect(
 
     def run() -> None:
         # Not by way of the api, which brings diffusers: this verb answers in a second.
-        from .inspection import inspect_file
+        from .inspection.files import inspect_file
+        from .inspection.report import as_text
         from .progress import progress_bar
 
         with progress_bar() as progress:
@@ -226,7 +224,7 @@ def inspect(
         if as_json:
             _emit(report.to_json())
         else:
-            typer.echo(_as_text(report))
+            typer.echo(as_text(report))
 
     _guard(run)
 
@@ -354,42 +352,6 @@ def _parse_size(text: str | None) -> tuple[int, int] | None:
 
 def _slug(prompt: str) -> str:
     return re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")[:60] or "picture"
-
-
-def _as_text(report: Report) -> str:
-    counts = ", ".join(f"{part} {count}" for part, count in report.modules.items() if count)
-    unit = "modules" if report.kind == "lora" else "tensors"
-    lines = [
-        f"{report.file}: {report.kind}, {report.family or 'unknown family'}, {report.dialect} names",
-        f"  {unit:<8} {counts} ({report.dtype})",
-    ]
-    if report.kinds and set(report.kinds) != {"lora"}:
-        lines.append("  kinds    " + ", ".join(f"{kind} {count}" for kind, count in report.kinds.items()))
-    if report.embeddings:
-        lines.append("  bundled  " + ", ".join(report.embeddings) + " (embeddings, not applied)")
-    if report.parameters:
-        sizes = ", ".join(f"{part} {count / 1e6:,.1f} M" for part, count in report.parameters.items())
-        lines.append(f"  numbers  {sizes}")
-    if report.rank and report.alpha and report.norm:
-        lines += [
-            f"  rank     {report.rank.min:g} … {report.rank.max:g}, median {report.rank.median:g}",
-            f"  alpha    {report.alpha.min:g} … {report.alpha.max:g}, median {report.alpha.median:g}",
-            "  change   " + ", ".join(f"{part} {norm:.3g}" for part, norm in report.norm.items()) + " (Frobenius norm)",
-        ]
-    if report.prediction:
-        source = f" (by {report.prediction_source})" if report.prediction_source else ""
-        terminal = ", zero-terminal SNR" if report.zero_terminal_snr else ""
-        lines.append(f"  predicts {report.prediction}{source}{terminal}")
-    if report.resolution:
-        lines.append(f"  made for {report.resolution} x {report.resolution} pixels")
-    if report.ema_tensors:
-        lines.append(f"  EMA      {report.ema_tensors} tensors of averaged weights, not read")
-    if report.trigger:
-        lines.append(f"  trigger  {', '.join(report.trigger)}")
-    lines += [f"  {name:<8} {digest}" for name, digest in report.hashes.items()]
-    lines += [f"  note: {note}" for note in report.notes]
-    lines += [f"  problem: {problem}" for problem in report.problems]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

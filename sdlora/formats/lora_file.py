@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from safetensors import safe_open
@@ -35,7 +34,7 @@ _LORA_TENSOR = (
 class LoraFile:
     """``modules`` is keyed as the file spells its modules, less the tensor's own suffix.
 
-    ``problems`` are sentences about tensors that cannot be used; they are kept out of ``modules`` and never silent.
+    What cannot be used is kept out of ``modules`` and never silent: ``problems`` has a sentence on each.
     """
 
     path: Path
@@ -45,7 +44,17 @@ class LoraFile:
     metadata: Mapping[str, str]
     dialect: str
     dtype: str
-    problems: tuple[str, ...]
+    payload_start: int
+    """Offset in bytes of the first tensor; 0 in a pickle."""
+    unusable: Mapping[str, str]
+    """Module -> why it cannot be used, as the end of a sentence."""
+    foreign: tuple[str, ...]
+    """Names of the tensors that mean nothing here."""
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        foreign = [f"tensor {name} is of a kind that cannot be applied" for name in self.foreign]
+        return (*foreign, *(f"module {module} {reason}" for module, reason in self.unusable.items()))
 
     @property
     def family(self) -> Family | None:
@@ -79,15 +88,6 @@ class LoraFile:
         return tuple(sorted({name.split(".")[1] for name in self.bundled}))
 
     @property
-    def ranks(self) -> tuple[float, float, float]:
-        """Smallest, median, largest, over the modules that have one."""
-        return _spread([module.rank for module in self.modules.values() if module.rank is not None])
-
-    @property
-    def alphas(self) -> tuple[float, float, float]:
-        return _spread([module.alpha for module in self.modules.values() if module.alpha is not None])
-
-    @property
     def kinds(self) -> dict[str, int]:
         """Kind -> number of modules."""
         return dict(Counter(module.kind for module in self.modules.values()))
@@ -102,10 +102,6 @@ def _has(keys: Iterable[str], pattern: str) -> bool:
     return any(re.search(pattern, key) for key in keys)
 
 
-def _spread(values: Sequence[float]) -> tuple[float, float, float]:
-    return (min(values), median(values), max(values)) if values else (0, 0, 0)
-
-
 def read_lora(path: Path) -> LoraFile:
     """Read every module of a LoRA file in any dialect, or of the folder of a PEFT adapter.
 
@@ -114,28 +110,35 @@ def read_lora(path: Path) -> LoraFile:
     """
     if path.is_dir():
         return _read_adapter_folder(path)
-    file = open_tensor_file(path, LoraFileError)
-    return _read(path, file, _alphas_in(file.metadata))
+    return lora_in(open_tensor_file(path, LoraFileError))
 
 
-def _read(path: Path, file: TensorFile, alpha_of: Callable[[str], float | None]) -> LoraFile:
+def lora_in(file: TensorFile) -> LoraFile:
+    """The same of a file that is open already."""
+    return _read(file, _alphas_in(file.metadata))
+
+
+def _read(file: TensorFile, alpha_of: Callable[[str], float | None]) -> LoraFile:
+    path = file.path
     if len(file.tensors) > MAX_TENSORS:
         raise LoraFileError(f"{path}: no LoRA: it holds {len(file.tensors):,} tensors, the largest have some 5,000")
     bundled = {name for name in file.tensors if name.startswith("bundle_emb.")}
     grouped, foreign = group_by_module(name for name in file.tensors if name not in bundled)
     if not grouped:
         raise LoraFileError(f"{path}: holds no LoRA: none of its {len(file.tensors)} tensors is named like one")
-    modules, problems = {}, [f"tensor {name} is of a kind that cannot be applied" for name in foreign]
+    modules: dict[str, Change] = {}
+    unusable: dict[str, str] = {}
     with _tensors_of(file) as tensor:
         for key, roles in sorted(grouped.items()):
             short = key.removeprefix("base_model.model.")
             try:
                 modules[short] = build_change({r: tensor(n) for r, n in roles.items()}, alpha=alpha_of(short))
             except (ValueError, RuntimeError) as fault:
-                problems.append(f"module {short} {fault}")
+                unusable[short] = str(fault)
         embeddings = {name: tensor(name) for name in sorted(bundled)}
     if not modules:
-        raise LoraFileError([f"{path}: {problem}" for problem in problems])
+        module, reason = next(iter(unusable.items()))
+        raise LoraFileError(f"{path}: none of its {len(unusable)} modules can be used: {module} {reason}, to name one")
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for m in modules.values() for t in m.tensors().values()})
     return LoraFile(
         path=path,
@@ -144,7 +147,9 @@ def _read(path: Path, file: TensorFile, alpha_of: Callable[[str], float | None])
         metadata=dict(file.metadata),
         dialect=_dialect(file.tensors),
         dtype=", ".join(dtype for dtype in dtypes if not dtype.startswith("int")),
-        problems=tuple(problems),
+        payload_start=file.payload_start,
+        unusable=unusable,
+        foreign=tuple(foreign),
     )
 
 
@@ -168,7 +173,7 @@ def _read_adapter_folder(folder: Path) -> LoraFile:
         alpha_of = _alphas_from({"": settings} if isinstance(settings, dict) else {})
     except (OSError, ValueError, RecursionError) as fault:
         raise LoraFileError(f"{config}: cannot be read as JSON: {fault}") from None
-    return replace(_read(weights, open_tensor_file(weights, LoraFileError), alpha_of), path=folder)
+    return replace(_read(open_tensor_file(weights, LoraFileError), alpha_of), path=folder)
 
 
 def _alphas_in(metadata: Mapping[str, str]) -> Callable[[str], float | None]:

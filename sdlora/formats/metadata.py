@@ -197,6 +197,17 @@ def tag_frequency(captions: Sequence[str]) -> dict[str, int]:
     return dict(counts.most_common())
 
 
+def stated_tags(metadata: Mapping[str, str]) -> dict[str, int]:
+    """Tag -> how often it stood in the captions, over all folders, the most frequent first; {} where nothing is told."""
+    counts: Counter[str] = Counter()
+    try:
+        for tags in json.loads(metadata.get("ss_tag_frequency", "{}")).values():
+            counts.update({str(tag): int(count) for tag, count in tags.items()})
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return {}
+    return dict(counts.most_common())
+
+
 def trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
     """The trigger phrase that the file names, or else the tags that all its training captions share."""
     phrase = metadata.get("modelspec.trigger_phrase", "").strip()
@@ -204,11 +215,9 @@ def trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
         return tuple(word.strip() for word in phrase.split(",") if word.strip())
     try:
         total = int(metadata["ss_num_train_images"])
-        folders = json.loads(metadata["ss_tag_frequency"]).values()
-        counts = Counter({tag: count for tags in folders for tag, count in tags.items()})
-    except (KeyError, ValueError, TypeError, AttributeError):
+    except (KeyError, ValueError):
         return ()
-    return tuple(tag for tag, count in counts.items() if count >= total)
+    return tuple(tag for tag, count in stated_tags(metadata).items() if count >= total)
 
 
 def safe_title(name: str) -> str:
