@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .api import generate, generate_strip, inspect, train
+    from .civitai import export_civitai
     from .config import BaseSection, Config, load_config
     from .conversion import convert
     from .errors import SdloraError
@@ -20,6 +21,7 @@ _HOMES = {
     "Config": "config",
     "SdloraError": "errors",
     "convert": "conversion",
+    "export_civitai": "civitai",
     "generate": "api",
     "generate_strip": "api",
     "inspect": "api",
@@ -33,6 +35,7 @@ __all__ = [
     "SdloraError",
     "__version__",
     "convert",
+    "export_civitai",
     "generate",
     "generate_strip",
     "inspect",

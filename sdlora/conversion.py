@@ -13,6 +13,7 @@ from .errors import LoraFileError
 from .formats.keys import resolve
 from .formats.lora_file import read_lora
 from .formats.lora_writer import DIALECTS, write_lora
+from .formats.metadata import with_family
 from .formats.published import published_modules
 
 
@@ -73,7 +74,7 @@ def convert(
     write_lora(
         target,
         modules,
-        own,
+        with_family(own, family),
         dtype=dtype,
         dialect=to,
         family=family,

@@ -194,7 +194,8 @@ def test_parameters_are_as_a1111_writes_them(tiny_base: Path, loras: tuple[Path,
     assert picture.parameters == (
         "a red fox <lora:one:0.7> <lora:two:0.5:0.25>\nNegative prompt: blue\n"
         f"Steps: 4, Sampler: DPM++ 2M, CFG scale: 4, Seed: 7, Size: 64x64, Model: tiny, "
-        f'Lora hashes: "one: {digests[0]}, two: {digests[1]}", Version: sdlora {sdlora.__version__}'
+        f'Lora hashes: "one: {digests[0]}, two: {digests[1]}", '
+        f'Hashes: {{"lora:one": "{digests[0]}", "lora:two": "{digests[1]}"}}, Version: sdlora {sdlora.__version__}'
     )
 
 

@@ -23,6 +23,8 @@ class BaseCheckpoint:
     """A checkpoint that is complete and of a family that is supported."""
 
     name: str
+    file: Path | None
+    """None where it is a folder."""
     family: Family
     parts: Mapping[str, Part]
     tokenizers: Mapping[str, Path | None]
@@ -77,6 +79,7 @@ def find_base(wanted: str | BaseSection) -> BaseCheckpoint:
     found = replace(found, parts=parts, schedule=schedule)
     return BaseCheckpoint(
         name=MINI if section.path == MINI else path.resolve().stem if path.is_file() else path.resolve().name,
+        file=path if path.is_file() else None,
         family=family,
         parts=parts,
         tokenizers={part: _tokenizer_folder(sources[part], part) for part in encoders},

@@ -57,8 +57,11 @@ def hash_file(path: Path, payload_start: int, progress: Progress | None = None) 
     )
 
 
-def cached_hashes(path: Path, payload_start: int, progress: Progress) -> FileHashes:
-    """As ``hash_file``, remembered under the user's cache folder for as long as size and time of the file stay the same."""
+def file_hashes(path: Path, progress: Progress | None = None) -> FileHashes:
+    """As ``hash_file`` of a safetensors file or a pickle that is known to be whole.
+
+    Remembered under the user's cache folder for as long as size and time of the file stay the same.
+    """
     status = path.stat()
     key = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]
     stamp = f"{status.st_size} {status.st_mtime_ns}"
@@ -69,6 +72,10 @@ def cached_hashes(path: Path, payload_start: int, progress: Progress) -> FileHas
             return FileHashes(**entry)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
+    payload_start = 0
+    if path.suffix == ".safetensors":
+        with path.open("rb") as file:
+            payload_start = 8 + int.from_bytes(file.read(8), "little")
     hashes = hash_file(path, payload_start, progress)
     with suppress(OSError):  # A memory that cannot be written costs time, nothing else.
         write_whole(memory, json.dumps({"stamp": stamp, **asdict(hashes)}).encode())

@@ -197,6 +197,23 @@ def tag_frequency(captions: Sequence[str]) -> dict[str, int]:
     return dict(counts.most_common())
 
 
+def with_family(metadata: Mapping[str, str], family: Family) -> dict[str, str]:
+    """``metadata``, saying to A1111, Forge and kohya's tools which family the file is for, where it does not say so.
+
+    Of a file that has other metadata and not this, A1111 takes SD 1.x for granted and hides it from users of another.
+    """
+    if "ss_base_model_version" in metadata:
+        return dict(metadata)
+    v = metadata.get("modelspec.prediction_type") in ("v", "v_prediction")
+    own = {
+        "ss_base_model_version": family.kohya_version_v if v else family.kohya_version,
+        "ss_v2": str(family.name == "sd2"),
+        "modelspec.architecture": family.modelspec_architecture_v if v else family.modelspec_architecture,
+        "modelspec.implementation": family.modelspec_implementation,
+    }
+    return own | dict(metadata)
+
+
 def stated_tags(metadata: Mapping[str, str]) -> dict[str, int]:
     """Tag -> how often it stood in the captions, over all folders, the most frequent first; {} where nothing is told."""
     counts: Counter[str] = Counter()

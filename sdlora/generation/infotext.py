@@ -13,7 +13,6 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from .. import __version__
-from ..formats.lora_file import LoraFile
 from ..formats.metadata import safe_title
 
 if TYPE_CHECKING:
@@ -30,13 +29,23 @@ class PictureFacts:
     name: str
     unet: float
     text_encoder: float
-    file: LoraFile
+    autov3: str | None
+    """12 digits of the hash over the file's tensors."""
 
 
 def infotext(
-    request: PictureRequest, *, base_name: str, loras: Sequence[PictureFacts], clip_skip: int | None = None
+    request: PictureRequest,
+    *,
+    base_name: str,
+    base_autov2: str | None,
+    loras: Sequence[PictureFacts],
+    clip_skip: int | None = None,
 ) -> str:
-    """Prompt with ``<lora:name:weight>`` tags, negative prompt, and one line of parameters."""
+    """Prompt with ``<lora:name:weight>`` tags, negative prompt, and one line of parameters.
+
+    ``base_autov2`` is ten digits of the checkpoint file's hash. Civitai finds base and LoRAs by ``Model hash``,
+    ``Lora hashes`` and ``Hashes``.
+    """
     tags = "".join(f" <lora:{safe_title(lora.name)}:{_weights(lora)}>" for lora in loras)
     fields = {
         "Steps": request.steps,
@@ -44,19 +53,22 @@ def infotext(
         "CFG scale": f"{request.guidance:g}",
         "Seed": request.seed,
         "Size": f"{request.width}x{request.height}",
-        "Model": base_name,
     }
+    if base_autov2:
+        fields["Model hash"] = base_autov2
+    fields["Model"] = base_name
     if clip_skip is not None:
         fields["Clip skip"] = clip_skip
-    hashes = {
-        safe_title(lora.name): lora.file.metadata["sshs_model_hash"][:12]
-        for lora in loras
-        if "sshs_model_hash" in lora.file.metadata
-    }
+    hashes = {safe_title(lora.name): lora.autov3 for lora in loras if lora.autov3}
     if hashes:
         fields["Lora hashes"] = ", ".join(f"{name}: {digest}" for name, digest in hashes.items())
-    fields["Version"] = f"sdlora {__version__}"
+    own = {"model": base_autov2} if base_autov2 else {}
+    linked = own | {f"lora:{name}": digest for name, digest in hashes.items()}
     line = ", ".join(f"{key}: {_quoted(str(value))}" for key, value in fields.items())
+    if linked:
+        # As JSON without quotes around it, which is how Civitai's own extension writes it and its pattern reads it.
+        line += f", Hashes: {json.dumps(linked)}"
+    line += f", Version: sdlora {__version__}"
     negative = f"\nNegative prompt: {request.negative}" if request.negative else ""
     return f"{request.prompt}{tags}{negative}\n{line}"
 

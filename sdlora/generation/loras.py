@@ -10,8 +10,9 @@ from pathlib import Path
 
 from ..base.checkpoint import BaseCheckpoint
 from ..errors import CompatibilityError, LoraFileError
+from ..formats.hashes import file_hashes
 from ..formats.keys import part_of, resolve
-from ..formats.lora_file import LoraFile, read_lora
+from ..formats.lora_file import PEFT_WEIGHTS, LoraFile, read_lora
 from ..formats.tensor_files import PICKLES
 from ..lora.change import Change
 
@@ -65,6 +66,8 @@ class FittedLora:
 
     file: LoraFile
     modules: Mapping[str, Change]
+    autov3: str | None
+    """Hash over its tensors, 12 digits; None of a pickle."""
 
     def weighted(self, choice: LoraChoice) -> dict[str, tuple[Change, float]]:
         """Canonical name -> (change, strength), as ``lora.ops.merged`` takes it."""
@@ -123,4 +126,9 @@ def _fit(base: BaseCheckpoint, shapes: Mapping[str, tuple[int, ...]], file: Lora
             "%s: %d of %d modules matched in the base %s; missing: %s (such as %s)",
             *(file.path, matched, total, base.name, ", ".join(parts), found.unmatched[0]),
         )
-    return FittedLora(file=file, modules={name: file.modules[key] for key, name in found.matched.items()})
+    weights = file.path / PEFT_WEIGHTS if file.path.is_dir() else file.path
+    return FittedLora(
+        file=file,
+        modules={name: file.modules[key] for key, name in found.matched.items()},
+        autov3=file_hashes(weights).autov3,
+    )

@@ -20,6 +20,7 @@ from ..base.encode import Conditioning, Framing, added_conditions, decode_latent
 from ..base.load import Base
 from ..base.schedule import ScheduleFacts
 from ..base.tokens import padded, tokenize
+from ..formats.hashes import file_hashes
 from ..lora.ops import merged
 from ..progress import Progress
 from .infotext import PictureFacts, infotext
@@ -71,9 +72,11 @@ def generate_pictures(
         return []
     own_skip = base.checkpoint.clip_skip if base.checkpoint.clip_skip != base.checkpoint.family.clip_skip else None
     facts = [
-        PictureFacts(name=choice.name, unet=choice.unet, text_encoder=choice.text_encoder, file=fitted.file)
+        PictureFacts(name=choice.name, unet=choice.unet, text_encoder=choice.text_encoder, autov3=fitted.autov3)
         for fitted, choice in loras
     ]
+    file = base.checkpoint.file
+    autov2 = file_hashes(file, progress).autov2 if file else None
     pictures = []
     progress.start("Generating", sum(r.steps for r in requests))
     with torch.no_grad(), merged(base.modules(), [fitted.weighted(choice) for fitted, choice in loras]):
@@ -85,7 +88,13 @@ def generate_pictures(
                     Picture(
                         image=Image.fromarray(array),
                         latents=latent.float().cpu(),
-                        parameters=infotext(request, base_name=base.checkpoint.name, loras=facts, clip_skip=own_skip),
+                        parameters=infotext(
+                            request,
+                            base_name=base.checkpoint.name,
+                            base_autov2=autov2,
+                            loras=facts,
+                            clip_skip=own_skip,
+                        ),
                         request=request,
                     )
                 )

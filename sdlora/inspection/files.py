@@ -10,7 +10,7 @@ from ..base.parts import PARTS as CHECKPOINT_PARTS
 from ..base.parts import TITLES
 from ..base.sniff import Sniffed, sniff
 from ..errors import LoraFileError
-from ..formats.hashes import FileHashes, cached_hashes
+from ..formats.hashes import FileHashes, file_hashes
 from ..formats.lora_file import is_lora, lora_in, read_lora
 from ..formats.tensor_files import open_tensor_file
 from ..progress import Progress
@@ -33,7 +33,7 @@ def inspect_file(path: str, *, hashes: bool, progress: Progress) -> Report:
     if is_lora(opened.tensors):
         return lora_report(lora_in(opened))
     found = sniff(file)
-    own = cached_hashes(file, found.files[0].payload_start, progress) if hashes else None
+    own = file_hashes(file, progress) if hashes else None
     return _checkpoint_report(found, name=file.name, hashes=own)
 
 

@@ -15,11 +15,10 @@ from accelerate import Accelerator
 
 from ..base.load import Base, load_base
 from ..base.tokens import WORDS_IN_CHUNK
-from ..errors import BaseModelError, Interrupted, TrainingError
-from ..formats.hashes import FileHashes, cached_hashes
+from ..errors import Interrupted, TrainingError
+from ..formats.hashes import FileHashes, file_hashes
 from ..formats.lora_writer import write_lora
 from ..formats.metadata import DatasetFacts, RunFacts, safe_title, training_metadata
-from ..formats.tensor_files import open_tensor_file
 from ..precision import choose_precision
 from ..progress import Progress
 from .checkpoint import RUN_KEY, Checkpoint, RunFolder, finished, forget_run, record_run
@@ -192,9 +191,7 @@ def describe_run(
 
 def _hashes(path: str | None, progress: Progress) -> FileHashes | None:
     """Of a checkpoint file; None of a folder."""
-    if path is None or not Path(path).is_file():
-        return None
-    return cached_hashes(Path(path), open_tensor_file(Path(path), BaseModelError).payload_start, progress)
+    return file_hashes(Path(path), progress) if path is not None and Path(path).is_file() else None
 
 
 def _check_skipped(session: TrainingSession, done: int) -> None:

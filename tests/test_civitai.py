@@ -1,0 +1,141 @@
+"""The folder for an upload, read back with the patterns of the programs that it is for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import sdlora
+from sdlora.errors import CompatibilityError, LoraFileError
+from sdlora.formats.metadata_file import read_metadata, write_metadata
+from tests.conftest import write_pictures
+
+
+@pytest.fixture(scope="module")
+def lora(tiny_files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trained for two steps, under a name with a space, with a folder of someone's in its metadata."""
+    folder = tmp_path_factory.mktemp("lora")
+    file = folder / "my style.safetensors"
+    settings = [
+        f"base.path={tiny_files['sd1']}", f"data.images={write_pictures(folder / 'pics')}", "data.trigger=zorb",
+        f"output.path={file}", "output.author=Ada", "output.description=Blue lines.", "train.steps=2",
+        "data.resolution=64", "output.samples=[]",
+    ]  # fmt: skip
+    sdlora.train(sdlora.load_config(None, settings), show_progress=False)
+    write_metadata(
+        file, file, read_metadata(file) | {"ss_vae_name": "/home/jane/secret/vae.pt", "sshs_model_hash": "00"}
+    )
+    return file
+
+
+def made(lora: Path, folder: Path, base: Path, **options) -> sdlora.civitai.Package:
+    drawing = {"steps": 1, "size": (64, 64), "show_progress": False}
+    return sdlora.export_civitai(lora, folder, base=str(base), **drawing | options)
+
+
+def test_the_package_is_what_an_upload_needs(lora: Path, tiny_files: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "upload"
+    package = made(lora, folder, tiny_files["sd1"], weight=0.8, negative="blurry")
+    names = {"my-style.safetensors", "my-style.json", "my-style.preview.png", "MODEL_CARD.md", *package.previews}
+    assert {file.name for file in folder.iterdir()} == names
+    assert len(package.previews) == 4
+    data = (folder / "my-style.safetensors").read_bytes()
+    payload = hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
+    model = hashlib.sha256(tiny_files["sd1"].read_bytes()).hexdigest()[:10]
+    for preview in package.previews:
+        with Image.open(folder / preview) as picture:
+            text = picture.info["parameters"]
+        assert "Steps: " in text
+        # The patterns are those of Civitai's reader of picture metadata.
+        assert re.findall(r"<lora:([a-zA-Z0-9_.-]+):([0-9.]+)>", text) == [("my-style", "0.8")]
+        assert re.search(r'Lora hashes: "([^"]+)"', text)[1] == f"my-style: {payload[:12]}"  # ty: ignore[not-subscriptable]
+        hashes = json.loads(re.search(r", Hashes: ({[^}]+})", text)[1])  # ty: ignore[not-subscriptable]
+        assert hashes == {"model": model, "lora:my-style": payload[:12]}
+        assert f"Model hash: {model}, Model: {tiny_files['sd1'].stem}" in text
+        assert text.startswith("zorb, a thing of kind ")
+        assert "\nNegative prompt: blurry\n" in text
+    assert (folder / "my-style.preview.png").read_bytes() == (folder / package.previews[0]).read_bytes()
+    assert json.loads((folder / "my-style.json").read_text()) == {
+        "description": "Blue lines.", "sd version": "SD1", "activation text": "zorb", "preferred weight": 0.8,
+        "negative text": "blurry", "notes": "Put the word zorb into the prompt.\nMade by Ada",
+    }  # fmt: skip
+    card = (folder / "MODEL_CARD.md").read_text()
+    for fact in (
+        "# my-style",
+        "SD 1.5",
+        "`zorb`",
+        "| Recommended weight | 0.8 |",
+        "| Pictures | 5 |",
+        "| Steps | 2 |",
+        payload[:12],
+    ):
+        assert fact in card
+    metadata = read_metadata(folder / "my-style.safetensors")
+    assert metadata["ss_vae_name"] == "vae.pt"
+    assert package.redacted == 1
+    assert metadata["sshs_model_hash"] == payload
+    assert metadata["modelspec.hash_sha256"] == f"0x{payload}"
+    assert sdlora.inspect(folder / "my-style.safetensors").problems == ()
+    for file in folder.iterdir():
+        assert b"jane" not in file.read_bytes()
+        assert str(tmp_path).encode() not in file.read_bytes()
+
+
+def test_foreign_names_become_kohya_s_and_the_family_is_said(tmp_path: Path) -> None:
+    """A1111 hides an SDXL file with metadata that does not say SDXL."""
+    key = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    second = "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj"
+    tensors = {}
+    for name, width in ((key, 640), (second, 1280)):
+        tensors |= {f"{name}.lora_A.weight": torch.randn(2, width), f"{name}.lora_B.weight": torch.randn(width, 2)}
+    save_file(tensors, tmp_path / "x.safetensors", {"format": "pt"})
+    package = sdlora.export_civitai(tmp_path / "x.safetensors", tmp_path / "up", prompts=())
+    assert (package.previews, package.trigger) == ((), ())
+    metadata = read_metadata(tmp_path / "up" / package.lora)
+    assert metadata["ss_base_model_version"].startswith("sdxl_")
+    assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+    names = load_file(tmp_path / "up" / package.lora).keys()
+    assert "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.lora_down.weight" in names
+    assert json.loads((tmp_path / "up" / "x.json").read_text())["sd version"] == "SDXL"
+
+
+def test_what_cannot_be_packed_leaves_nothing(lora: Path, tiny_files: dict[str, Path], tmp_path: Path) -> None:
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "mine.txt").write_text("mine")
+    with pytest.raises(LoraFileError, match="is there already"):
+        made(lora, taken, tiny_files["sd1"])
+    assert [file.name for file in taken.iterdir()] == ["mine.txt"]
+    with pytest.raises(CompatibilityError, match="Stable Diffusion XL"):
+        made(lora, tmp_path / "up", tiny_files["sdxl"])
+    with pytest.raises(LoraFileError, match="weight -1: expected a number above 0"):
+        made(lora, tmp_path / "up", tiny_files["sd1"], weight=-1.0)
+    nameless = tmp_path / "nameless.safetensors"
+    save_file(load_file(lora), nameless, {"ss_base_model_version": "sd_v1"})
+    with pytest.raises(LoraFileError, match="names no trigger word; give a prompt"):
+        made(nameless, tmp_path / "up", tiny_files["sd1"])
+    assert {file.name for file in tmp_path.iterdir()} == {"taken", "nameless.safetensors"}
+
+
+def test_the_command(
+    lora: Path, tiny_files: dict[str, Path], tmp_path: Path, sdlora: Callable[..., CompletedProcess[str]]
+) -> None:
+    (tmp_path / "up").mkdir()
+    options = ("--base", tiny_files["sd1"], "--prompt", "zorb, a fox", "--steps", 1, "--size", "64x64", "--json")
+    result = sdlora("export", lora, "--civitai", "up", *options)
+    assert result.returncode == 0, result.stderr
+    package = json.loads(result.stdout)
+    assert package["previews"] == ["my-style-1.png"]
+    assert (tmp_path / "up" / "my-style-1.png").is_file()
+    again = sdlora("export", lora, "--civitai", "up", *options)
+    assert again.returncode == 1
+    assert "is there already" in again.stderr
