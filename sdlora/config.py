@@ -37,18 +37,77 @@ class BaseSection(Section):
     """``auto`` is torch's own (sdpa); xformers is probed first, and where it cannot run a warning says why."""
 
 
-class DataSection(Section):
+class SetSection(Section):
+    """One folder of pictures among several; what it leaves out is as ``[data]`` has it."""
+
     images: str = Field(min_length=1)
-    """Folder of pictures, each beside a caption file of the same stem."""
+    role: Literal["train", "regularisation", "validation"] = "train"
+    """Regularisation pictures keep the base's own idea of a class (Ruiz et al. 2023, section 3.2: prior preservation);
+    validation pictures are never trained on."""
+    repeats: int = Field(1, ge=1)
+    """How often each picture is shown in an epoch."""
+    loss_weight: float = Field(1.0, ge=0)
+    trigger: str | None = Field(None, max_length=60)
+    """Instead of ``data.trigger``; "" for none."""
+    caption_extension: Annotated[str, Field(pattern=r"^\.?[A-Za-z0-9]+$")] | None = None
+
+
+class DataSection(Section):
+    images: str | None = Field(None, min_length=1)
+    """Folder of training pictures; several stand in ``[[data.sets]]`` instead."""
+    sets: tuple[SetSection, ...] = ()
     trigger: str = Field(min_length=1, max_length=60)
-    """The word that calls the style; put in front of every caption that lacks it."""
-    resolution: int | None = Field(None, ge=64, le=4096)
-    """Pixels of a square picture's side; by default the base's own. Other shapes get a bucket of that area."""
+    """The word that calls the style."""
+    trigger_as: Literal["word", "prefix", "template"] = "word"
+    """``word`` puts it in front of every caption that lacks it, ``prefix`` in front of every caption (taking it out where
+    it stood), ``template`` makes every caption from ``caption_template``."""
+    caption_template: str = "{trigger}, {caption}"
     caption_extension: Annotated[str, Field(pattern=r"^\.?[A-Za-z0-9]+$")] = ".txt"
+    caption_lines: Literal["join", "draw"] = "join"
+    """Whether the lines of a caption file are one caption, or captions of which each epoch draws one."""
+    wildcards: bool = False
+    """Whether ``{a|b}`` in a caption draws one of its alternatives in each epoch."""
+    caption_prefix: str = ""
+    caption_suffix: str = ""
+    caption_replace: tuple[tuple[str, str], ...] = ()
+    """Pairs of what is replaced and by what, in order, before anything else."""
+    shuffle_tags: bool = False
+    keep_tokens: int = Field(0, ge=0)
+    """How many tags in front are neither shuffled nor dropped; the trigger never is."""
+    tag_dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of the tags that are left out in each epoch."""
+    allow_missing_captions: bool = False
+    """Whether a picture without a caption is trained on the trigger alone, instead of being an error."""
     max_token_length: Literal[75, 150, 225] = 225
     """Tokens of a caption that are read, in chunks of 75."""
+    resolution: Annotated[int, Field(ge=64, le=4096)] | tuple[Annotated[int, Field(ge=64, le=4096)], ...] | None = None
+    """Pixels of a square picture's side, or several: then each picture is shown at each; by default the base's own."""
+    bucket_rule: Literal["least-crop", "kohya"] = "least-crop"
+    """Which bucket a picture gets: the one that cuts off least, or the one that kohya's trainer takes."""
+    min_bucket_reso: int | None = Field(None, ge=32)
+    max_bucket_reso: int | None = Field(None, ge=32)
+    """Pixels of a bucket's shorter and longer side; by default half of ``resolution`` and twice as much."""
+    bucket_reso_steps: int | None = Field(None, ge=8)
+    """Pixels that a bucket's sides are multiples of; by default what the base needs."""
+    bucket_no_upscale: bool = False
+    """Whether small pictures get small buckets instead of being enlarged."""
+    crop: Literal["center", "random", "salient"] = "center"
+    """Which part of a picture that does not fit its bucket is shown; ``salient`` keeps the most detail."""
+    flip: bool = False
+    """Whether each picture is mirrored in half of the epochs."""
+    mask: Literal["none", "alpha", "files"] = "none"
+    """What weights the loss within a picture: nothing, its transparency, or ``mask/NAME.png`` beside it."""
     alpha_background: Annotated[str, Field(pattern=r"^#[0-9A-Fa-f]{6}$")] = "#ffffff"
     """What transparent pictures are composited on."""
+
+
+class CacheSection(Section):
+    """Where encoded pictures and captions are kept between runs; it changes the time of a run and nothing else."""
+
+    disk: bool = True
+    folder: str | None = Field(None, min_length=1)
+    """By default ``sdlora/encoded`` in the user's cache folder; runs share it."""
+    max_gigabytes: float = Field(20.0, gt=0)
 
 
 class LoraSection(Section):
@@ -74,6 +133,8 @@ class TrainSection(Section):
     """Hang et al. 2023; 0 weights every noise level alike."""
     caption_dropout: float = Field(0.0, ge=0, lt=1)
     """Share of the captions replaced by the empty one."""
+    prior_loss_weight: float = Field(1.0, ge=0)
+    """Of regularisation pictures (Ruiz et al. 2023, eq. 2)."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the frozen base; the LoRA itself is always trained in float32."""
     gradient_checkpointing: bool = False
@@ -96,6 +157,7 @@ class Config(Section):
 
     base: BaseSection = BaseSection()
     data: DataSection
+    cache: CacheSection = CacheSection()
     lora: LoraSection = LoraSection()
     train: TrainSection = TrainSection()
     output: OutputSection

@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import DataError
 
 MAX_WORDS = 225
 """Three chunks of 75 tokens, the most that is read of a caption; a word is at least one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionRules:
+    """How the caption that is trained on is made from those that were found; the fields are those of ``[data]``."""
+
+    trigger: str
+    trigger_as: str = "word"
+    template: str = "{trigger}, {caption}"
+    prefix: str = ""
+    suffix: str = ""
+    replace: tuple[tuple[str, str], ...] = ()
+    draw_lines: bool = False
+    wildcards: bool = False
+    shuffle_tags: bool = False
+    keep_tokens: int = 0
+    tag_dropout: float = 0.0
 
 
 def read_caption(file: Path) -> str:

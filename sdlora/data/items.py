@@ -10,17 +10,19 @@ from pathlib import Path
 from ..errors import DataError
 from .captions import read_caption, with_trigger
 from .images import EXTENSIONS, open_picture
+from .sources import Source
 
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One training picture; ``width`` and ``height`` are upright, ``digest`` is over its pixels."""
+    """One picture that has been decoded once; ``width`` and ``height`` are upright."""
 
-    file: Path
-    caption: str
+    source: Source
     width: int
     height: int
     digest: str
+    """SHA-256 over its pixels, composited on the background, and over its mask."""
+    has_alpha: bool
 
 
 def scan(folder: Path, *, trigger: str, caption_extension: str, background: str) -> list[Item]:
