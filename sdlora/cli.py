@@ -111,12 +111,14 @@ def train(
         report = api.train(config, restart=restart)
         result = report.result
         if as_json:
-            fields = {key: getattr(result, key) for key in ("output", "steps", "seconds", "loss", "resumed_from")}
-            _emit({**fields, "samples": report.samples})
+            keys = ("output", "steps", "seconds", "loss", "validation_loss", "resumed_from")
+            _emit({**{key: getattr(result, key) for key in keys}, "samples": report.samples})
         elif result.loss is None:
             typer.echo(f"{result.output}: this run is complete already; --restart would begin anew")
         else:
             done = f"{result.steps} steps, the last tenth at loss {result.loss:.4f}, {result.seconds:.0f} s"
+            if result.validation_loss is not None:
+                done += f", validation loss {result.validation_loss:.4f}"
             since = f", resumed from step {result.resumed_from}" if result.resumed_from else ""
             size = result.output.stat().st_size / 1e6
             typer.echo(f"{result.output}: {size:.1f} MB, {done}{since}")
