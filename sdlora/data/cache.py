@@ -1,8 +1,7 @@
 """What the frozen base makes of pictures and captions, kept between runs under the digest of all that decides it.
 
-An entry is ``KIND/ab/cdef….safetensors`` in a folder that any number of processes share. It is written beside and renamed
-into place, never changed, and checked when it is read; what is damaged, missing or not to be written costs time and
-nothing else.
+An entry is written beside and renamed into place, never changed, and checked when it is read; what is damaged, missing
+or not to be written costs time and nothing else.
 """
 
 from __future__ import annotations
@@ -10,12 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import threading
-import time
-import uuid
 import zlib
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -23,7 +19,7 @@ from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from random import Random
-from typing import Any, Generic, Literal, TypeVar, get_args
+from typing import Any, Generic, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -31,22 +27,18 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ..config import CacheSection
-from ..places import cache_folder
 from ..progress import Progress
 from .buckets import Placement
+from .cache_files import Kind, encoded_folder, file_of, prune, write_entry
 
 logger = logging.getLogger(__name__)
 
 Loaded = TypeVar("Loaded")
-Kind = Literal["latents", "text"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
 
 _VERSION = 1
 """Of how pictures are scaled and cropped, how either is encoded, and how an entry is laid out: raised with any change."""
 _SHARE_BETWEEN_SCANS = 0.1
 """Of the cap: how much a process writes before it looks again how full the folder is."""
-_STALE_SECONDS = 3600
-"""A half-written file that is older belongs to no living process."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,17 +85,6 @@ class Job(Generic[Loaded]):
     load: Callable[[], Loaded]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """A file of the cache, as its folder tells it."""
-
-    kind: Kind
-    file: Path
-    bytes: int
-    used: float
-    """Seconds since 1970 when it was last read or written."""
-
-
 class EncodedCache:
     """Groups of named tensors on disk. Safe with any number of threads and processes.
 
@@ -111,7 +92,7 @@ class EncodedCache:
     written to is told of once and then left alone.
     """
 
-    def __init__(self, folder: Path | None, max_bytes: int):
+    def __init__(self, folder: Path | None, max_bytes: float):
         """``folder`` is made when it is first needed; None keeps nothing."""
         self._folder, self._max_bytes = folder, max_bytes
         self._lock = threading.Lock()
@@ -128,7 +109,7 @@ class EncodedCache:
         """The tensors of ``key``, on the CPU as they were put; None where there are none. Damage is removed."""
         if self._folder is None:
             return None
-        file = _file_of(self._folder, key)
+        file = file_of(self._folder, key.kind, key.digest)
         try:
             data = file.read_bytes()
         except OSError:
@@ -147,7 +128,7 @@ class EncodedCache:
             return
         data = _pack(key, tensors)
         try:
-            _write(_file_of(self._folder, key), data)
+            write_entry(file_of(self._folder, key.kind, key.digest), data)
         except OSError as error:
             self._give_up(error)
             return
@@ -233,79 +214,9 @@ def fill(
         cache.close()
 
 
-def encoded_folder(section: CacheSection | None = None) -> Path:
-    """Where entries are kept by default, or by ``cache.folder``."""
-    named = section.folder if section else None
-    return Path(named) if named else cache_folder() / "encoded"
-
-
 def open_cache(section: CacheSection) -> EncodedCache:
     """The cache that ``[cache]`` asks for; one that keeps nothing where ``cache.disk`` is false."""
-    return EncodedCache(encoded_folder(section) if section.disk else None, int(section.max_gigabytes * 1e9))
-
-
-def entries(folder: Path) -> Iterator[Entry]:
-    """Every entry in ``folder``, whole or damaged, in no order; nothing else that may lie there."""
-    for kind in KINDS:
-        for file in _files(folder / kind):
-            if not re.fullmatch(r"[0-9a-f]{62}\.safetensors", file.name):
-                continue
-            with suppress(OSError):  # Another process may have removed it meanwhile.
-                status = file.stat()
-                yield Entry(kind=kind, file=Path(file.path), bytes=status.st_size, used=status.st_mtime)
-
-
-def prune(folder: Path, max_bytes: int) -> tuple[Entry, ...]:
-    """Remove the least recently used entries until at most ``max_bytes`` are left, and what kills have left half-written.
-
-    The answer is what was removed; what cannot be removed stays.
-    """
-    for kind in KINDS:
-        for file in _files(folder / kind):
-            with suppress(OSError):
-                if file.name.endswith(".partial") and time.time() - file.stat().st_mtime > _STALE_SECONDS:
-                    os.unlink(file.path)
-    present = sorted(entries(folder), key=lambda entry: (entry.used, entry.file.name))
-    surplus, removed = sum(entry.bytes for entry in present) - max_bytes, []
-    for entry in present:
-        if surplus <= 0:
-            break
-        try:
-            entry.file.unlink()
-            removed.append(entry)
-        except FileNotFoundError:
-            pass  # Another process is at it too.
-        except OSError:
-            continue
-        surplus -= entry.bytes
-    return tuple(removed)
-
-
-def _files(folder: Path) -> Iterator[os.DirEntry[str]]:
-    """The files in the fan-out folders of ``folder``."""
-    with suppress(OSError), os.scandir(folder) as fans:
-        for fan in fans:
-            if re.fullmatch(r"[0-9a-f]{2}", fan.name):
-                with suppress(OSError), os.scandir(fan.path) as files:
-                    yield from files
-
-
-def _file_of(folder: Path, key: CacheKey) -> Path:
-    return folder / key.kind / key.digest[:2] / f"{key.digest[2:]}.safetensors"
-
-
-def _write(file: Path, data: bytes) -> None:
-    """Not flushed to the disk: an entry that a power cut tears is damaged, and damage is a miss."""
-    partial = file.with_name(f".{uuid.uuid4().hex}.partial")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with partial.open("xb") as stream:
-            stream.write(data)
-        os.replace(partial, file)
-    except BaseException:
-        with suppress(OSError):
-            partial.unlink()
-        raise
+    return EncodedCache(encoded_folder(section) if section.disk else None, section.max_gigabytes * 1e9)
 
 
 def _pack(key: CacheKey, tensors: Mapping[str, Tensor]) -> bytes:
