@@ -13,6 +13,7 @@ from ..data.items import Item, dataset_digest, load_items
 from ..data.sources import find_sources, resolve_data
 from ..data.training_set import TrainingSet, plan_training_set
 from ..errors import ConfigError
+from ..progress import Progress
 from .checkpoint import RunIdentity
 
 
@@ -49,7 +50,7 @@ class RunPlan:
         return self.training.batches
 
 
-def plan_run(config: Config) -> RunPlan:
+def plan_run(config: Config, progress: Progress | None = None) -> RunPlan:
     """Check the base, the pictures and the captions, and place every picture.
 
     Raises:
@@ -64,7 +65,7 @@ def plan_run(config: Config) -> RunPlan:
         )
     rules = bucket_rules(data, resolution=base.resolution, step=base.size_step)
     listing = find_sources(data)
-    items, faults = load_items(listing, background=data.alpha_background, mask=data.mask)
+    items, faults = load_items(listing, background=data.alpha_background, mask=data.mask, progress=progress)
     findings = (*listing.findings, *faults)
     raise_errors(findings)
     training = plan_training_set(
