@@ -6,13 +6,13 @@ import hashlib
 import io
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from PIL import Image, ImageCms, ImageColor, ImageStat, UnidentifiedImageError
@@ -20,6 +20,7 @@ from PIL import Image, ImageCms, ImageColor, ImageStat, UnidentifiedImageError
 from ..errors import DataError
 from .buckets import Placement
 from .findings import Finding
+from .folders import shown
 
 if TYPE_CHECKING:
     import torch
@@ -117,7 +118,8 @@ def examine(file: Path) -> PictureFacts:
         PictureError: as ``open_picture``.
     """
     with _opened(file) as picture:
-        shape, mode, orientation, bits = picture.size, picture.mode, _orientation(picture), _bits(picture)
+        # The orientation last: to find it, Pillow decodes all of a PNG.
+        shape, mode, bits, orientation = picture.size, picture.mode, _bits(picture), _orientation(picture)
         form = _format(picture)
         frames = 1 if form == "JPEG" else getattr(picture, "n_frames", 1)
         profile = _profile(picture)
@@ -199,12 +201,41 @@ def open_mask(
             Finding(
                 code="mask-size",
                 severity="error",
-                file=str(mask),
+                file=shown(mask),
                 message=f"a mask of {levels.shape[1]} x {levels.shape[0]} pixels for a picture of {size[0]} x {size[1]}",
                 remedy="make it the size of its picture",
             )
         )
     return levels
+
+
+def write_upright(file: Path, target: Path) -> bool:
+    """Write the picture to ``target`` upright, in its own format; False, and nothing written, where it cannot be.
+
+    A JPEG is saved at quality 98, which loses next to nothing; other formats without loss.
+
+    Raises:
+        PictureError: as ``open_picture``.
+        OSError: ``target`` cannot be written.
+    """
+    with _opened(file) as picture:
+        picture.load()
+        form = _format(picture)
+        if form not in ("PNG", "BMP", "TIFF", "WEBP", "JPEG"):
+            return False
+        options: dict[str, Any] = {"lossless": True} if form == "WEBP" else {}
+        if form == "JPEG":
+            options = {"quality": 98, "subsampling": "4:4:4"}
+        exif = picture.getexif()
+        upright = _turned(picture, _orientation(picture))
+        exif.pop(_ORIENTATION, None)
+        if len(exif) and form not in ("BMP", "TIFF"):
+            options["exif"] = exif.tobytes()
+        if profile := picture.info.get("icc_profile"):
+            options["icc_profile"] = profile
+    upright.info = {key: value for key, value in upright.info.items() if key == "transparency"}
+    upright.save(target, format=form, **options)
+    return True
 
 
 def place(picture: Image.Image, placement: Placement) -> torch.Tensor:
@@ -218,7 +249,7 @@ def place(picture: Image.Image, placement: Placement) -> torch.Tensor:
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[Image.Image]:
+def _opened(file: Path) -> Generator[Image.Image]:
     """The open picture; what goes wrong within the block is told as a ``PictureError``."""
     try:
         with file.open("rb") as stream:
@@ -264,7 +295,7 @@ def _opened(file: Path) -> Iterator[Image.Image]:
 
 
 def _fault(file: Path, code: str, message: str, remedy: str) -> Finding:
-    return Finding(code=code, severity="error", file=str(file), message=message, remedy=remedy)
+    return Finding(code=code, severity="error", file=shown(file), message=message, remedy=remedy)
 
 
 def _load_plugin(file: Path, head: bytes) -> None:
@@ -277,7 +308,12 @@ def _load_plugin(file: Path, head: bytes) -> None:
         return
     package = _PLUGINS[form][1]
     raise PictureError(
-        _fault(file, "picture-needs-package", f"a {form} picture, which Pillow reads with {package}", f"pip install {package}")
+        _fault(
+            file,
+            "picture-needs-package",
+            f"a {form} picture, which Pillow reads with {package}",
+            f"pip install {package}",
+        )
     )
 
 
