@@ -3,35 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..config import DataSection, SetSection
+from ..config import Config, DataSection, OutputSection, SetSection
+from .caption_files import CaptionFinder
 from .captions import CaptionRules
-from .findings import Finding, Severity
-from .folders import Folder, folded, list_folders, shown
+from .findings import Finding
+from .folders import Picture, Report, extension_of, list_folders, shown
 from .images import EXTENSIONS
+from .kohya_toml import read_dataset_config
+from .mask_files import find_masks
+from .tables import TableRows
 
 Role = Literal["train", "regularisation", "validation"]
-
-CAPTION_EXTENSIONS = (".txt", ".caption", ".cap", ".tags", ".json")
-"""What caption files end in, of this trainer and others."""
-UNREAD_EXTENSIONS = frozenset(
-    {
-        *(".psd", ".xcf", ".kra", ".svg", ".tga", ".exr", ".hdr", ".dds", ".jp2", ".heic", ".heif", ".avif", ".jxl"),
-        *(".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".mp4", ".webm", ".mov", ".mkv", ".avi"),
-    }
-)
-"""Pictures and films that are taken for training material by mistake, where no reader of them is installed."""
-NO_CAPTIONS = frozenset({"readme", "license", "licence", "copying", "notice", "credits"})
-"""Names of text files that belong to no picture."""
-MASK_LABEL = "-masklabel"
-"""OneTrainer's mask of NAME.png is NAME-masklabel.png."""
-MAX_CAPTION_BYTES = 1 << 16
-MAX_WORDS = 225
-"""Three chunks of 75 tokens, the most that is read of a caption; a word is at least one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,20 +50,30 @@ class Listing:
     findings: tuple[Finding, ...]
 
 
+def resolve_config(config: Config) -> Config:
+    """``config`` with every folder in ``data.sets``, and with what ``data.dataset_config`` says.
+
+    The same again where that is so already. Every stage of a run reads its settings here, and so does its identity.
+
+    Raises:
+        ConfigError: ``data.dataset_config`` is at fault.
+    """
+    data, train = config.data, config.train
+    if data.dataset_config is not None:
+        data, train = read_dataset_config(data, train)
+    if data.images is not None:
+        only = SetSection(images=data.images, metadata=data.metadata)
+        data = data.model_copy(update={"images": None, "metadata": None, "sets": (only,)})
+    return config.model_copy(update={"data": data, "train": train})
+
+
 def resolve_data(data: DataSection) -> DataSection:
-    """``data`` with every folder in ``sets``, however it was told of them; the same again where that is so already."""
-    if data.images is None:
-        return data
-    only = SetSection(images=data.images, metadata=data.metadata)
-    return data.model_copy(update={"images": None, "metadata": None, "sets": (only,)})
+    """The data section of ``resolve_config``."""
+    return resolve_config(Config(data=data, output=OutputSection(path="_.safetensors"))).data
 
 
 def caption_rules(one: SetSection, data: DataSection) -> CaptionRules:
     """The rules of the captions of a set."""
-
-    def own(key: str) -> object:
-        value = getattr(one, key)
-        return getattr(data, key) if value is None else value
 
     none = "" if one.role == "regularisation" else data.trigger
     return CaptionRules(
@@ -94,65 +91,104 @@ def caption_rules(one: SetSection, data: DataSection) -> CaptionRules:
 
 
 def find_sources(data: DataSection) -> Listing:
-    """List every set of ``data``; nothing is raised for a fault of files, all of them are findings."""
+    """List every set of ``data``; a fault of the files is not raised, all of them are findings.
+
+    Raises:
+        ConfigError: ``data.dataset_config`` is at fault.
+    """
     data = resolve_data(data)
     sources: list[Source] = []
-    findings: list[Finding] = []
+    report = Report()
     for number, one in enumerate(data.sets):
-        scan = _SetScan(number, one, data)
-        sources += scan.sources()
-        findings += scan.findings
+        sources += _sources_of(number, one, data, report)
+    findings = [*report.findings, *_shared_pictures(sources)]
+    if sources and data.mask == "files" and not any(source.mask for source in sources):
+        findings.append(
+            Finding(
+                code="mask-missing",
+                severity="error",
+                file=None,
+                message=f'data.mask is "files", but none of the {len(sources)} pictures has a mask',
+                remedy='put masks into a folder "mask" beside the pictures, under their names, or set data.mask = "none"',
+            )
+        )
     return Listing(sources=tuple(sources), findings=tuple(findings))
 
 
-class _SetScan:
-    """One set being listed."""
-
-    def __init__(self, number: int, one: SetSection, data: DataSection):
-        self._number, self._set, self._data = number, one, data
-        self._root = Path(one.images)
-        self._extension = "." + (one.caption_extension or data.caption_extension).lstrip(".").lower()
-        self._lines = one.caption_lines or data.caption_lines
-        self._rules = caption_rules(one, data)
-        self.findings: list[Finding] = []
-
-    def sources(self) -> list[Source]:
-        if not self._root.is_dir():
-            what = "not a folder" if self._root.exists() else "no such folder"
-            self._find("folder-missing", self._root, what, "name the folder of training pictures")
-            return []
-        folders, findings = list_folders(self._root, subfolders=self._set.subfolders)
-        self.findings += findings
-        found = [source for folder in folders for source in self._of_folder(folder)]
-        if not found:
-            entries = sum(len(folder.files) for folder in folders)
-            kinds = " ".join(sorted(EXTENSIONS))
-            self._find("folder-empty", self._root, f"no picture among its {entries} files", f"expected {kinds}")
-        return sorted(found, key=lambda source: source.name)
-
-    def _of_folder(self, folder: Folder) -> Iterator[Source]:
-        pictures = [name for name in folder.files if os.path.splitext(name)[1].lower() in EXTENSIONS]
-        by_stem: dict[str, list[str]] = {}
-        for name in folder.files:
-            by_stem.setdefault(folded(os.path.splitext(name)[0]), []).append(name)
-        for name in pictures:
-            stem = folded(os.path.splitext(name)[0])
-            captions = [n for n in by_stem[stem] if os.path.splitext(n)[1].lower() == self._extension]
-            text: tuple[str, ...] = ()
-            if captions:
-                text = tuple((folder.path / captions[0]).read_text().splitlines())
-            yield Source(
-                file=folder.path / name,
-                name=folder.within(name),
-                set_number=self._number,
-                captions=text,
-                caption_file=folder.path / captions[0] if captions else None,
-                rules=self._rules,
-                mask=None,
-                role=self._set.role,
-                repeats=self._set.repeats * folder.repeats,
-                loss_weight=self._set.loss_weight,
+def _sources_of(number: int, one: SetSection, data: DataSection, report: Report) -> list[Source]:
+    root = Path(one.images)
+    if not root.is_dir():
+        message = "not a folder" if root.exists() else "no such folder"
+        report.tell("folder-missing", root, message, "name the folder of training pictures")
+        return []
+    folders = list_folders(root, subfolders=one.subfolders, report=report)
+    rows = TableRows(folders, report)
+    if one.metadata is None:
+        rows.read_own()
+        pictures = [picture for folder in folders for picture in folder.pictures]
+    else:
+        pictures = rows.read_named(Path(one.metadata), root)
+    if not pictures:
+        entries = sum(len(folder.files) for folder in folders)
+        message = f"no picture among its {entries} files"
+        kinds = " ".join(sorted(EXTENSIONS))
+        report.tell("folder-empty", root, message, f"put pictures there whose names end in {kinds}")
+    _tell_collisions(pictures, rows, report)
+    masks = Path(one.masks) if one.masks is not None else None
+    mask_of = find_masks(folders, pictures, masks=masks, kind=data.mask, report=report)
+    captions = CaptionFinder(one, data, report)
+    rules = caption_rules(one, data)
+    sources = []
+    for picture in sorted(pictures, key=lambda picture: picture.name):
+        table, row = rows.of(picture)
+        caption = captions.caption(picture, table, row)
+        sources.append(
+            Source(
+                file=picture.path,
+                name=picture.name,
+                set_number=number,
+                captions=caption.texts,
+                caption_file=caption.file,
+                rules=rules,
+                mask=mask_of.get(picture.path),
+                role=one.role,
+                repeats=one.repeats * picture.folder.repeats,
+                loss_weight=one.loss_weight * (1.0 if row is None else row.weight),
             )
+        )
+    captions.tell_missing()
+    captions.tell_unused(folders)
+    return sources
 
-    def _find(self, code: str, file: Path, message: str, remedy: str, severity: Severity = "error") -> None:
-        self.findings.append(Finding(code=code, severity=severity, file=shown(file), message=message, remedy=remedy))
+
+def _tell_collisions(pictures: Sequence[Picture], rows: TableRows, report: Report) -> None:
+    """Find pictures that have one caption file between them."""
+    by_stem: dict[tuple[Path, str], list[Picture]] = {}
+    for picture in pictures:
+        _, row = rows.of(picture)
+        if row is None or extension_of(row.name) != extension_of(picture.file_name):
+            by_stem.setdefault((picture.folder.path, picture.stem), []).append(picture)
+    for first, *others in by_stem.values():
+        if others:
+            message = f"shares its caption file with {', '.join(other.file_name for other in others)}"
+            report.tell("stem-collision", first.path, message, "rename or remove one")
+
+
+def _shared_pictures(sources: Sequence[Source]) -> Iterator[Finding]:
+    """A finding for each picture that more than one set has."""
+    by_file: dict[str, list[Source]] = {}
+    for source in sources:
+        by_file.setdefault(os.path.realpath(source.file), []).append(source)
+    for several in by_file.values():
+        if len(several) > 1:
+            roles = sorted({source.role for source in several})
+            learned = len(roles) > 1
+            yield Finding(
+                code="picture-shared",
+                severity="error" if learned else "warning",
+                file=shown(several[0].file),
+                message=f"in {len(several)} sets" + (f", with the roles {' and '.join(roles)}" if learned else ""),
+                remedy="leave it in one of them"
+                if learned
+                else "leave it in one of them, or let repeats show it more often",
+            )
