@@ -11,12 +11,13 @@ from pathlib import Path, PurePosixPath
 from ..config import DataSection
 from ..errors import DataError
 from ..progress import Progress
+from .caption_files import CAPTION_EXTENSIONS
 from .captions import with_trigger
 from .duplicates import exact_groups
-from .folders import folded, shown
+from .folders import shown, stem_of
 from .images import SUFFIXES, write_upright
 from .picture_checks import Examined
-from .sources import CAPTION_EXTENSIONS, Source
+from .sources import Source
 
 
 @dataclass(frozen=True, kw_only=True)
