@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+from .caption_files import MAX_WORDS
 from .captions import has_word
-from .findings import Finding, Severity
-from .folders import shown
+from .findings import Finding, Severity, shown
+from .folders import stem_of
 from .sources import Source
 
 TOKENS_IN_CHUNK = 75
@@ -41,7 +42,7 @@ class Vocabulary(Protocol):
 
 def place_of(source: Source) -> str:
     """The file that holds its caption alone, else the picture's own."""
-    own = source.caption_file is not None and source.caption_file.stem == source.file.stem
+    own = source.caption_file is not None and stem_of(source.caption_file.name) == stem_of(source.file.name)
     return shown(source.caption_file if own and source.caption_file else source.file)
 
 
@@ -64,7 +65,9 @@ def _tags_but_trigger(source: Source, text: str) -> list[str]:
 
 
 def check_length(source: Source, vocabulary: Vocabulary, limit: int) -> Iterator[Finding]:
-    """Whether all of a caption is read, and in how many pieces."""
+    """Whether all of a caption is read, and in how many pieces; more words than tokens are told of when it is listed."""
+    if any(len(text.split()) > MAX_WORDS for text in source.captions):
+        return
     tokens = max(map(vocabulary.count, source.rules.longest(source.captions)))
     if tokens > limit:
         yield _finding(

@@ -19,8 +19,7 @@ from PIL import Image, ImageCms, ImageColor, ImageStat, UnidentifiedImageError
 
 from ..errors import DataError
 from .buckets import Placement
-from .findings import Finding
-from .folders import shown
+from .findings import Finding, shown
 
 if TYPE_CHECKING:
     import torch

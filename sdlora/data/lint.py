@@ -14,8 +14,7 @@ from . import caption_checks as captions
 from . import picture_checks as pictures
 from .buckets import Placement
 from .caption_checks import Vocabulary
-from .findings import Finding
-from .folders import shown
+from .findings import Finding, shown
 from .images import PictureError, PictureFacts, examine
 from .picture_checks import Examined
 from .sources import Listing, Source

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from .buckets import Placement
 from .duplicates import FLAT, exact_groups, near_pairs
-from .findings import Finding, Severity
-from .folders import shown
+from .findings import Finding, Severity, shown
 from .images import SUFFIXES, PictureError, PictureFacts, open_mask
 from .sources import Source
 
@@ -155,14 +155,13 @@ def check_placement(own: Examined, placement: Placement) -> Iterator[Finding]:
 
 
 def check_mask(own: Examined, kind: Literal["none", "alpha", "files"]) -> Iterator[Finding]:
-    """What weighs its loss, where something should."""
+    """What weighs its loss, where something should; that there is no file for it is told when it is listed."""
     facts, source = own.facts, own.source
     if kind == "none" or source.role == "validation":
         return
-    if (kind == "files" and source.mask is None) or (kind == "alpha" and facts.alpha in ("none", "opaque")):
-        what = "no mask file" if kind == "files" else "no transparency to be its mask"
-        remedy = f"write mask/{source.file.stem}.png beside it" if kind == "files" else "make clear what does not count"
-        yield _finding(own, "mask-missing", "warning", f"{what}; all of it counts", remedy)
+    if kind == "alpha" and facts.alpha in ("none", "opaque"):
+        message, remedy = "no transparency to be its mask, so all of it counts", "make clear what does not count"
+        yield _finding(own, "mask-missing", "warning", message, remedy)
         return
     try:
         mask = open_mask(source.file, source.mask, (facts.width, facts.height), kind)
@@ -193,7 +192,7 @@ def check_duplicates(examined: Sequence[Examined]) -> Iterator[Finding]:
 
 def _same(first: Examined, second: Examined, bits: int | None) -> Iterator[Finding]:
     one, other = first.source, second.source
-    if one.file == other.file:
+    if os.path.realpath(one.file) == os.path.realpath(other.file):
         return
     nearly = "" if bits is None else "nearly "
     near = "" if bits is None else f" ({bits} of 256 bits of their perceptual hashes differ)"

@@ -14,7 +14,8 @@ from ..progress import Progress
 from .caption_files import CAPTION_EXTENSIONS
 from .captions import with_trigger
 from .duplicates import exact_groups
-from .folders import shown, stem_of
+from .findings import shown
+from .folders import stem_of
 from .images import SUFFIXES, write_upright
 from .picture_checks import Examined
 from .sources import Source
@@ -98,7 +99,7 @@ class _Names:
     def free(self, path: PurePosixPath, old_suffix: str) -> PurePosixPath:
         candidates = [path, path.with_stem(f"{path.stem}-{old_suffix.lstrip('.').lower()}")]
         number = 2
-        while (key := folded(str(candidates[0].with_suffix(""))).casefold()) in self._taken:
+        while (key := str(candidates[0].with_name(stem_of(candidates[0].name))).casefold()) in self._taken:
             candidates.pop(0)
             if not candidates:
                 candidates.append(path.with_stem(f"{path.stem}-{number}"))
