@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import threading
 import warnings
+import zlib
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import numpy as np
 from PIL import Image, ImageCms, ImageColor, ImageStat, UnidentifiedImageError
@@ -61,6 +63,9 @@ _UPRIGHT = {
 """EXIF orientation -> what undoes it; 1 is upright."""
 _DRAFT_SIDE = 256
 """A JPEG is looked at in the smallest of its scales (1, 1/2, 1/4, 1/8) whose sides are both as long as this."""
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PIECE = 1 << 20
+"""Bytes that are read at once."""
 _STRIP = 256
 """Rows that are hashed at once, so that a large picture is not held twice."""
 _WARNINGS = threading.RLock()
@@ -253,8 +258,10 @@ def _opened(file: Path) -> Generator[Image.Image]:
     try:
         with file.open("rb") as stream:
             head = stream.read(32)
-        if not head:
-            raise PictureError(_fault(file, "picture-empty", "empty file (0 bytes)", "replace or remove it"))
+            if not head:
+                raise PictureError(_fault(file, "picture-empty", "empty file (0 bytes)", "replace or remove it"))
+            if head.startswith(_PNG):
+                _check_sums(stream)
         _load_plugin(file, head)
         # The filters of warnings are the process's, not the thread's: one thread at a time may change them.
         with _WARNINGS, warnings.catch_warnings():
@@ -314,6 +321,26 @@ def _load_plugin(file: Path, head: bytes) -> None:
             f"pip install {package}",
         )
     )
+
+
+def _check_sums(stream: BinaryIO) -> None:
+    """Hold the chunks of a PNG that every reader needs against their checksums; where one is cut short, Pillow tells.
+
+    Pillow does not look at them: to it, a byte that changed on the disk is a streak in the picture.
+    """
+    stream.seek(len(_PNG))
+    while len(head := stream.read(8)) == 8:
+        left, name = int.from_bytes(head[:4]), head[4:]
+        if not name[:1].isupper():
+            stream.seek(left + 4, os.SEEK_CUR)
+            continue
+        found = zlib.crc32(name)
+        while left and (data := stream.read(min(left, _PIECE))):
+            found = zlib.crc32(data, found)
+            left -= len(data)
+        told = stream.read(4)
+        if left == 0 and len(told) == 4 and found != int.from_bytes(told):
+            raise ValueError(f"the checksum of its {name.decode('latin-1')} chunk is wrong")
 
 
 @cache

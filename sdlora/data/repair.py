@@ -182,10 +182,11 @@ def _write_caption(source: Source, target: Path) -> Iterator[Repair]:
     captions = source.captions if source.caption_file is not None else ()
     if not any(captions):
         found = _beside(source)
-        if found is None:
-            return
-        captions = tuple(" ".join(line.split()) for line in _decoded(found).splitlines() if line.strip())
-        if not captions:
+        lines = [] if found is None else _decoded(found).splitlines()
+        captions = tuple(" ".join(line.split()) for line in lines if line.strip())
+        if found is None or not captions:
+            if source.caption_file is not None:
+                target.touch()
             return
         same = found.suffix.lower() == target.suffix.lower()
         yield repair(
