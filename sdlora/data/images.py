@@ -277,7 +277,12 @@ def _load_plugin(file: Path, head: bytes) -> None:
         return
     package = _PLUGINS[form][1]
     raise PictureError(
-        _fault(file, "picture-needs-package", f"a {form} picture, which Pillow reads with {package}", f"pip install {package}")
+        _fault(
+            file,
+            "picture-needs-package",
+            f"a {form} picture, which Pillow reads with {package}",
+            f"pip install {package}",
+        )
     )
 
 
