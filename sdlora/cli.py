@@ -20,7 +20,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import typer
 
 from . import __version__
-from .errors import Interrupted, SdloraError
+from .errors import ConfigError, Interrupted, SdloraError
 
 if TYPE_CHECKING:
     from .inspection import Report
@@ -111,12 +111,14 @@ def train(
         report = api.train(config, restart=restart)
         result = report.result
         if as_json:
-            fields = {key: getattr(result, key) for key in ("output", "steps", "seconds", "loss", "resumed_from")}
-            _emit({**fields, "samples": report.samples})
+            keys = ("output", "steps", "seconds", "loss", "validation_loss", "resumed_from")
+            _emit({**{key: getattr(result, key) for key in keys}, "samples": report.samples})
         elif result.loss is None:
             typer.echo(f"{result.output}: this run is complete already; --restart would begin anew")
         else:
             done = f"{result.steps} steps, the last tenth at loss {result.loss:.4f}, {result.seconds:.0f} s"
+            if result.validation_loss is not None:
+                done += f", validation loss {result.validation_loss:.4f}"
             since = f", resumed from step {result.resumed_from}" if result.resumed_from else ""
             size = result.output.stat().st_size / 1e6
             typer.echo(f"{result.output}: {size:.1f} MB, {done}{since}")
@@ -320,6 +322,66 @@ def redact(file: FileArgument, out: OutOption) -> None:
     _guard(run)
 
 
+cache_app = typer.Typer(no_args_is_help=True, help="Look after what encoded pictures and captions take of the disk.")
+app.add_typer(cache_app, name="cache")
+FolderOption = Annotated[
+    Path | None, typer.Option("--folder", metavar="DIR", help="As cache.folder; default: in the user's cache folder.")
+]
+
+
+@cache_app.command()
+def info(folder: FolderOption = None, as_json: JsonOption = False) -> None:
+    """Tell how many encoded pictures and captions are kept, and how large they are."""
+
+    def run() -> None:
+        from .data.cache_files import cache_info, encoded_folder
+
+        told = cache_info(_existing(folder) or encoded_folder())
+        if as_json:
+            _emit(told.to_json())
+            return
+        typer.echo(f"{told.folder}: {told.entries:,} entries, {told.bytes / 1e6:,.1f} MB")
+        for kind, size in told.kinds.items():
+            typer.echo(f"  {kind:<8} {size.entries:,} entries, {size.bytes / 1e6:,.1f} MB")
+        if told.entries:
+            typer.echo(f"  last used between {told.oldest} and {told.newest}")
+
+    _guard(run)
+
+
+@cache_app.command("prune")
+def prune_(
+    max_gigabytes: Annotated[
+        float | None,
+        typer.Option("--max-gigabytes", min=0, metavar="N", help="How much may stay; default: cache.max_gigabytes."),
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Remove every entry.")] = False,
+    folder: FolderOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Remove what was longest not used, until the rest fits."""
+
+    def run() -> None:
+        if everything and max_gigabytes is not None:
+            raise typer.BadParameter("give --max-gigabytes or --all", param_hint="--all")
+        from .config import CacheSection
+        from .data.cache_files import cache_info, encoded_folder, prune
+
+        place = _existing(folder) or encoded_folder()
+        cap = 0 if everything else CacheSection().max_gigabytes if max_gigabytes is None else max_gigabytes
+        removed, left = prune(place, cap * 1e9), cache_info(place)
+        size = sum(entry.bytes for entry in removed)
+        if as_json:
+            _emit({"folder": str(place), "removed": len(removed), "removed_bytes": size, "left": left.to_json()})
+        else:
+            typer.echo(
+                f"{place}: {len(removed):,} entries removed, {size / 1e6:,.1f} MB; "
+                f"{left.entries:,} left, {left.bytes / 1e6:,.1f} MB"
+            )
+
+    _guard(run)
+
+
 @app.command()
 def quickstart(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the results go.")] = Path("out/quickstart"),
@@ -341,6 +403,12 @@ def quickstart(
             _emit(report.to_json())
 
     _guard(run)
+
+
+def _existing(folder: Path | None) -> Path | None:
+    if folder is not None and not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder")
+    return folder
 
 
 def _parse_size(text: str | None) -> tuple[int, int] | None:
