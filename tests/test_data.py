@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sdlora.data.captions import has_word, with_trigger
-from sdlora.data.images import open_picture
 from sdlora.data.items import Item, dataset_digest, scan
 from sdlora.errors import DataError
 from tests.conftest import write_pictures
@@ -87,35 +86,6 @@ def test_missing_and_empty_folders(tmp_path: Path) -> None:
         scanned(tmp_path / "none")
     with pytest.raises(DataError, match="no picture among its 0 entries"):
         scanned(tmp_path)
-
-
-def test_exif_orientation_is_applied(tmp_path: Path) -> None:
-    picture = Image.new("RGB", (40, 20), "red")
-    picture.paste("blue", (0, 0, 20, 20))
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    picture.save(tmp_path / "turned.png", exif=exif)
-    upright = open_picture(tmp_path / "turned.png")
-    assert upright.size == (20, 40)
-    assert upright.getpixel((10, 5)) == (0, 0, 255)
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
-def test_transparency_shows_the_background_not_hidden_colour(tmp_path: Path, mode: str) -> None:
-    picture = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
-    picture.paste((0, 0, 0, 255), (0, 0, 4, 8))
-    picture.convert(mode).save(tmp_path / "clear.png")
-    flat = open_picture(tmp_path / "clear.png", "#00ff00")
-    assert flat.mode == "RGB"
-    assert flat.getpixel((6, 4)) == (0, 255, 0)
-    assert flat.getpixel((1, 4)) == (0, 0, 0)
-
-
-def test_sixteen_bit_grey_keeps_its_range(tmp_path: Path) -> None:
-    Image.fromarray(np.linspace(0, 65535, 256, dtype=np.uint16).reshape(16, 16)).save(tmp_path / "deep.png")
-    values = np.asarray(open_picture(tmp_path / "deep.png"))[..., 0]
-    assert (values.min(), values.max()) == (0, 255)
-    assert len(np.unique(values)) == 256
 
 
 def test_digest_tells_pixels_and_captions_apart(tmp_path: Path) -> None:

@@ -195,7 +195,10 @@ def test_the_loss_is_the_formula_on_diffusers_models(tiny_files: dict[str, Path]
         loss = session.step(0)
     noisy, times, context = told["given"]
     reference = pipe.encode_prompt(
-        prompt=f"zorb, {item.source.captions[0]}", device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+        prompt=f"zorb, {item.source.captions[0]}",
+        device="cpu",
+        num_images_per_prompt=1,
+        do_classifier_free_guidance=False,
     )
     torch.testing.assert_close(context, reference[0], rtol=1e-5, atol=1e-5)
     added = told["named"]["added_cond_kwargs"]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from .findings import Finding, Severity
+from .findings import Finding, Severity, shown
 from .images import EXTENSIONS
 
 NOT_SEARCHED = frozenset({"mask", "__MACOSX", "__pycache__"})
@@ -101,11 +101,6 @@ def stem_of(name: str) -> str:
 def extension_of(name: str) -> str:
     """With its dot, in small letters."""
     return os.path.splitext(name)[1].lower()
-
-
-def shown(path: Path) -> str:
-    """``path`` as it can be printed anywhere."""
-    return str(path).encode("utf-8", "backslashreplace").decode()
 
 
 def list_folders(root: Path, *, subfolders: bool, report: Report) -> tuple[Folder, ...]:
