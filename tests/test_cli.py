@@ -27,6 +27,9 @@ SURFACE = {
     "cache info": {"folder", "as_json"},
     "cache prune": {"max_gigabytes", "everything", "folder", "as_json"},
     "quickstart": {"out", "as_json"},
+    "lint": {
+        *("arguments", "trigger", "resolution", "caption_extension", "base", "fix", "out", "sheet", "as_json"),
+    },
 }
 
 

@@ -32,7 +32,7 @@ class Words:
         return len(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def pieces(self, text: str) -> tuple[str, ...]:
-        """Its tokens as they are read, the end of a word marked by a space; letters outside ASCII in GPT-2's byte letters."""
+        """Its tokens as they are read, the end of a word marked by a space; other letters than ASCII's as bytes."""
         tokens = self.tokenizer.encode(text, add_special_tokens=False).tokens
         return tuple(token.replace(END_OF_WORD, " ") for token in tokens)
 
@@ -66,7 +66,9 @@ def words_in(folder: Path) -> Words:
             return Words(tokenizer=tokenizer)
         vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
         lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-        return Words(tokenizer=_tokenizer(vocabulary, [line for line in lines if line and not line.startswith("#version")]))
+        return Words(
+            tokenizer=_tokenizer(vocabulary, [line for line in lines if line and not line.startswith("#version")])
+        )
     # The tokenizers package raises plain exceptions.
     except Exception as error:
         raise BaseModelError(f"{folder}: no tokenizer that can be read ({error})") from None

@@ -5,17 +5,19 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Literal, Protocol
+from typing import Protocol
 
+from .caption_files import MAX_WORDS
 from .captions import has_word
-from .findings import Finding
+from .findings import Finding, Severity, shown
+from .folders import stem_of
 from .sources import Source
 
 TOKENS_IN_CHUNK = 75
 """What CLIP reads at once, its two marks not counted."""
 COMMON_RANK = 40_000
-"""A word that CLIP's tokenizer learned among its first 40,000 of 48,894 stands for something already; "sks", which people use
-for its rarity, is number 47,625."""
+"""A word among the first 40,000 of the 48,894 that CLIP's tokenizer learned stands for something already; "sks", which
+people use for its rarity, is number 47,625."""
 MANY_PIECES = 4
 FUSED_FROM = 5
 """Captions that there must be before a tag in all of them says anything."""
@@ -40,8 +42,8 @@ class Vocabulary(Protocol):
 
 def place_of(source: Source) -> str:
     """The file that holds its caption alone, else the picture's own."""
-    own = source.caption_file is not None and source.caption_file.stem == source.file.stem
-    return str(source.caption_file if own else source.file)
+    own = source.caption_file is not None and stem_of(source.caption_file.name) == stem_of(source.file.name)
+    return shown(source.caption_file if own and source.caption_file else source.file)
 
 
 def tags_in(caption: str) -> list[str]:
@@ -63,7 +65,9 @@ def _tags_but_trigger(source: Source, text: str) -> list[str]:
 
 
 def check_length(source: Source, vocabulary: Vocabulary, limit: int) -> Iterator[Finding]:
-    """Whether all of a caption is read, and in how many pieces."""
+    """Whether all of a caption is read, and in how many pieces; more words than tokens are told of when it is listed."""
+    if any(len(text.split()) > MAX_WORDS for text in source.captions):
+        return
     tokens = max(map(vocabulary.count, source.rules.longest(source.captions)))
     if tokens > limit:
         yield _finding(
@@ -236,7 +240,9 @@ def check_repetition(sources: Sequence[Source], place: str) -> Iterator[Finding]
                     severity="warning",
                     file=place,
                     message=f"the tag {_short(tag)!r} is in all {count} captions; it is learned as one with the trigger",
-                    remedy="take it out if it belongs to the style, else show pictures without it",
+                    remedy="take it out if it belongs to the style, else show pictures without it"
+                    if any(source.rules.trigger for source in captioned)
+                    else "name it as the trigger if it is, take it out if it belongs to the style",
                 )
 
 
@@ -244,7 +250,5 @@ def _short(text: str) -> str:
     return text if len(text) <= 60 else text[:59] + "…"
 
 
-def _finding(
-    source: Source, code: str, severity: Literal["error", "warning", "note"], message: str, remedy: str
-) -> Finding:
+def _finding(source: Source, code: str, severity: Severity, message: str, remedy: str) -> Finding:
     return Finding(code=code, severity=severity, file=place_of(source), message=message, remedy=remedy)

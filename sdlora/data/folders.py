@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from .findings import Finding, Severity
+from .findings import Finding, Severity, shown
 from .images import EXTENSIONS
 
 NOT_SEARCHED = frozenset({"mask", "__MACOSX", "__pycache__"})
@@ -46,10 +46,12 @@ class Folder:
     @cached_property
     def by_stem(self) -> dict[str, tuple[str, ...]]:
         """Stem of a name -> every name that has it."""
-        found: dict[str, tuple[str, ...]] = {}
-        for name in self.files:
-            found[stem_of(name)] = (*found.get(stem_of(name), ()), name)
-        return found
+        return _grouped(self.files, stem_of)
+
+    @cached_property
+    def by_small_letters(self) -> dict[str, tuple[str, ...]]:
+        """A name in small letters -> every name that it is."""
+        return _grouped(self.files, lambda name: stem_of(name).lower() + extension_of(name))
 
     @cached_property
     def pictures(self) -> tuple[Picture, ...]:
@@ -84,6 +86,13 @@ class Picture:
         return stem_of(self.file_name)
 
 
+def _grouped(names: Iterable[str], key: Callable[[str], str]) -> dict[str, tuple[str, ...]]:
+    found: dict[str, tuple[str, ...]] = {}
+    for name in names:
+        found[key(name)] = (*found.get(key(name), ()), name)
+    return found
+
+
 def stem_of(name: str) -> str:
     """``name`` less its extension, in one spelling of its accents: macOS writes them as letters of their own."""
     return unicodedata.normalize("NFC", os.path.splitext(name)[0])
@@ -92,11 +101,6 @@ def stem_of(name: str) -> str:
 def extension_of(name: str) -> str:
     """With its dot, in small letters."""
     return os.path.splitext(name)[1].lower()
-
-
-def shown(path: Path) -> str:
-    """``path`` as it can be printed anywhere."""
-    return str(path).encode("utf-8", "backslashreplace").decode()
 
 
 def list_folders(root: Path, *, subfolders: bool, report: Report) -> tuple[Folder, ...]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from .buckets import Placement
 from .duplicates import FLAT, exact_groups, near_pairs
-from .findings import Finding
+from .findings import Finding, Severity, shown
 from .images import SUFFIXES, PictureError, PictureFacts, open_mask
 from .sources import Source
 
@@ -19,6 +19,8 @@ ENLARGED = 1.1
 """Times along a side that a picture may be enlarged for its bucket."""
 CUT_OFF = 0.25
 """Share of a picture's area that a crop may take away."""
+FEW, MANY = 5, 1000
+"""Pictures to train on, below and above which a set is told of."""
 _GREY = ("1", "L", "LA", "I", "F")
 
 
@@ -28,12 +30,6 @@ class Examined:
 
     source: Source
     facts: PictureFacts
-
-
-def lost_share(facts: PictureFacts, placement: Placement) -> float:
-    """Share of the picture's area that its crop cuts off."""
-    scale = max(placement.scaled_width / facts.width, placement.scaled_height / facts.height)
-    return max(0.0, 1 - placement.width * placement.height / (facts.width * facts.height * scale**2))
 
 
 def enlargement(facts: PictureFacts, placement: Placement) -> float:
@@ -148,25 +144,24 @@ def check_placement(own: Examined, placement: Placement) -> Iterator[Finding]:
             f"{size} pixels, enlarged {factor:.1f} times for its bucket of {bucket}",
             "replace it by a larger one, lower data.resolution, or set data.bucket_no_upscale = true",
         )
-    if (lost := lost_share(facts, placement)) > CUT_OFF:
+    if placement.cut_off > CUT_OFF:
         yield _finding(
             own,
             "picture-cropped",
             "warning",
-            f"{size} pixels, of which its bucket of {bucket} cuts off {lost:.0%}",
+            f"{size} pixels, of which its bucket of {bucket} cuts off {placement.cut_off:.0%}",
             "crop it to what matters, nearer to a shape in the table of buckets",
         )
 
 
 def check_mask(own: Examined, kind: Literal["none", "alpha", "files"]) -> Iterator[Finding]:
-    """What weighs its loss, where something should."""
+    """What weighs its loss, where something should; that there is no file for it is told when it is listed."""
     facts, source = own.facts, own.source
     if kind == "none" or source.role == "validation":
         return
-    if (kind == "files" and source.mask is None) or (kind == "alpha" and facts.alpha in ("none", "opaque")):
-        what = "no mask file" if kind == "files" else "no transparency to be its mask"
-        remedy = f"write mask/{source.file.stem}.png beside it" if kind == "files" else "make clear what does not count"
-        yield _finding(own, "mask-missing", "warning", f"{what}; all of it counts", remedy)
+    if kind == "alpha" and facts.alpha in ("none", "opaque"):
+        message, remedy = "no transparency to be its mask, so all of it counts", "make clear what does not count"
+        yield _finding(own, "mask-missing", "warning", message, remedy)
         return
     try:
         mask = open_mask(source.file, source.mask, (facts.width, facts.height), kind)
@@ -177,7 +172,7 @@ def check_mask(own: Examined, kind: Literal["none", "alpha", "files"]) -> Iterat
         yield Finding(
             code="mask-empty",
             severity="error",
-            file=str(source.mask if kind == "files" else source.file),
+            file=shown(source.mask if kind == "files" and source.mask else source.file),
             message="its mask is black all over; nothing of the picture would be trained on"
             if kind == "files"
             else "all of it is clear; nothing of it would be trained on",
@@ -197,7 +192,7 @@ def check_duplicates(examined: Sequence[Examined]) -> Iterator[Finding]:
 
 def _same(first: Examined, second: Examined, bits: int | None) -> Iterator[Finding]:
     one, other = first.source, second.source
-    if one.file == other.file:
+    if os.path.realpath(one.file) == os.path.realpath(other.file):
         return
     nearly = "" if bits is None else "nearly "
     near = "" if bits is None else f" ({bits} of 256 bits of their perceptual hashes differ)"
@@ -206,58 +201,56 @@ def _same(first: Examined, second: Examined, bits: int | None) -> Iterator[Findi
         yield Finding(
             code="validation-in-training",
             severity="warning",
-            file=str(held_out.file),
-            message=f"{nearly}the same picture as {trained.file}, which is trained on{near}",
+            file=shown(held_out.file),
+            message=f"{nearly}the same picture as {shown(trained.file)}, which is trained on{near}",
             remedy="remove one of them, or the validation loss tells nothing",
         )
     elif bits is not None:
         yield Finding(
             code="picture-near-duplicate",
             severity="warning",
-            file=str(other.file),
-            message=f"nearly the same picture as {one.file}{near}",
+            file=shown(other.file),
+            message=f"nearly the same picture as {shown(one.file)}{near}",
             remedy="keep the better one, or it counts twice",
         )
     elif one.captions != other.captions:
         yield Finding(
             code="picture-duplicate-captions",
             severity="warning",
-            file=str(other.file),
-            message=f"the same picture as {one.file}, with another caption",
+            file=shown(other.file),
+            message=f"the same picture as {shown(one.file)}, with another caption",
             remedy="remove one of them, or write both captions as lines of one file",
         )
     else:
         yield Finding(
             code="picture-duplicate",
             severity="warning",
-            file=str(other.file),
-            message=f"the same picture as {one.file}",
+            file=shown(other.file),
+            message=f"the same picture as {shown(one.file)}",
             remedy="remove one of them, or it counts twice",
         )
 
 
-def check_size_of_set(examined: Sequence[Examined], folder: Path | str | None) -> Iterator[Finding]:
-    """Whether there are too few pictures to learn from."""
+def check_size_of_set(examined: Sequence[Examined], place: str) -> Iterator[Finding]:
+    """Whether there are too few pictures to learn from, or more than anyone looks through."""
     count = sum(own.source.role == "train" for own in examined)
-    if 0 < count < 5:
+    if 0 < count < FEW:
         yield Finding(
             code="set-small",
             severity="warning",
-            file=None if folder is None else str(folder),
+            file=place,
             message=f"{count} picture{'s' * (count > 1)} to train on; a style wants 5 to 100",
             remedy="add more, or expect the LoRA to repeat these",
         )
-    if count > 5000:
+    if count > MANY:
         yield Finding(
             code="set-large",
             severity="note",
-            file=None if folder is None else str(folder),
+            file=place,
             message=f"{count:,} pictures to train on; a style wants 5 to 100",
             remedy="choose the best of them, or see that train.steps shows each often enough",
         )
 
 
-def _finding(
-    own: Examined, code: str, severity: Literal["error", "warning", "note"], message: str, remedy: str
-) -> Finding:
-    return Finding(code=code, severity=severity, file=str(own.source.file), message=message, remedy=remedy)
+def _finding(own: Examined, code: str, severity: Severity, message: str, remedy: str) -> Finding:
+    return Finding(code=code, severity=severity, file=shown(own.source.file), message=message, remedy=remedy)

@@ -17,12 +17,14 @@ from ..base.load import Base, load_base
 from ..base.tokens import WORDS_IN_CHUNK
 from ..errors import Interrupted, TrainingError
 from ..formats.lora_writer import write_lora
-from ..formats.metadata import DatasetFacts, RunFacts, safe_title, training_metadata
+from ..formats.metadata import RunFacts, safe_title, training_metadata
 from ..precision import choose_precision
 from ..progress import Progress
 from .checkpoint import RUN_KEY, Checkpoint, RunFolder, finished
+from .facts import describe_data
 from .plan import RunPlan
 from .session import TrainingSession, open_session
+from .validation import validation_loss
 
 REPORT_EVERY = 10
 """Steps between readings of the loss: each reading waits for the device."""
@@ -37,6 +39,8 @@ class TrainResult:
     """Spent in this call on loading, caching and training."""
     loss: float | None
     """Mean of the last tenth of the steps; None where nothing was left to do."""
+    validation_loss: float | None
+    """Mean over the validation pictures after the last step; None where there are none, or nothing was left to do."""
     resumed_from: int
     """Steps that an earlier, interrupted call had done."""
 
@@ -56,7 +60,9 @@ def run_training(plan: RunPlan, *, restart: bool, progress: Progress) -> TrainRe
         folder.remove()
     elif finished(output, plan.identity):
         folder.remove()
-        return TrainResult(output=output, steps=config.train.steps, seconds=0.0, loss=None, resumed_from=0)
+        return TrainResult(
+            output=output, steps=config.train.steps, seconds=0.0, loss=None, validation_loss=None, resumed_from=0
+        )
     checkpoint = folder.newest()
 
     accelerator = Accelerator()
@@ -69,11 +75,14 @@ def run_training(plan: RunPlan, *, restart: bool, progress: Progress) -> TrainRe
         first, started_at = checkpoint.step, checkpoint.started_at
     with session.attached():
         loss = train_steps(session, first, started_at, folder, progress)
+        held_out = validation_loss(session)
 
     if accelerator.is_main_process:
         weights = session.adapter.weights()
         tokens = WORDS_IN_CHUNK * session.contexts.chunks
-        metadata = describe_run(plan, base, modules=len(weights), tokens=tokens, started_at=started_at)
+        metadata = describe_run(
+            plan, base, modules=len(weights), tokens=tokens, started_at=started_at, validation_loss=held_out
+        )
         metadata[RUN_KEY] = plan.identity.to_json()
         file_dtype = getattr(torch, config.output.precision)
         write_lora(
@@ -91,6 +100,7 @@ def run_training(plan: RunPlan, *, restart: bool, progress: Progress) -> TrainRe
         steps=config.train.steps,
         seconds=time.time() - began,
         loss=loss,
+        validation_loss=held_out,
         resumed_from=first,
     )
 
@@ -147,9 +157,10 @@ def interrupt_flag() -> Generator[threading.Event]:
         signal.signal(signal.SIGINT, previous)
 
 
-def describe_run(plan: RunPlan, base: Base, *, modules: int, tokens: int, started_at: float) -> dict[str, str]:
+def describe_run(
+    plan: RunPlan, base: Base, *, modules: int, tokens: int, started_at: float, validation_loss: float | None
+) -> dict[str, str]:
     """The metadata of the finished file; captions were read up to ``tokens`` tokens."""
-    sizes = [(placement.width, placement.height) for placement in plan.placements]
     run = RunFacts(
         title=safe_title(Path(plan.config.output.path).stem),
         base_name=plan.base.name,
@@ -167,12 +178,7 @@ def describe_run(plan: RunPlan, base: Base, *, modules: int, tokens: int, starte
         started_at=started_at,
         finished_at=time.time(),
     )
-    data = DatasetFacts(
-        folder=Path(plan.config.data.images).resolve().name,
-        captions=[item.caption for item in plan.items],
-        buckets={size: sizes.count(size) for size in sizes},
-    )
-    return training_metadata(plan.config, run, data)
+    return training_metadata(plan.config, run, describe_data(plan, validation_loss))
 
 
 def _check_skipped(session: TrainingSession, done: int) -> None:
