@@ -24,6 +24,7 @@ from sdlora.data.kohya_toml import KEYS
 from sdlora.data.sources import Listing, Source, find_sources, resolve_config, resolve_data
 from sdlora.data.tables import read_table
 from sdlora.errors import ConfigError, DataError
+from sdlora.training.plan import plan_run
 from tests.conftest import write_pictures
 
 GREY = Image.new("RGB", (8, 8), "grey")
@@ -843,6 +844,21 @@ def test_settings_for_the_whole_run_reach_their_sections(tmp_path: Path) -> None
     assert alpha.data.mask == "alpha"
     assert alpha.train == TrainSection()
     assert resolve_data(DataSection(dataset_config=str(tmp_path / "dataset.toml"), trigger="zorb")) == alpha.data
+
+
+def test_a_run_is_planned_by_what_the_dataset_configuration_says(tmp_path: Path) -> None:
+    folder = write_pictures(tmp_path / "set", 5)
+    toml = (
+        f"[[datasets]]\nbatch_size = 2\nresolution = 64\ncaption_extension = '.txt'\ncaption_dropout_rate = 0.25\n"
+        f"[[datasets.subsets]]\nimage_dir = '{folder}'\nnum_repeats = 3\n"
+    )
+    file = put(tmp_path / "dataset.toml", toml)
+    data = DataSection(dataset_config=str(file), trigger="zorb")
+    plan = plan_run(Config(data=data, output=OutputSection(path=str(tmp_path / "x.safetensors"))))
+    assert plan.config.train.caption_dropout == 0.25
+    assert plan.identity.config["train.batch_size"] == "2"
+    assert {len(batch) for batch in plan.batches.epoch(0)} <= {1, 2}
+    assert sum(len(batch) for batch in plan.batches.epoch(0)) == 15
 
 
 def test_the_same_subsets_at_several_resolutions(tmp_path: Path) -> None:

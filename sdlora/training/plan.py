@@ -10,7 +10,7 @@ from ..data.batches import BatchPlan
 from ..data.buckets import BucketRules, Placement, bucket_rules
 from ..data.findings import Finding, raise_errors
 from ..data.items import Item, dataset_digest, load_items
-from ..data.sources import find_sources, resolve_data
+from ..data.sources import find_sources, resolve_config
 from ..data.training_set import TrainingSet, plan_training_set
 from ..errors import ConfigError
 from ..progress import Progress
@@ -57,8 +57,8 @@ def plan_run(config: Config, progress: Progress | None = None) -> RunPlan:
         BaseModelError, DataError, ConfigError: with everything that is wrong with that input.
     """
     base = find_base(config.base)
-    data, train = resolve_data(config.data), config.train
-    config = config.model_copy(update={"data": data})
+    config = resolve_config(config)
+    data, train = config.data, config.train
     if train.learning_rate == 0 and train.text_encoder_learning_rate == 0:
         raise ConfigError(
             "train.learning_rate and train.text_encoder_learning_rate are both 0: nothing would be trained"
