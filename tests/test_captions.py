@@ -75,6 +75,7 @@ def test_trigger_is_in_every_caption_and_added_once(caption: str, trigger: str) 
         ({"replace": (("a cat", "zorb"),)}, "a cat", "zorb"),
         ({"wildcards": True}, "{red|blue} zorb", "red zorb"),
         ({"wildcards": True, "replace": (("red", "{green|red}"),)}, "{red|blue} zorb", "green zorb"),
+        ({"wildcards": True, "prefix": "{p|q} r,", "suffix": "{zorb|s}"}, "{a|b}", "p r, a zorb"),
         ({}, "{red|blue}\n zorb", "{red|blue} zorb"),
         ({"shuffle_tags": True}, "zorb ,a,, (b, c:1.2)", "zorb, a, (b, c:1.2)"),
     ],
@@ -128,25 +129,26 @@ def wildcard_texts(depth: int = 2) -> st.SearchStrategy[tuple[str, set[str]]]:
 @given(wildcard_texts(), st.integers(0, 99))
 def test_wildcards_make_every_variant_and_no_other(text_and_made: tuple[str, set[str]], seed: int) -> None:
     text, made = text_and_made
-    assert set(wildcard_variants(text)) == made
+    assert set(wildcard_variants([text])) == {(one,) for one in made}
     rng = np.random.default_rng(seed)
     assert draw_wildcards(text, lambda count: int(rng.integers(count))) in made
 
 
 @pytest.mark.parametrize("text", ["{", "}{", "{a}", "a|b", "{{retro}}", "{a|b", "a|b}", r"\{a|b\}", "{a {b} c}"])
 def test_braces_that_are_no_wildcard_are_text(text: str) -> None:
-    assert wildcard_variants(text) == (text,)
+    assert wildcard_variants([text]) == ((text,),)
 
 
 @given(st.text("{}|a\\", max_size=60))
 def test_any_braces_can_be_drawn_from(text: str) -> None:
-    assert draw_wildcards(text, lambda _: 0) in wildcard_variants(text) or len(wildcard_variants(text)) == 2
+    assert (draw_wildcards(text, lambda _: 0),) in wildcard_variants([text]) or len(wildcard_variants([text])) == 2
 
 
 def test_many_and_deep_wildcards_stay_within_bounds() -> None:
     many = " ".join(["{a|bbb|c c}"] * 40)
-    assert wildcard_variants(many) == (" ".join(["c c"] * 40), " ".join(["bbb"] * 40))
-    assert len(wildcard_variants("{a|b}" * 8)) == MAX_VARIANTS
+    assert wildcard_variants([many, "x"]) == ((" ".join(["c c"] * 40), "x"), (" ".join(["bbb"] * 40), "x"))
+    assert len(wildcard_variants(["{a|b}" * 4] * 2)) == MAX_VARIANTS
+    assert len(wildcard_variants(["{a|b}" * 4, "{a|b}" * 5])) == 1
     assert draw_wildcards("{a|" * 5000 + "}" * 5000, lambda _: 1).count("{") == 5000 - captions.MAX_DEPTH
 
 
@@ -244,7 +246,7 @@ def test_the_longest_variants_hold_at_least_as_many_words_as_any_drawn(
     text_and_made: tuple[str, set[str]], tags: list[str], shuffle: bool, dropout: float, epoch: int
 ) -> None:
     rules = CaptionRules(
-        trigger="zorb", wildcards=True, shuffle_tags=shuffle, tag_dropout=dropout, prefix="p,", suffix=", q r"
+        trigger="zorb", wildcards=True, shuffle_tags=shuffle, tag_dropout=dropout, prefix="{p|o p},", suffix=", {q|q r}"
     )
     texts = (f"{text_and_made[0]}, {', '.join(tags)}", "x y")
 

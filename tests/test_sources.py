@@ -24,6 +24,7 @@ from sdlora.data.kohya_toml import KEYS
 from sdlora.data.sources import Listing, Source, find_sources, resolve_config, resolve_data
 from sdlora.data.tables import read_table
 from sdlora.errors import ConfigError, DataError
+from sdlora.training.plan import plan_run
 from tests.conftest import write_pictures
 
 GREY = Image.new("RGB", (8, 8), "grey")
@@ -715,7 +716,8 @@ def test_the_example_of_kohyas_documentation(tmp_path: Path, monkeypatch: pytest
         ("reg", "regularisation", "human", 1, 1),
         ("piyo", "train", None, 1, 1),
     ]
-    assert (data.resolution, data.min_bucket_reso, data.max_bucket_reso, data.flip) == (512, 256, 1024, True)
+    assert (data.resolution, data.min_bucket_reso, data.max_bucket_reso) == (512, 256, 1024)
+    assert {one.flip for one in data.sets} == {True}
     assert config.train.batch_size == 4
     assert data.dataset_config is None
     assert resolve_config(config) == config
@@ -806,16 +808,17 @@ SUBSETS = "[[datasets]]\n{0}\n[[datasets.subsets]]\nimage_dir = 'a'\n{1}\n[[data
     ("values", "message"),
     [
         (("resolution = [768, 512]", "", ""), "T:2: resolution = [768, 512] is no square"),
-        (("", "flip_aug = true", ""), "flip_aug is True and False in different subsets, but is one for the whole run"),
-        (("", "random_crop = true", "random_crop = false"), "random_crop is random and center"),
-        (("", "caption_dropout_rate = 0.1", "caption_dropout_rate = 0.2"), "caption_dropout_rate is 0.1 and 0.2"),
+        (
+            ("", "caption_dropout_rate = 0.1", "caption_dropout_rate = 0.2"),
+            "T:8: caption_dropout_rate is 0.1 and 0.2 in different subsets, but is one for the whole run",
+        ),
         (("", "alpha_mask = true", ""), "alpha_mask is alpha and none"),
         (("", "alpha_mask = true", "conditioning_data_dir = 'c'"), "alpha_mask is alpha and files"),
         (
             ("resolution = 256\nmin_bucket_reso = 512", "", ""),
             "min_bucket_reso = 512 is more than data.resolution = 256",
         ),
-        (("resolution = 9999", "", ""), "resolution expected pixels from 64 to 4096"),
+        (("resolution = 9999", "", ""), "T: data.resolution expected pixels from 64 to 4096"),
         (("", "", "image_dir = 'a'"), "not valid TOML"),
     ],
 )
@@ -834,10 +837,10 @@ def test_settings_for_the_whole_run_reach_their_sections(tmp_path: Path) -> None
     data = config.data
     assert (config.train.batch_size, config.train.caption_dropout) == (3, 0.25)
     assert (data.enable_bucket, data.bucket_reso_steps, data.bucket_no_upscale) == (False, 32, True)
-    assert (data.crop, data.flip, data.mask) == ("random", True, "files")
-    assert [(one.masks, one.tag_dropout, one.subfolders) for one in data.sets] == [
-        ("m", 0.5, False),
-        (None, None, False),
+    assert data.mask == "files"
+    assert [(one.masks, one.tag_dropout, one.subfolders, one.crop, one.flip) for one in data.sets] == [
+        ("m", 0.5, False, "random", True),
+        (None, None, False, "random", True),
     ]
     alpha = resolved(tmp_path, SUBSETS.format("", "alpha_mask = true", "alpha_mask = true"))
     assert alpha.data.mask == "alpha"
@@ -845,17 +848,42 @@ def test_settings_for_the_whole_run_reach_their_sections(tmp_path: Path) -> None
     assert resolve_data(DataSection(dataset_config=str(tmp_path / "dataset.toml"), trigger="zorb")) == alpha.data
 
 
-def test_the_same_subsets_at_several_resolutions(tmp_path: Path) -> None:
-    one = "[[datasets]]\nresolution = {0}\n[[datasets.subsets]]\nimage_dir = 'a'\n"
-    data = resolved(tmp_path, one.format(512) + one.format(768)).data
-    assert (data.resolution, len(data.sets)) == ((512, 768), 1)
-    other = one.format(768).replace("'a'", "'b'")
-    assert (
-        "datasets of different subsets have different resolutions (512, 768)"
-        in refused(tmp_path, one.format(512) + other)[0]
+def test_a_run_is_planned_by_what_the_dataset_configuration_says(tmp_path: Path) -> None:
+    folder = write_pictures(tmp_path / "set", 5)
+    toml = (
+        f"[[datasets]]\nbatch_size = 2\nresolution = 64\ncaption_extension = '.txt'\ncaption_dropout_rate = 0.25\n"
+        f"[[datasets.subsets]]\nimage_dir = '{folder}'\nnum_repeats = 3\n"
     )
-    twice = one.format(512) + "[[datasets.subsets]]\nimage_dir = 'a'\n"
-    assert refused(tmp_path, twice) == ["T:5: a is in this dataset already; remove one of them"]
+    file = put(tmp_path / "dataset.toml", toml)
+    data = DataSection(dataset_config=str(file), trigger="zorb")
+    plan = plan_run(Config(data=data, output=OutputSection(path=str(tmp_path / "x.safetensors"))))
+    assert plan.config.train.caption_dropout == 0.25
+    assert plan.identity.config["train.batch_size"] == "2"
+    assert {len(batch) for batch in plan.batches.epoch(0)} <= {1, 2}
+    assert sum(len(batch) for batch in plan.batches.epoch(0)) == 15
+
+
+def test_datasets_may_have_resolutions_flips_and_crops_of_their_own(tmp_path: Path) -> None:
+    folder = pictures_in(tmp_path / "set", "a.png")
+    put(folder / "a.txt", "a")
+    one = "[[datasets]]\n{0}\n[[datasets.subsets]]\nimage_dir = '{1}'\n{2}\n"
+    toml = one.format("resolution = 512", folder, "flip_aug = true") + one.format("resolution = [768, 768]", folder, "")
+    config = resolved(tmp_path, toml + one.format("", folder, "random_crop = true"), resolution=640, crop="salient")
+    assert config.data.sides == (512, 768, 640)
+    listing = find_sources(config.data)
+    assert [(source.resolution, source.flip, source.crop) for source in listing.sources] == [
+        ((512,), True, "salient"),
+        ((768,), False, "salient"),
+        ((640,), False, "random"),
+    ]
+    assert listing.findings == (), "the same picture at different resolutions is meant"
+    problems = refused(tmp_path, toml + one.format("", folder, ""))
+    assert problems == ["T: data.resolution is missing: some sets have one of their own, and the others need this"]
+    assert codes(find_sources(resolved(tmp_path, toml + one.format("resolution = 512", folder, "")).data)) == [
+        ("picture-shared", "warning", "a.png")
+    ]
+    twice = one.format("", "a", "") + "[[datasets.subsets]]\nimage_dir = 'a'\n"
+    assert refused(tmp_path, twice) == ["T:6: a is in this dataset already; remove one of them"]
 
 
 def test_a_dataset_configuration_and_the_run_must_not_contradict(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -51,7 +52,9 @@ def load_items(
     progress.start("Reading pictures", len(wanted))
     decoded: dict[tuple[Path, Path | None], _Decoded] = {}
     findings: list[Finding] = []
-    with ThreadPoolExecutor(WORKERS) as pool:
+    # What Pillow warns of is found otherwise, where it matters.
+    with ThreadPoolExecutor(WORKERS) as pool, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         for pair, result in zip(wanted, pool.map(lambda pair: _decode(*pair, background, mask), wanted), strict=True):
             if isinstance(result, Finding):
                 findings.append(result)
