@@ -43,12 +43,13 @@ def train(config: Config, *, restart: bool = False, show_progress: bool = True) 
         SdloraError: a fault of the input, found before a model is loaded wherever that is possible.
         Interrupted: Ctrl-C; the state is saved and the same call goes on from it.
     """
-    plan = plan_run(config)
     with progress_bar(show_progress) as progress:
+        plan = plan_run(config, progress)
         result = run_training(plan, restart=restart, progress=progress)
     prompts = config.output.samples
     if prompts is None:
-        prompts = tuple(dict.fromkeys(item.caption for item in plan.items))[:4]
+        sources = [item.source for item in plan.items if item.source.role == "train"]
+        prompts = tuple(dict.fromkeys(source.rules.plain(source.captions) for source in sources))[:4]
     if not prompts or result.loss is None or not PartialState().is_main_process:
         return TrainReport(result=result, samples=None)
     gc.collect()  # Models hold themselves in cycles: without this the run's base would lie beside the samples' base.

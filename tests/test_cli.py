@@ -39,14 +39,20 @@ SURFACE = {
     "metadata show": {"file", "as_json"},
     "metadata set": {"file", "pairs", "out"},
     "metadata redact": {"file", "out"},
+    "caption": {"folder", "model", "kind", "trigger", "caption_extension", "as_json"},
+    "cache info": {"folder", "as_json"},
+    "cache prune": {"max_gigabytes", "everything", "folder", "as_json"},
     "quickstart": {"out", "as_json"},
+    "lint": {
+        *("arguments", "trigger", "resolution", "caption_extension", "base", "fix", "out", "sheet", "as_json"),
+    },
 }
 
 
 def test_the_surface_changes_only_on_purpose() -> None:
     commands = dict(get_command(app).commands)  # ty: ignore[unresolved-attribute]
-    group = commands.pop("metadata").commands
-    commands |= {f"metadata {name}": command for name, command in group.items()}
+    for group in ("metadata", "cache"):
+        commands |= {f"{group} {name}": command for name, command in commands.pop(group).commands.items()}
     assert {name: {p.name for p in command.params} for name, command in commands.items()} == SURFACE
 
 

@@ -25,6 +25,7 @@ from sdlora.formats.lora_tensors import build_change
 from sdlora.formats.lora_writer import write_lora
 from sdlora.formats.metadata import (
     DatasetFacts,
+    FolderFacts,
     RunFacts,
     safe_title,
     tag_frequency,
@@ -263,7 +264,12 @@ def facts(**changes: object) -> tuple[RunFacts, DatasetFacts]:
         prediction="epsilon", resolution=128, modules=92, epochs=3, batches_per_epoch=9, precision="bfloat16",
         session=5, started_at=1.0, finished_at=100.0, clip_skip=None, token_length=75, zero_terminal_snr=False,
     )  # fmt: skip
-    return run, DatasetFacts(folder="pics", captions=["zorb, a cat", "zorb, a dog"], buckets={(128, 128): 2})
+    folder = FolderFacts(name="pics", repeats=3, captions=["zorb, a cat", "zorb, a dog"])
+    return run, DatasetFacts(
+        folders=[folder], regularisation=[FolderFacts(name="cats", repeats=1, captions=["a cat"])],
+        shuffle_caption=True, keep_tokens=1, tag_dropout=0.0, validation_images=4, validation_loss=0.25,
+        buckets={(128, 128): 12}, mean_aspect_error=0.0, bucket_sides=(64, 256),
+    )  # fmt: skip
 
 
 def test_metadata_is_text_tells_the_run_and_no_place() -> None:
@@ -278,6 +284,12 @@ def test_metadata_is_text_tells_the_run_and_no_place() -> None:
     assert metadata["ss_clip_skip"] == "None"
     assert metadata["ss_base_model_version"] == "sd_v1"
     assert json.loads(metadata["ss_tag_frequency"]) == {"pics": {"zorb": 2, "a cat": 1, "a dog": 1}}
+    assert json.loads(metadata["ss_dataset_dirs"]) == {"pics": {"n_repeats": 3, "img_count": 2}}
+    assert json.loads(metadata["ss_reg_dataset_dirs"]) == {"cats": {"n_repeats": 1, "img_count": 1}}
+    counts = [metadata[f"ss_num_{kind}_images"] for kind in ("train", "reg", "validation")]
+    assert counts == ["6", "1", "4"]
+    assert metadata["sdlora_validation_loss"] == "0.25"
+    assert (metadata["ss_min_bucket_reso"], metadata["ss_max_bucket_reso"]) == ("64", "256")
     assert metadata["modelspec.architecture"] == "stable-diffusion-v1/lora"
     assert metadata["modelspec.date"] == "1970-01-01T00:01:40+00:00"
     assert "someone" not in json.dumps(metadata)
@@ -298,6 +310,8 @@ KOHYA_KEYS = re.findall(
     reg_dataset_dirs tag_frequency bucket_info resolution batch_size_per_device total_batch_size enable_bucket
     cache_latents color_aug flip_aug random_crop face_crop_aug_range shuffle_caption keep_tokens
     caption_dropout_rate caption_dropout_every_n_epochs resize_interpolation
+    caption_tag_dropout_rate bucket_no_upscale min_bucket_reso max_bucket_reso prior_loss_weight num_validation_images
+    validation_seed validation_split max_validation_steps validate_every_n_epochs validate_every_n_steps
     """,
 )
 """Of kohya's list; ``sd_scripts_commit_hash`` would not be true of us, ``datasets`` stands for the single values there."""

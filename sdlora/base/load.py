@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -13,21 +12,20 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTokenizer
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 
 from ..errors import BaseModelError
 from ..formats.tensor_files import read_tensors
 from .architecture import Shapes, clip_config, unet_config, vae_config
 from .attention import use_attention
-from .checkpoint import MINI_FOLDER, BaseCheckpoint
+from .checkpoint import BaseCheckpoint
 from .family import TextEncoderFacts
 from .parts import TITLES
 from .schedule import NoiseSchedule
+from .words import clip_merges, clip_vocabulary
 
 TOKENS_IN_CHUNK = 77
 """What CLIP reads at once: a start mark, 75 tokens, an end mark."""
-_CLIP_MERGES = MINI_FOLDER.parent / "clip" / "merges.txt.gz"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -155,12 +153,9 @@ def _tokenizer(checkpoint: BaseCheckpoint, facts: TextEncoderFacts) -> tuple[CLI
 @cache
 def clip_tokenizer() -> CLIPTokenizer:
     """CLIP's tokenizer of 49,408 tokens, made from the list of merges that ships with this package."""
-    merges = gzip.decompress(_CLIP_MERGES.read_bytes()).decode("utf-8").split("\n")[:-1]
-    letters = list(bytes_to_unicode().values())
-    words = [merge.replace(" ", "") for merge in merges]
-    vocabulary = [*letters, *(f"{x}</w>" for x in letters), *words, "<|startoftext|>", "<|endoftext|>"]
+    merges = clip_merges()
     return CLIPTokenizer(
-        vocab={word: number for number, word in enumerate(vocabulary)},
+        vocab={word: number for number, word in enumerate(clip_vocabulary(merges))},
         merges=[tuple(merge.split()) for merge in merges],  # ty: ignore[invalid-argument-type]
         model_max_length=TOKENS_IN_CHUNK,
     )

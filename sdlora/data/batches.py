@@ -9,50 +9,91 @@ from functools import lru_cache
 
 import numpy as np
 
-from .buckets import Placement
-
 _ORDER, _NOISE, _TIMESTEP, _POSTERIOR, _DROPOUT = range(5)
 
 
 @dataclass(frozen=True, kw_only=True)
+class Showing:
+    """Picture ``number`` is shown; it was shown ``turn`` times before."""
+
+    number: int
+    turn: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class BatchPlan:
-    """Pictures grouped by bucket; a batch never mixes sizes, and a remainder is a smaller batch, never dropped."""
+    """Pictures grouped by size; a batch never mixes sizes, and a remainder is a smaller batch, never dropped."""
 
     buckets: tuple[tuple[int, ...], ...]
     """Picture numbers of each bucket."""
+    repeats: tuple[int, ...]
+    """How often each picture is shown in an epoch; 0 is never."""
     batch_size: int
     seed: int
 
     @classmethod
-    def of(cls, placements: Sequence[Placement], *, batch_size: int, seed: int) -> BatchPlan:
+    def of(
+        cls, sizes: Sequence[tuple[int, int]], *, repeats: Sequence[int] | None = None, batch_size: int, seed: int
+    ) -> BatchPlan:
+        """For pictures of these sizes; each is shown once in an epoch, or as often as ``repeats`` says."""
+        times = tuple(repeats) if repeats is not None else (1,) * len(sizes)
         by_size: dict[tuple[int, int], list[int]] = {}
-        for number, placement in enumerate(placements):
-            by_size.setdefault((placement.width, placement.height), []).append(number)
+        for number, size in enumerate(sizes):
+            if times[number]:
+                by_size.setdefault(size, []).append(number)
         buckets = tuple(tuple(numbers) for _, numbers in sorted(by_size.items()))
-        return cls(buckets=buckets, batch_size=batch_size, seed=seed)
+        return cls(buckets=buckets, repeats=times, batch_size=batch_size, seed=seed)
 
     @property
     def batches_per_epoch(self) -> int:
-        return sum(math.ceil(len(bucket) / self.batch_size) for bucket in self.buckets)
+        shown = (sum(self.repeats[number] for number in bucket) for bucket in self.buckets)
+        return sum(math.ceil(count / self.batch_size) for count in shown)
 
-    def batch(self, step: int) -> tuple[int, ...]:
-        """Picture numbers of the batch of ``step`` (from 0)."""
+    def batch(self, step: int) -> tuple[Showing, ...]:
+        """What is shown in ``step`` (from 0)."""
         epoch, position = divmod(step, self.batches_per_epoch)
         return self.epoch(epoch)[position]
 
-    def epoch(self, epoch: int) -> tuple[tuple[int, ...], ...]:
-        """Every batch of an epoch, in order: each picture once."""
+    def epoch(self, epoch: int) -> tuple[tuple[Showing, ...], ...]:
+        """Every batch of an epoch, in order."""
         return _epoch(self, epoch)
 
 
 @lru_cache(maxsize=2)
-def _epoch(plan: BatchPlan, epoch: int) -> tuple[tuple[int, ...], ...]:
+def _epoch(plan: BatchPlan, epoch: int) -> tuple[tuple[Showing, ...], ...]:
     rng = np.random.default_rng([plan.seed, _ORDER, epoch])
     batches = []
     for bucket in plan.buckets:
-        order = [bucket[i] for i in rng.permutation(len(bucket))]
+        showings = [
+            Showing(number=number, turn=epoch * plan.repeats[number] + again)
+            for number in bucket
+            for again in range(plan.repeats[number])
+        ]
+        order = [showings[i] for i in rng.permutation(len(showings))]
         batches += [tuple(order[i : i + plan.batch_size]) for i in range(0, len(order), plan.batch_size)]
     return tuple(batches[i] for i in rng.permutation(len(batches)))
+
+
+def regularisation_repeats(wanted: int, repeats: Sequence[int]) -> tuple[int, ...]:
+    """How often each regularisation picture is shown in an epoch of ``wanted`` training showings.
+
+    As in kohya's trainer: as many of them as of training pictures. Each is taken as often as its set says, in order,
+    until there are enough; pictures behind that are never shown. Where all are too few, each is shown once more, in
+    order, until there are enough. (kohya's trainer lets the last picture of the first round go over the mark.)
+    """
+    shown, left = [], wanted
+    for times in repeats:
+        shown.append(min(times, left))
+        left -= shown[-1]
+    if not shown:
+        return ()
+    rounds, rest = divmod(left, len(shown))
+    return tuple(times + rounds + (number < rest) for number, times in enumerate(shown))
+
+
+def share(count: int, *, process: int, processes: int) -> range:
+    """Which of a batch's ``count`` slots this process computes; together the processes compute each once."""
+    return range(process, count, processes)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,24 @@
-"""Aspect-ratio buckets: which sizes are trained, and which picture goes where. Whole numbers of pixels throughout."""
+"""Aspect-ratio buckets: which sizes are trained, and which picture goes where. Whole numbers of pixels in and out.
+
+The sizes are those of kohya's trainer (``make_bucket_resolutions`` of sd-scripts): every width that is a multiple of the
+step, with the largest height that keeps the area within ``resolution``², and each of these turned. Under the rule
+``kohya`` a picture goes into the bucket of the nearest aspect (``BucketManager.select_bucket``); under ``least-crop``
+into the one that cuts off least of it, so that no picture loses more than under kohya's rule.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
 
-MAX_ASPECT = 2
-"""A bucket is at most this many times longer than wide."""
+from ..config import DataSection
+from ..errors import ConfigError
+
+Size = tuple[int, int]
+"""Width and height in pixels."""
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -19,45 +32,142 @@ class Placement:
     left: int
     top: int
 
+    @property
+    def cut_off(self) -> float:
+        """Share of the picture's area that is not shown."""
+        return 1 - self.width * self.height / (self.scaled_width * self.scaled_height)
 
-def bucket_sizes(resolution: int, step: int) -> list[tuple[int, int]]:
-    """Sizes (width, height): multiples of ``step``, of at most ``resolution``² pixels, each as large as fits.
 
-    The square is always among them; sorted by aspect.
+@dataclass(frozen=True, kw_only=True)
+class BucketRules:
+    """How pictures are put into buckets at one resolution."""
+
+    resolution: int
+    """A bucket has at most the area of a square with this side."""
+    min_size: int
+    max_size: int
+    """Of a bucket's sides, in multiples of ``step``. Where nothing is enlarged they do not count, as in kohya's trainer."""
+    step: int
+    rule: Literal["least-crop", "kohya"] = "least-crop"
+    no_upscale: bool = False
+
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """Every bucket, by width and height; with ``no_upscale`` the picture decides, and these are not used."""
+        return _sizes(self)
+
+    def place(self, width: int, height: int) -> Placement:
+        """Where a picture of this size goes; it is cropped about its centre."""
+        return _place(self, width, height)
+
+
+def bucket_rules(data: DataSection, *, resolution: int, step: int) -> tuple[BucketRules, ...]:
+    """The rules for each resolution that ``data`` asks for; ``resolution`` and ``step`` are the base's own.
+
+    The least size is rounded down to the step and the greatest up, as kohya's trainer does.
+
+    Raises:
+        ConfigError: sizes that contradict each other or the base; one line for each.
     """
-    area, sizes = resolution * resolution, set()
-    square = max(step, resolution // step * step)
-    sizes.add((square, square))
-    for width in range(step, resolution * MAX_ASPECT + 1, step):
-        height = area // width // step * step
-        if height and max(width, height) <= MAX_ASPECT * min(width, height):
-            sizes.add((width, height))
-            sizes.add((height, width))
+    own_step = data.bucket_reso_steps or step
+    problems, rules = [], []
+    if own_step % step:
+        problems.append(f"data.bucket_reso_steps = {own_step}: the base needs a multiple of {step}")
+    for side in data.sides or (resolution,):
+        least, most = (data.min_bucket_reso or side // 2, data.max_bucket_reso or side * 2)
+        if not data.enable_bucket:
+            least, most = side, side // own_step * own_step
+        if side < own_step:
+            problems.append(f"data.resolution = {side}: at least one step of {own_step} is needed")
+        if least > side:
+            problems.append(f"data.min_bucket_reso = {least}: greater than the resolution {side}")
+        if most < side and data.enable_bucket:
+            problems.append(f"data.max_bucket_reso = {most}: less than the resolution {side}")
+        rules.append(
+            BucketRules(
+                resolution=side,
+                min_size=max(own_step, least // own_step * own_step),
+                max_size=-(-most // own_step) * own_step,
+                step=own_step,
+                rule=data.bucket_rule,
+                no_upscale=data.bucket_no_upscale and data.enable_bucket,
+            )
+        )
+    if problems:
+        raise ConfigError(problems)
+    return tuple(rules)
 
-    def is_needed(size: tuple[int, int]) -> bool:
-        inside_another = any(size != other and size[0] <= other[0] and size[1] <= other[1] for other in sizes)
-        return size == (square, square) or not inside_another
 
-    largest = filter(is_needed, sizes)
-    return sorted(largest, key=lambda size: (size[0] / size[1], size))
+@dataclass(frozen=True, kw_only=True)
+class BucketUse:
+    """What is in a bucket, and what of it is cut off."""
+
+    width: int
+    height: int
+    count: int
+    mean_cut: float
+    worst_cut: float
+    """Shares of a picture's area."""
 
 
-def place_in_bucket(width: int, height: int, sizes: list[tuple[int, int]]) -> Placement:
-    """Put a ``width`` × ``height`` picture where least of it is cut off; the larger bucket where that is equal.
+def bucket_table(placements: Iterable[Placement]) -> tuple[BucketUse, ...]:
+    """Every bucket that is used, by width and height."""
+    cuts: dict[Size, list[float]] = {}
+    for placement in placements:
+        cuts.setdefault((placement.width, placement.height), []).append(placement.cut_off)
+    return tuple(
+        BucketUse(width=w, height=h, count=len(own), mean_cut=sum(own) / len(own), worst_cut=max(own))
+        for (w, h), own in sorted(cuts.items())
+    )
 
-    The picture is scaled to cover the bucket and cropped about its centre.
-    """
 
-    def kept(size: tuple[int, int]) -> float:
-        # The bucket's share of the scaled picture: the smaller aspect over the larger.
-        wide, high = size[0] * height, size[1] * width
-        return min(wide, high) / max(wide, high)
+@lru_cache(maxsize=64)
+def _sizes(rules: BucketRules) -> tuple[Size, ...]:
+    area, step = rules.resolution * rules.resolution, rules.step
+    square = rules.resolution // step * step
+    found = {(square, square)}
+    for width in range(rules.min_size, rules.max_size + 1, step):
+        height = min(rules.max_size, area // width // step * step)
+        if height >= rules.min_size:
+            found |= {(width, height), (height, width)}
+    return tuple(sorted(found))
 
-    bucket = max(sizes, key=lambda size: (kept(size), size[0] * size[1]))
-    if bucket[0] * height >= bucket[1] * width:
-        scaled = (bucket[0], max(bucket[1], round(height * bucket[0] / width)))
-    else:
-        scaled = (max(bucket[0], round(width * bucket[1] / height)), bucket[1])
+
+@lru_cache(maxsize=65536)
+def _place(rules: BucketRules, width: int, height: int) -> Placement:
+    picture = (width, height)
+    if rules.no_upscale:
+        kohya = _kohya_shrunk(rules, picture)
+        if rules.rule == "kohya":
+            return kohya
+        largest = _sizes_within(rules, picture)
+        return min(kohya, _covering(picture, _least_cut(largest, picture)), key=lambda placement: placement.cut_off)
+    choose = _nearest_aspect if rules.rule == "kohya" else _least_cut
+    return _covering(picture, choose(rules.sizes, picture))
+
+
+def _least_cut(sizes: Iterable[Size], picture: Size) -> Size:
+    """The one that cuts off least; the larger where that is equal."""
+
+    def kept(size: Size) -> tuple[float, int]:
+        (width, height), area = _scaled(picture, size), size[0] * size[1]
+        return area / (width * height), area
+
+    return max(sizes, key=kept)
+
+
+def _covering(picture: Size, bucket: Size) -> Placement:
+    return _centred(_scaled(picture, bucket), bucket)
+
+
+def _scaled(picture: Size, bucket: Size) -> Size:
+    """Of a picture that just covers the bucket. In doubles, and halves rounded up, so that it is kohya's to the pixel."""
+    width, height = picture
+    scale = bucket[1] / height if width / height > bucket[0] / bucket[1] else bucket[0] / width
+    return int(width * scale + 0.5), int(height * scale + 0.5)
+
+
+def _centred(scaled: Size, bucket: Size) -> Placement:
     return Placement(
         width=bucket[0],
         height=bucket[1],
@@ -66,3 +176,47 @@ def place_in_bucket(width: int, height: int, sizes: list[tuple[int, int]]) -> Pl
         left=(scaled[0] - bucket[0]) // 2,
         top=(scaled[1] - bucket[1]) // 2,
     )
+
+
+def _nearest_aspect(sizes: tuple[Size, ...], picture: Size) -> Size:
+    if picture in sizes:
+        return picture
+    aspect = picture[0] / picture[1]
+    return min(sizes, key=lambda size: abs(size[0] / size[1] - aspect))
+
+
+def _kohya_shrunk(rules: BucketRules, picture: Size) -> Placement:
+    """A picture that is too large is shrunk until a side is a multiple of the step; the rest over a multiple is cut off.
+
+    A picture that is not too large stays as it is. One that is smaller than a step, which kohya's trainer cannot use, is
+    enlarged to it.
+    """
+    (width, height), area, step = picture, rules.resolution * rules.resolution, rules.step
+    scaled = picture
+    if width * height > area:
+        aspect = width / height
+        ideal = math.sqrt(area * aspect)
+        by_width, by_height = _whole_steps(ideal, step), _whole_steps(area / ideal, step)
+        height_then, width_then = _whole_steps(by_width / aspect, step), _whole_steps(by_height * aspect, step)
+        if not (by_height and height_then and by_width and width_then):
+            return _covering(picture, (max(step, by_width), max(step, by_height)))
+        if abs(by_width / height_then - aspect) < abs(width_then / by_height - aspect):
+            scaled = (by_width, int(by_width / aspect + 0.5))
+        else:
+            scaled = (int(by_height * aspect + 0.5), by_height)
+    bucket = (scaled[0] // step * step, scaled[1] // step * step)
+    if 0 in bucket:
+        return _covering(picture, (max(step, bucket[0]), max(step, bucket[1])))
+    return _centred(scaled, bucket)
+
+
+def _whole_steps(length: float, step: int) -> int:
+    return int(length + 0.5) // step * step
+
+
+def _sizes_within(rules: BucketRules, picture: Size) -> list[Size]:
+    """Buckets that the picture covers without being enlarged, each as large as fits; the smallest where none is."""
+    (width, height), area, step = picture, rules.resolution * rules.resolution, rules.step
+    found = [(wide, min(height, area // wide) // step * step) for wide in range(step, width + 1, step)]
+    found += [(min(width, area // high) // step * step, high) for high in range(step, height + 1, step)]
+    return [size for size in found if 0 not in size] or [(step, step)]

@@ -1,42 +1,256 @@
-"""Caption text: read from a file, with the trigger word in it."""
+"""Caption text: how the caption that is trained on is made from those that were found. Pure functions.
+
+In this order: replacements, wildcards, the trigger, prefix and suffix, shuffled tags, dropped tags.
+"""
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
-from ..errors import DataError
+import numpy as np
 
-MAX_WORDS = 225
-"""Three chunks of 75 tokens, the most that is read of a caption; a word is at least one."""
+_LINE, _WILDCARD, _SHUFFLE, _TAG_DROPOUT = range(10, 14)
+"""Streams of random numbers; those of ``batches`` are below 10."""
+
+MAX_VARIANTS = 256
+"""Of one caption's wildcards that ``CaptionRules.longest`` goes through."""
+MAX_DEPTH = 20
+"""Of wildcards within one another; deeper ones are text."""
 
 
-def read_caption(file: Path) -> str:
-    """The caption in ``file``, on one line.
+@dataclass(frozen=True, kw_only=True)
+class CaptionRules:
+    """How the caption that is trained on is made from those that were found; the fields are those of ``[data]``."""
 
-    Raises:
-        DataError: unreadable, not UTF-8, empty, or longer than the text encoder can read.
-    """
-    try:
-        text = file.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 text (byte {error.start}); save it again as UTF-8") from None
-    caption = " ".join(text.split())
-    if not caption:
-        raise DataError(f"{file}: empty; write what the picture shows")
-    words = len(caption.split())
-    if words > MAX_WORDS:
-        raise DataError(f"{file}: {words} words; at most {MAX_WORDS} tokens are read, shorten it")
-    return caption
+    trigger: str
+    """The empty text where the set has none."""
+    trigger_as: Literal["word", "prefix", "template"] = "word"
+    template: str = "{trigger}, {caption}"
+    prefix: str = ""
+    suffix: str = ""
+    replace: tuple[tuple[str, str], ...] = ()
+    wildcards: bool = False
+    shuffle_tags: bool = False
+    keep_tokens: int = 0
+    tag_dropout: float = 0.0
+
+    def caption(self, captions: Sequence[str], *, seed: int, epoch: int, image: int) -> str:
+        """The variant that view ``image`` is shown with in ``epoch``: a function of its arguments and nothing else.
+
+        One of ``captions`` is drawn, then the alternatives of its wildcards, the order of its tags, and which of them
+        are left out; the trigger and the first ``keep_tokens`` tags stay where they are.
+        """
+
+        def rng(stream: int) -> np.random.Generator:
+            return np.random.default_rng([seed, stream, epoch, image])
+
+        text = captions[int(rng(_LINE).integers(len(captions)))] if len(captions) > 1 else "".join(captions)
+        parts = self._parts(text)
+        if self.wildcards:
+            drawn = rng(_WILDCARD)
+            parts = [draw_wildcards(part, lambda count: int(drawn.integers(count))) for part in parts]
+        return self._arranged(self._worded(*parts), rng)
+
+    def plain(self, captions: Sequence[str]) -> str:
+        """Nothing drawn: the first caption with the first alternatives of its wildcards, every tag in its place."""
+        parts = self._parts(captions[0] if captions else "")
+        if self.wildcards:
+            parts = [draw_wildcards(part, lambda _: 0) for part in parts]
+        return self._arranged(self._worded(*parts), None)
+
+    def longest(self, captions: Sequence[str]) -> tuple[str, ...]:
+        """Variants among which is the one with the most tokens: every caption with every alternative of its wildcards.
+
+        Of a caption with more than ``MAX_VARIANTS`` only two are given: with the alternatives that have the most
+        words, and the most letters.
+        """
+        found: dict[str, None] = {}
+        for caption in captions or ("",):
+            parts = self._parts(caption)
+            for variant in wildcard_variants(parts) if self.wildcards else (parts,):
+                found[self._arranged(self._worded(*variant), None)] = None
+        return tuple(found)
+
+    def _parts(self, text: str) -> list[str]:
+        """Prefix, caption and suffix, in all of which wildcards may stand."""
+        for old, new in self.replace:
+            text = text.replace(old, new)
+        return [self.prefix, text, self.suffix]
+
+    def _worded(self, prefix: str, text: str, suffix: str) -> str:
+        """The three on one line, with the trigger."""
+        prefix, text, suffix = (" ".join(part.split()) for part in (prefix, text, suffix))
+        if self.trigger and self.trigger_as == "word":
+            if not (has_word(prefix, self.trigger) or has_word(suffix, self.trigger)):
+                text = with_trigger(text, self.trigger)
+        elif self.trigger and self.trigger_as == "prefix":
+            text = with_trigger(without_word(text, self.trigger), self.trigger)
+        elif self.trigger:
+            filled = self.template.replace("{trigger}", self.trigger, 1).replace("{caption}", text, 1)
+            text = filled if text else filled.strip(" ,")
+        return _joined(_joined(prefix, text), suffix)
+
+    def _arranged(self, text: str, rng: Callable[[int], np.random.Generator] | None) -> str:
+        """``text`` with its tags shuffled and dropped; without ``rng``, only spelled as it would be then."""
+        if not (self.shuffle_tags or self.tag_dropout):
+            return text
+        tags = split_tags(text)
+        if rng is None:
+            return ", ".join(tags)
+        kept = self._kept(tags)
+        free = [i for i in range(len(tags)) if i not in kept]
+        order = [free[i] for i in rng(_SHUFFLE).permutation(len(free))] if self.shuffle_tags else free
+        dropped = rng(_TAG_DROPOUT).random(len(tags)) < self.tag_dropout
+        taken = iter(order)
+        arranged = [i if i in kept else next(taken) for i in range(len(tags))]
+        return ", ".join(tags[i] for i in arranged if i in kept or not dropped[i])
+
+    def _kept(self, tags: Sequence[str]) -> set[int]:
+        """Numbers of the tags that stay: the first ``keep_tokens``, and the first that holds the trigger."""
+        kept = set(range(min(self.keep_tokens, len(tags))))
+        if self.trigger:
+            # A trigger may have commas of its own; then it is several tags in a row.
+            own = split_tags(self.trigger)
+            for first in range(len(tags)):
+                if has_word(", ".join(tags[first : first + len(own)]), ", ".join(own)):
+                    return kept | set(range(first, min(first + len(own), len(tags))))
+        return kept
 
 
 def has_word(caption: str, word: str) -> bool:
     """Whether ``word`` stands in ``caption`` as a word of its own: "art" is not in "party"."""
-    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", caption, re.IGNORECASE) is not None
+    return re.search(_word_pattern(word), caption, re.IGNORECASE) is not None
 
 
 def with_trigger(caption: str, trigger: str) -> str:
     """``caption``, with ``trigger`` in front where it lacks it."""
-    return caption if has_word(caption, trigger) else f"{trigger}, {caption}"
+    if has_word(caption, trigger):
+        return caption
+    return f"{trigger}, {caption}" if caption else trigger
+
+
+def without_word(caption: str, word: str) -> str:
+    """``caption`` less every ``word`` that stands as a word of its own, and less the commas that this leaves over."""
+    if not has_word(caption, word):
+        return caption
+    rest = re.sub(_word_pattern(word), "", caption, flags=re.IGNORECASE)
+    rest = re.sub(r"\s*,(\s*,)+", ",", " ".join(rest.split()))
+    return re.sub(r"\s+,", ",", rest).strip(" ,")
+
+
+def _word_pattern(word: str) -> str:
+    return rf"(?<!\w){re.escape(word)}(?!\w)"
+
+
+def _joined(front: str, back: str) -> str:
+    """With a space between, as kohya joins them, but none before a comma."""
+    between = " " if front and back and not back.startswith(",") else ""
+    return front + between + back
+
+
+def split_tags(caption: str) -> list[str]:
+    """The tags of ``caption``, which commas separate, less white space around them and less empty ones.
+
+    A comma within brackets separates nothing: ``(red hair, freckles:1.2)`` is one tag. A bracket that is escaped
+    (``\\(``) or has no partner, as in the tag ``:(``, is no bracket.
+    """
+    closing = _bracket_pairs(caption, "([", ")]")
+    tags, start, position = [], 0, 0
+    while position < len(caption):
+        position = closing.get(position, position)
+        if caption[position] == ",":
+            tags.append(caption[start:position])
+            start = position + 1
+        position += 1
+    tags.append(caption[start:])
+    return [tag for tag in (tag.strip() for tag in tags) if tag]
+
+
+def _bracket_pairs(text: str, opening: str, closing: str) -> dict[int, int]:
+    """Position of each opening bracket that has a partner -> its partner's."""
+    pairs: dict[int, int] = {}
+    open_at: list[int] = []
+    escaped = False
+    for position, letter in enumerate(text):
+        if escaped:
+            escaped = False
+        elif letter == "\\":
+            escaped = True
+        elif letter in opening:
+            open_at.append(position)
+        elif letter in closing:
+            kind = opening[closing.index(letter)]
+            # What was opened within and never closed is text.
+            inner = next((i for i in reversed(range(len(open_at))) if text[open_at[i]] == kind), None)
+            if inner is not None:
+                pairs[open_at[inner]] = position
+                del open_at[inner:]
+    return pairs
+
+
+Wildcards = tuple["str | tuple[Wildcards, ...]", ...]
+"""A text in pieces: plain ones, and the alternatives of each wildcard, in pieces themselves."""
+
+
+def draw_wildcards(text: str, choose: Callable[[int], int]) -> str:
+    """``text`` with one alternative of each ``{a|b}``; ``choose(count)`` gives the number of the one that is taken.
+
+    Wildcards may stand within one another. Braces without a ``|`` between them, or without a partner, are text.
+    """
+    return _drawn(_pieces(text), choose)
+
+
+def wildcard_variants(texts: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    """All that ``draw_wildcards`` can make of ``texts`` together; of more than ``MAX_VARIANTS``, the two longest."""
+    pieces = [_pieces(text) for text in texts]
+    if math.prod(map(_count, pieces)) <= MAX_VARIANTS:
+        return tuple(dict.fromkeys(itertools.product(*map(_variants, pieces))))
+    by_words = tuple(_widest(own, lambda variant: len(re.findall(r"\w+|[^\w\s]", variant))) for own in pieces)
+    return tuple(dict.fromkeys((by_words, tuple(_widest(own, len) for own in pieces))))
+
+
+def _pieces(text: str, depth: int = 0) -> Wildcards:
+    pairs = _bracket_pairs(text, "{", "}") if depth < MAX_DEPTH else {}
+    pieces: list[str | tuple[Wildcards, ...]] = []
+    start = position = 0
+    while position < len(text):
+        if position in pairs and (bars := _bars(text, position, pairs)):
+            edges = itertools.pairwise([position, *bars, pairs[position]])
+            pieces += [text[start:position], tuple(_pieces(text[a + 1 : b], depth + 1) for a, b in edges)]
+            position = pairs[position]
+            start = position + 1
+        position += 1
+    return (*pieces, text[start:])
+
+
+def _bars(text: str, opening: int, pairs: dict[int, int]) -> list[int]:
+    """Positions of ``|`` between a brace and its partner, less those within other braces."""
+    bars, position = [], opening + 1
+    while position < pairs[opening]:
+        position = pairs.get(position, position)
+        if text[position] == "|":
+            bars.append(position)
+        position += 1
+    return bars
+
+
+def _drawn(pieces: Wildcards, choose: Callable[[int], int]) -> str:
+    return "".join(p if isinstance(p, str) else _drawn(p[choose(len(p))], choose) for p in pieces)
+
+
+def _count(pieces: Wildcards) -> int:
+    return math.prod(1 if isinstance(p, str) else sum(map(_count, p)) for p in pieces)
+
+
+def _variants(pieces: Wildcards) -> Iterator[str]:
+    choices = [(p,) if isinstance(p, str) else list(itertools.chain(*map(_variants, p))) for p in pieces]
+    return ("".join(variant) for variant in itertools.product(*choices))
+
+
+def _widest(pieces: Wildcards, width: Callable[[str], int]) -> str:
+    return "".join(p if isinstance(p, str) else max((_widest(q, width) for q in p), key=width) for p in pieces)

@@ -1,95 +1,107 @@
-"""A folder of pictures and captions -> checked records. Every fault is found, and all are reported at once."""
+"""Sources -> checked records of pictures: each is decoded once, in parallel, and none is kept."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import json
+import os
+import warnings
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from ..errors import DataError
-from .captions import read_caption, with_trigger
-from .images import EXTENSIONS, open_picture
+from PIL import Image
+
+from ..progress import Progress, Silence
+from .findings import Finding
+from .images import PictureError, open_mask, open_picture
+from .sources import Listing, Source
+
+MaskKind = Literal["none", "alpha", "files"]
+
+WORKERS = min(8, os.cpu_count() or 1)
+"""Pictures that are decoded at once, and so in memory."""
+STRIP = 256
+"""Rows that are hashed at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One training picture; ``width`` and ``height`` are upright, ``digest`` is over its pixels."""
+    """One picture that has been decoded once; ``width`` and ``height`` are upright."""
 
-    file: Path
-    caption: str
+    source: Source
     width: int
     height: int
     digest: str
+    """SHA-256 over its pixels, composited on the background, and over its mask."""
+    has_alpha: bool
 
 
-def scan(folder: Path, *, trigger: str, caption_extension: str, background: str) -> list[Item]:
-    """Pair, decode and check every picture in ``folder``; sorted by file name.
+def load_items(
+    listing: Listing, *, background: str, mask: MaskKind, progress: Progress | None = None
+) -> tuple[tuple[Item, ...], tuple[Finding, ...]]:
+    """Decode every picture of ``listing`` once; ``background`` is what transparency is composited on, ``#rrggbb``.
 
-    Raises:
-        DataError: with one line for each fault.
+    Items come in the order of the sources; a picture that cannot be decoded has none, but a finding.
     """
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; data.images names the folder of training pictures")
-    extension = "." + caption_extension.lstrip(".")
-    files = sorted(file for file in folder.iterdir() if file.is_file() and file.suffix.lower() in EXTENSIONS)
-    if not files:
-        others = sum(1 for _ in folder.iterdir())
-        kinds = " ".join(sorted(EXTENSIONS))
-        raise DataError(f"{folder}: no picture among its {others} entries; expected files ending in {kinds}")
-    problems = _colliding_stems(files)
-
-    def examine(file: Path) -> Item | DataError:
-        faults: list[str] = []
-        caption = size = digest = None
-        try:
-            caption = read_caption(_caption_file(file, extension))
-        except DataError as error:
-            faults += error.problems
-        try:
-            picture = open_picture(file, background)
-            size, digest = picture.size, hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
-        except DataError as error:
-            faults += error.problems
-        if caption is None or size is None or digest is None:
-            return DataError(faults)
-        return Item(file=file, caption=with_trigger(caption, trigger), width=size[0], height=size[1], digest=digest)
-
-    with ThreadPoolExecutor() as pool:
-        examined = list(pool.map(examine, files))
-    problems += [problem for entry in examined if isinstance(entry, DataError) for problem in entry.problems]
-    if problems:
-        raise DataError(problems)
-    return [entry for entry in examined if isinstance(entry, Item)]
+    progress = progress or Silence()
+    wanted = list(dict.fromkeys((source.file, source.mask) for source in listing.sources))
+    progress.start("Reading pictures", len(wanted))
+    decoded: dict[tuple[Path, Path | None], _Decoded] = {}
+    findings: list[Finding] = []
+    # What Pillow warns of is found otherwise, where it matters.
+    with ThreadPoolExecutor(WORKERS) as pool, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for pair, result in zip(wanted, pool.map(lambda pair: _decode(*pair, background, mask), wanted), strict=True):
+            if isinstance(result, Finding):
+                findings.append(result)
+            else:
+                decoded[pair] = result
+            progress.advance()
+    items = [
+        Item(source=source, **vars(found))
+        for source in listing.sources
+        if (found := decoded.get((source.file, source.mask))) is not None
+    ]
+    return tuple(items), tuple(findings)
 
 
-def dataset_digest(items: list[Item]) -> str:
-    """Over every picture's pixels and every caption, in order."""
+def dataset_digest(items: Sequence[Item]) -> str:
+    """SHA-256 over all that alters training on ``items``, in order: pixels, masks, captions, rules, roles, weights.
+
+    No path goes into it but those within the folders of the sets.
+    """
     digest = hashlib.sha256()
     for item in items:
-        digest.update(f"{item.file.name}\0{item.digest}\0{item.caption}\0".encode())
+        told = dataclasses.asdict(item.source)
+        for key in ("file", "caption_file", "mask"):
+            del told[key]
+        digest.update(json.dumps([item.digest, item.width, item.height, told], sort_keys=True).encode() + b"\n")
     return digest.hexdigest()
 
 
-def _colliding_stems(files: list[Path]) -> list[str]:
-    by_stem: dict[str, list[str]] = {}
-    for file in files:
-        by_stem.setdefault(file.stem, []).append(file.name)
-    return [
-        f"{files[0].parent / names[0]}: shares its caption file with {', '.join(names[1:])}; rename or remove one"
-        for names in by_stem.values()
-        if len(names) > 1
-    ]
+@dataclass(frozen=True, kw_only=True)
+class _Decoded:
+    width: int
+    height: int
+    digest: str
+    has_alpha: bool
 
 
-def _caption_file(picture: Path, extension: str) -> Path:
-    file = picture.with_suffix(extension)
-    if file.is_file():
-        return file
-    beside = sorted(
-        other.name
-        for other in picture.parent.glob("*")
-        if other.stem == picture.stem and other.suffix.lower() in {".txt", ".caption", ".json"}
-    )
-    hint = f"found {beside[0]}; set data.caption_extension" if beside else f"write {file.name} beside it"
-    raise DataError(f"{picture}: no caption; {hint}")
+def _decode(file: Path, mask: Path | None, background: str, kind: MaskKind) -> _Decoded | Finding:
+    try:
+        picture = open_picture(file, background)
+        weights = open_mask(file, mask, picture.size, kind)
+    except PictureError as error:
+        return error.finding
+    with Image.open(file) as stored:
+        has_alpha = "A" in stored.getbands() or "transparency" in stored.info
+    digest = hashlib.sha256(repr(picture.size).encode())
+    for top in range(0, picture.height, STRIP):
+        digest.update(picture.crop((0, top, picture.width, min(top + STRIP, picture.height))).tobytes())
+    if weights is not None:
+        digest.update(weights.tobytes())
+    return _Decoded(width=picture.width, height=picture.height, digest=digest.hexdigest(), has_alpha=has_alpha)

@@ -16,12 +16,33 @@ from .hashes import FileHashes
 
 
 @dataclass(frozen=True, kw_only=True)
-class DatasetFacts:
-    """``folder`` is a bare name; ``buckets`` maps (width, height) to its number of pictures."""
+class FolderFacts:
+    """Pictures of one folder that have one part in training."""
 
-    folder: str
+    name: str
+    """Bare."""
+    repeats: int
     captions: Sequence[str]
+    """One for each picture, with nothing drawn."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetFacts:
+    folders: Sequence[FolderFacts]
+    """Of training pictures."""
+    regularisation: Sequence[FolderFacts]
+    shuffle_caption: bool
+    keep_tokens: int
+    tag_dropout: float
+    """These three of the training set where they are highest."""
+    validation_images: int
+    validation_loss: float | None
     buckets: Mapping[tuple[int, int], int]
+    """(width, height) -> how many pictures are shown at that size in an epoch, repeats and regularisation counted."""
+    mean_aspect_error: float
+    """Of the buckets' aspects (width / height) against the pictures', over the training pictures."""
+    bucket_sides: tuple[int, int] | None
+    """Least and greatest side of a bucket in pixels; None where pictures alone decide."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,33 +158,46 @@ def _run_values(config: Config, run: RunFacts, data: DatasetFacts) -> dict[str, 
         "ss_multires_noise_discount": None,
         "ss_ip_noise_gamma": None,
         "ss_ip_noise_gamma_random_strength": False,
-        "ss_num_train_images": len(data.captions),
-        "ss_num_reg_images": 0,
-        "ss_dataset_dirs": {data.folder: {"n_repeats": 1, "img_count": len(data.captions)}},
-        "ss_reg_dataset_dirs": {},
-        "ss_tag_frequency": {data.folder: tag_frequency(data.captions)},
+        "ss_num_train_images": sum(folder.repeats * len(folder.captions) for folder in data.folders),
+        "ss_num_reg_images": sum(folder.repeats * len(folder.captions) for folder in data.regularisation),
+        "ss_num_validation_images": data.validation_images,
+        "ss_validation_seed": None,
+        "ss_validation_split": 0.0,
+        "ss_max_validation_steps": None,
+        "ss_validate_every_n_epochs": None,
+        "ss_validate_every_n_steps": None,
+        "ss_dataset_dirs": _folder_table(data.folders),
+        "ss_reg_dataset_dirs": _folder_table(data.regularisation),
+        "ss_tag_frequency": {folder.name: tag_frequency(folder.captions) for folder in data.folders},
         "ss_bucket_info": {
             "buckets": {
                 str(i): {"resolution": list(size), "count": count}
                 for i, (size, count) in enumerate(sorted(data.buckets.items()))
-            }
+            },
+            "mean_img_ar_error": data.mean_aspect_error,
         },
+        "ss_min_bucket_reso": data.bucket_sides[0] if data.bucket_sides else None,
+        "ss_max_bucket_reso": data.bucket_sides[1] if data.bucket_sides else None,
+        "ss_bucket_no_upscale": config.data.bucket_no_upscale,
+        "ss_prior_loss_weight": train.prior_loss_weight,
         "ss_resolution": f"({run.resolution}, {run.resolution})",
         "ss_batch_size_per_device": train.batch_size,
         "ss_total_batch_size": train.batch_size,
-        "ss_enable_bucket": True,
+        "ss_enable_bucket": config.data.enable_bucket,
         "ss_cache_latents": True,
-        "ss_shuffle_caption": False,
-        "ss_keep_tokens": 0,
+        "ss_shuffle_caption": data.shuffle_caption,
+        "ss_keep_tokens": data.keep_tokens,
         "ss_caption_dropout_rate": train.caption_dropout,
         "ss_caption_dropout_every_n_epochs": 0,
         "ss_face_crop_aug_range": None,
         "ss_resize_interpolation": "lanczos",
-        "ss_flip_aug": False,
+        "ss_caption_tag_dropout_rate": data.tag_dropout,
+        "ss_flip_aug": config.data.flip or any(one.flip for one in config.data.sets),
         "ss_color_aug": False,
-        "ss_random_crop": False,
+        "ss_random_crop": any((one.crop or config.data.crop) == "random" for one in config.data.sets),
         "sdlora_modules": run.modules,
         "sdlora_version": __version__,
+        **({} if data.validation_loss is None else {"sdlora_validation_loss": data.validation_loss}),
     }
 
 
@@ -189,6 +223,10 @@ def _modelspec_values(config: Config, run: RunFacts) -> dict[str, object]:
         "modelspec.prediction_type": {"v_prediction": "v"}.get(run.prediction, run.prediction),
         **{f"modelspec.{key}": value for key, value in written.items() if value},
     }
+
+
+def _folder_table(folders: Sequence[FolderFacts]) -> dict[str, dict[str, int]]:
+    return {folder.name: {"n_repeats": folder.repeats, "img_count": len(folder.captions)} for folder in folders}
 
 
 def tag_frequency(captions: Sequence[str]) -> dict[str, int]:

@@ -32,10 +32,10 @@ class RunIdentity:
 
     @classmethod
     def of(cls, config: Config, *, dataset: str, base: BaseCheckpoint) -> RunIdentity:
-        settings = config.flat()
-        # The base's own path and parts are told by its fingerprint; how attention is computed does not count.
-        own = ("base.vae", "base.text_encoder", "base.text_encoder_2", "base.attention")
-        for key in ("train.save_every", "data.images", *own):
+        settings = config.flat(paths=False)
+        # How attention is computed, and what is kept where, changes nothing else.
+        cache = [key for key in settings if key.startswith("cache.")]
+        for key in ("base.attention", "train.save_every", *cache):
             del settings[key]
         settings = {k: v for k, v in settings.items() if not k.startswith("output.") or k == "output.precision"}
         settings["base.path"] = json.dumps(base.name)

@@ -18,12 +18,14 @@ from ..base.tokens import WORDS_IN_CHUNK
 from ..errors import Interrupted, TrainingError
 from ..formats.hashes import FileHashes, file_hashes
 from ..formats.lora_writer import write_lora
-from ..formats.metadata import DatasetFacts, RunFacts, safe_title, training_metadata
+from ..formats.metadata import RunFacts, safe_title, training_metadata
 from ..precision import choose_precision
 from ..progress import Progress
 from .checkpoint import RUN_KEY, Checkpoint, RunFolder, finished, forget_run, record_run
+from .facts import describe_data
 from .plan import RunPlan
 from .session import TrainingSession, open_session
+from .validation import validation_loss
 
 REPORT_EVERY = 10
 """Steps between readings of the loss: each reading waits for the device."""
@@ -38,6 +40,8 @@ class TrainResult:
     """Spent in this call on loading, caching and training."""
     loss: float | None
     """Mean of the last tenth of the steps; None where nothing was left to do."""
+    validation_loss: float | None
+    """Mean over the validation pictures after the last step; None where there are none, or nothing was left to do."""
     resumed_from: int
     """Steps that an earlier, interrupted call had done."""
 
@@ -57,7 +61,9 @@ def run_training(plan: RunPlan, *, restart: bool, progress: Progress) -> TrainRe
         folder.remove()
     elif finished(output, plan.identity):
         folder.remove()
-        return TrainResult(output=output, steps=config.train.steps, seconds=0.0, loss=None, resumed_from=0)
+        return TrainResult(
+            output=output, steps=config.train.steps, seconds=0.0, loss=None, validation_loss=None, resumed_from=0
+        )
     checkpoint = folder.newest()
 
     accelerator = Accelerator()
@@ -70,12 +76,19 @@ def run_training(plan: RunPlan, *, restart: bool, progress: Progress) -> TrainRe
         first, started_at = checkpoint.step, checkpoint.started_at
     with session.attached():
         loss = train_steps(session, first, started_at, folder, progress)
+        held_out = validation_loss(session, progress)
 
     if accelerator.is_main_process:
         weights = session.adapter.weights()
         tokens = WORDS_IN_CHUNK * session.contexts.chunks
         metadata = describe_run(
-            plan, base, modules=len(weights), tokens=tokens, started_at=started_at, progress=progress
+            plan,
+            base,
+            modules=len(weights),
+            tokens=tokens,
+            started_at=started_at,
+            validation_loss=held_out,
+            progress=progress,
         )
         level = config.output.metadata
         if level == "full":
@@ -99,6 +112,7 @@ def run_training(plan: RunPlan, *, restart: bool, progress: Progress) -> TrainRe
         steps=config.train.steps,
         seconds=time.time() - began,
         loss=loss,
+        validation_loss=held_out,
         resumed_from=first,
     )
 
@@ -156,11 +170,17 @@ def interrupt_flag() -> Generator[threading.Event]:
 
 
 def describe_run(
-    plan: RunPlan, base: Base, *, modules: int, tokens: int, started_at: float, progress: Progress
+    plan: RunPlan,
+    base: Base,
+    *,
+    modules: int,
+    tokens: int,
+    started_at: float,
+    validation_loss: float | None,
+    progress: Progress,
 ) -> dict[str, str]:
     """The metadata of the finished file; captions were read up to ``tokens`` tokens."""
     own = plan.config.base
-    sizes = [(placement.width, placement.height) for placement in plan.placements]
     run = RunFacts(
         title=safe_title(Path(plan.config.output.path).stem),
         base_name=Path(own.path).name,
@@ -181,12 +201,7 @@ def describe_run(
         started_at=started_at,
         finished_at=time.time(),
     )
-    data = DatasetFacts(
-        folder=Path(plan.config.data.images).resolve().name,
-        captions=[item.caption for item in plan.items],
-        buckets={size: sizes.count(size) for size in sizes},
-    )
-    return training_metadata(plan.config, run, data)
+    return training_metadata(plan.config, run, describe_data(plan, validation_loss))
 
 
 def _hashes(path: str | None, progress: Progress) -> FileHashes | None:

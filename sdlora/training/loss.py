@@ -19,15 +19,19 @@ def denoising_loss(
     framings: Sequence[Framing],
     *,
     min_snr_gamma: float,
+    masks: Tensor | None = None,
 ) -> Tensor:
     """Loss of each picture, (b,) float32: min-SNR weighted mean squared error of the base's prediction.
 
     ``latents`` and ``noise`` are (b, 4, h, w) float32, ``timesteps`` (b,) int64; ``conditioning`` and
-    ``framings`` have a row for each.
+    ``framings`` have a row for each. ``masks``, (b, 1, h, w) float32 in [0, 1], are multiplied into the squared errors
+    before the mean over all of them, as in kohya's trainer: a picture of which half counts has half the say.
     """
     schedule = base.schedule
     noisy = schedule.add_noise(latents, noise, timesteps).to(base.dtype)
     added = added_conditions(base, conditioning, framings)
     predicted = base.unet(noisy, timesteps, conditioning.context, added_cond_kwargs=added, return_dict=False)[0].float()
-    error = (predicted - schedule.target(latents, noise, timesteps)).square().mean(dim=(1, 2, 3))
-    return error * schedule.min_snr_weight(timesteps, min_snr_gamma)
+    errors = (predicted - schedule.target(latents, noise, timesteps)).square()
+    if masks is not None:
+        errors = errors * masks
+    return errors.mean(dim=(1, 2, 3)) * schedule.min_snr_weight(timesteps, min_snr_gamma)

@@ -3,58 +3,102 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from ..base.checkpoint import BaseCheckpoint, find_base
 from ..config import Config
 from ..data.batches import BatchPlan
-from ..data.buckets import Placement, bucket_sizes, place_in_bucket
-from ..data.items import Item, dataset_digest, scan
+from ..data.buckets import BucketRules, Placement, bucket_rules
+from ..data.findings import Finding, raise_errors
+from ..data.items import Item, dataset_digest, load_items
+from ..data.sources import find_sources, resolve_config
+from ..data.training_set import TrainingSet, plan_training_set
 from ..errors import ConfigError
+from ..progress import Progress
 from .checkpoint import RunIdentity
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunPlan:
-    """A run that can begin: ``placements[i]`` is where ``items[i]`` is cut out."""
+    """A run that can begin."""
 
     config: Config
+    """With every folder of pictures in ``data.sets``, and with what ``data.dataset_config`` says."""
     base: BaseCheckpoint
-    resolution: int
-    """Side in pixels of the square bucket's area."""
-    items: tuple[Item, ...]
-    placements: tuple[Placement, ...]
-    batches: BatchPlan
+    rules: tuple[BucketRules, ...]
+    """Of the buckets, at each resolution."""
+    training: TrainingSet
+    findings: tuple[Finding, ...]
+    """What is worth knowing of the pictures and captions; none of it is an error."""
     identity: RunIdentity
 
+    @property
+    def resolution(self) -> int:
+        """Side in pixels of the square bucket's area; the largest of several."""
+        return max(rules.resolution for rules in self.rules)
 
-def plan_run(config: Config) -> RunPlan:
+    @property
+    def items(self) -> tuple[Item, ...]:
+        return self.training.items
+
+    @property
+    def placements(self) -> tuple[Placement, ...]:
+        """Of each training picture, at each resolution."""
+        return self.training.placements
+
+    @property
+    def batches(self) -> BatchPlan:
+        return self.training.batches
+
+
+def plan_run(config: Config, progress: Progress | None = None) -> RunPlan:
     """Check the base, the pictures and the captions, and place every picture.
 
     Raises:
         BaseModelError, DataError, ConfigError: with everything that is wrong with that input.
     """
     base = find_base(config.base)
-    if config.train.learning_rate == 0 and config.train.text_encoder_learning_rate == 0:
+    config = resolve_config(config)
+    data, train = config.data, config.train
+    if train.learning_rate == 0 and train.text_encoder_learning_rate == 0:
         raise ConfigError(
             "train.learning_rate and train.text_encoder_learning_rate are both 0: nothing would be trained"
         )
-    data = config.data
-    items = scan(
-        Path(data.images),
-        trigger=data.trigger,
-        caption_extension=data.caption_extension,
-        background=data.alpha_background,
+    rules = bucket_rules(data, resolution=base.resolution, step=base.size_step)
+    listing = find_sources(data)
+    items, faults = load_items(listing, background=data.alpha_background, mask=data.mask, progress=progress)
+    findings = (*listing.findings, *faults)
+    raise_errors(findings)
+    training = plan_training_set(
+        items,
+        rules,
+        data,
+        batch_size=train.batch_size,
+        seed=train.seed,
+        prior_loss_weight=train.prior_loss_weight,
     )
-    resolution = data.resolution or base.resolution
-    sizes = bucket_sizes(resolution, base.size_step)
-    placements = tuple(place_in_bucket(item.width, item.height, sizes) for item in items)
     return RunPlan(
         config=config,
         base=base,
-        resolution=resolution,
-        items=tuple(items),
-        placements=placements,
-        batches=BatchPlan.of(placements, batch_size=config.train.batch_size, seed=config.train.seed),
+        rules=rules,
+        training=training,
+        findings=(*findings, *_unused_regularisation(training)),
         identity=RunIdentity.of(config, dataset=dataset_digest(items), base=base),
     )
+
+
+def _unused_regularisation(training: TrainingSet) -> list[Finding]:
+    """Kohya's trainer, too, shows no more regularisation pictures in an epoch than training pictures."""
+    never = {views.item for views, times in zip(training.shown, training.batches.repeats, strict=True) if not times}
+    every = {number for number, item in enumerate(training.items) if item.source.role == "regularisation"}
+    if not never:
+        return []
+    return [
+        Finding(
+            code="regularisation-unused",
+            severity="warning",
+            file=None,
+            message=f"{len(never)} of {len(every)} regularisation pictures are never shown: an epoch shows as many as "
+            "training pictures",
+            remedy="raise the repeats of the training sets, or remove what is not needed",
+        )
+    ]

@@ -1,0 +1,197 @@
+"""Captions of a set's pictures from the files beside them or from tables, and what is missing or left over."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..config import DataSection, SetSection
+from .findings import Severity
+from .folders import Folder, Picture, Report, extension_of, stem_of
+from .images import EXTENSIONS
+from .tables import Row, is_table
+
+CAPTION_EXTENSIONS = (".txt", ".caption", ".cap", ".tags", ".json")
+"""What caption files end in, of this trainer and others."""
+UNREAD_EXTENSIONS = frozenset(
+    {
+        *(".psd", ".xcf", ".kra", ".svg", ".tga", ".exr", ".hdr", ".dds", ".jp2", ".heic", ".heif", ".avif", ".jxl"),
+        *(".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".mp4", ".webm", ".mov", ".mkv", ".avi"),
+    }
+)
+"""Pictures and films that one may take for training material, but which are not in ``EXTENSIONS``."""
+NO_CAPTIONS = frozenset({"readme", "license", "licence", "copying", "notice", "credits"})
+"""Names of text files that belong to no picture."""
+MAX_CAPTION_BYTES = 1 << 16
+MAX_WORDS = 225
+"""Three chunks of 75 tokens, the most that is read of a caption; a word is at least one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Caption:
+    """What was found for a picture."""
+
+    texts: tuple[str, ...]
+    """Alternatives; () where there is none."""
+    file: Path | None
+    """None also where ``texts`` is the class prompt."""
+
+
+class CaptionFinder:
+    """The captions of one set's pictures; ask for each, then for what is missing and unused."""
+
+    def __init__(self, one: SetSection, data: DataSection, report: Report):
+        self._root = Path(one.images)
+        self._class_prompt = one.class_prompt
+        self._extension = "." + (one.caption_extension or data.caption_extension).lstrip(".").lower()
+        self._lines = one.caption_lines or data.caption_lines
+        self._missing_is: Severity = "warning" if data.allow_missing_captions else "error"
+        self._report = report
+        self._found: dict[Path, Caption] = {}
+        self._missing: list[Picture] = []
+        self._claimed: set[Path] = set()
+        """Files that are a picture's caption, or that a finding tells of already."""
+
+    def caption(self, picture: Picture, table: Path | None, row: Row | None) -> Caption:
+        """Of ``picture``: what its ``row`` of ``table`` says, else its caption file, else the class prompt."""
+        own = [name for name in picture.folder.by_stem.get(picture.stem, ()) if extension_of(name) == self._extension]
+        file = picture.folder.path / own[0] if own else None
+        if file is not None:
+            self._claimed.add(file)
+        if table is not None and row is not None and (row.caption or row.tags):
+            caption = Caption(texts=self._alternatives(row.caption or "", row.tags, picture.path), file=table)
+            if file is not None:
+                message = f"a caption here and one in {table.name}, which is the one that is used"
+                self._report.tell("caption-twice", file, message, "remove one of them", "warning")
+            self._check_length(caption.texts, picture.path)
+        elif file is not None:
+            caption = Caption(texts=self._read(file), file=file)
+        else:
+            prompt = picture.folder.class_prompt if self._class_prompt is None else self._class_prompt
+            caption = Caption(texts=(prompt,) if prompt else (), file=None)
+            self._missing.append(picture)
+        self._found[picture.path] = caption
+        return caption
+
+    def _read(self, file: Path) -> tuple[str, ...]:
+        try:
+            with file.open("rb") as stream:
+                stored = stream.read(MAX_CAPTION_BYTES + 1)
+            text = stored[:MAX_CAPTION_BYTES].decode("utf-8-sig")
+        except OSError as error:
+            message = f"cannot be read: {error.strerror}"
+            self._report.tell("caption-unreadable", file, message, "give yourself the right to read it")
+            return ()
+        except UnicodeDecodeError as error:
+            message = f"not UTF-8 text (byte {error.start})"
+            self._report.tell("caption-not-utf8", file, message, "save it again as UTF-8")
+            return ()
+        if len(stored) > MAX_CAPTION_BYTES:
+            message = f"more than {MAX_CAPTION_BYTES:,} bytes, which is no caption"
+            self._report.tell("caption-too-long", file, message, "shorten it")
+            return ()
+        texts = self._alternatives(text, "", file)
+        if not texts:
+            self._report.tell("caption-empty", file, "empty", "write what the picture shows", self._missing_is)
+        self._check_length(texts, file)
+        return texts
+
+    def _alternatives(self, text: str, tags: str, file: Path) -> tuple[str, ...]:
+        lines = [line for line in (" ".join(line.split()) for line in text.splitlines()) if line]
+        if self._lines == "join":
+            lines = [" ".join(lines)] if lines else []
+        elif self._lines == "first" and len(lines) > 1:
+            message = f"{len(lines)} lines, of which only the first is read"
+            remedy = 'set data.caption_lines = "draw" to draw one in each epoch, or "join" to read all as one'
+            self._report.tell("caption-lines", file, message, remedy, "warning")
+            lines = lines[:1]
+        if tags:
+            lines = [f"{line}, {tags}" for line in lines] or [tags]
+        return tuple(dict.fromkeys(lines))
+
+    def _check_length(self, texts: Sequence[str], file: Path) -> None:
+        words = max((len(text.split()) for text in texts), default=0)
+        if words > MAX_WORDS:
+            message = f"a caption of {words} words; at most {MAX_WORDS} tokens are read"
+            drawn = ', or set data.caption_lines = "draw" where each line is a caption'
+            self._report.tell("caption-too-long", file, message, "shorten it" + drawn * (self._lines == "join"))
+
+    def tell_missing(self) -> None:
+        """Of the pictures that were asked for: those without a caption, and the files that were meant to be one."""
+        captioned = sum(caption.file is not None for caption in self._found.values())
+        elsewhere: dict[str, list[tuple[Picture, str]]] = {}
+        alone: list[Picture] = []
+        for picture in self._missing:
+            if beside := self._beside(picture):
+                elsewhere.setdefault(extension_of(beside), []).append((picture, beside))
+                self._claimed.add(picture.folder.path / beside)
+            else:
+                alone.append(picture)
+        for extension, pictures in elsewhere.items():
+            self._tell_elsewhere(extension, pictures, general=len(pictures) > max(1, captioned))
+        captioned_folders = {path.parent for path, caption in self._found.items() if caption.file is not None}
+        bare = [picture for picture in alone if not self._found[picture.path].texts]
+        if len(bare) == len(self._found) > 1:
+            message = f"none of its {len(bare)} pictures has a caption"
+            remedy = f"write {bare[0].stem}{self._extension} and so on, or set data.allow_missing_captions = true"
+            self._report.tell("caption-missing", self._root, message, remedy, self._missing_is)
+            return
+        for picture in alone:
+            near, wanted = self._misnamed(picture), picture.stem + self._extension
+            remedy = f"rename {near} as {wanted}" if near else f"write {wanted} beside it"
+            if not self._found[picture.path].texts:
+                self._report.tell("caption-missing", picture.path, "no caption", remedy, self._missing_is)
+            elif near or picture.folder.path in captioned_folders:
+                message = f"no caption, so it is trained on {self._found[picture.path].texts[0]!r}"
+                self._report.tell("caption-missing", picture.path, message, remedy, "warning")
+
+    def _tell_elsewhere(self, extension: str, pictures: Sequence[tuple[Picture, str]], *, general: bool) -> None:
+        if general:
+            message = f"found {len(pictures)} {extension} files; you asked for {self._extension}"
+            remedy = f'set data.caption_extension = "{extension}"'
+            self._report.tell("caption-extension", self._root, message, remedy, self._missing_is)
+            return
+        for picture, beside in pictures:
+            remedy = f"set data.caption_extension, or rename it {picture.stem}{self._extension}"
+            message = f"no caption, but found {beside}"
+            self._report.tell("caption-extension", picture.path, message, remedy, self._missing_is)
+
+    def _beside(self, picture: Picture) -> str | None:
+        """A caption file of ``picture`` with an extension that was not asked for."""
+        for name in picture.folder.by_stem.get(picture.stem, ()):
+            if extension_of(name) in CAPTION_EXTENSIONS and not is_table(name):
+                return name
+        return None
+
+    def _misnamed(self, picture: Picture) -> str | None:
+        """A file that must be meant for the caption of ``picture``: "1.png.txt", or with other capitals."""
+        for stem in (stem_of(picture.file_name + self._extension), picture.stem):
+            for name in picture.folder.by_small_letters.get(stem.lower() + self._extension, ()):
+                file = picture.folder.path / name
+                if file not in self._claimed:
+                    self._claimed.add(file)
+                    return name
+        return None
+
+    def tell_unused(self, folders: Sequence[Folder]) -> None:
+        """Of the files in ``folders``: captions without a picture, and pictures that are not read."""
+        extra: dict[str, int] = {}
+        for folder in folders:
+            for name in folder.files:
+                file, stem, extension = folder.path / name, stem_of(name), extension_of(name)
+                beside = {extension_of(other) for other in folder.by_stem[stem]}
+                if extension in UNREAD_EXTENSIONS and extension not in EXTENSIONS:
+                    message = f"{extension} is not read, so this is not used"
+                    self._report.tell("picture-format", file, message, "save it as PNG, or move it away", "warning")
+                elif file in self._claimed or is_table(name):
+                    continue
+                elif beside & EXTENSIONS and extension in CAPTION_EXTENSIONS:
+                    extra[extension] = extra.get(extension, 0) + 1
+                elif extension == self._extension and not (beside & UNREAD_EXTENSIONS or stem.lower() in NO_CAPTIONS):
+                    message, remedy = f"a caption, but there is no picture {stem}", "rename or remove it"
+                    self._report.tell("caption-unused", file, message, remedy, "warning")
+        for extension, count in extra.items():
+            message = f"{count} {extension} files are not read; captions come from elsewhere"
+            remedy = f'set data.caption_extension = "{extension}" if they are the captions that you want'
+            self._report.tell("caption-extra", self._root, message, remedy, "note")

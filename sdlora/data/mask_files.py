@@ -1,0 +1,57 @@
+"""Masks in files of their own, and the pictures that they belong to."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from .folders import MASK_LABEL, Folder, Picture, Report, extension_of, stem_of
+from .images import EXTENSIONS
+
+
+def find_masks(
+    folders: Sequence[Folder], pictures: Sequence[Picture], *, masks: Path | None, kind: str, report: Report
+) -> dict[Path, Path]:
+    """File of a picture -> file of its mask; nothing where ``kind``, that is ``data.mask``, is not "files".
+
+    The mask of NAME.png has the stem NAME and lies in ``masks``, in a folder ``mask`` beside the picture, or beside it
+    as NAME-masklabel.png.
+    """
+    named = _by_stem(masks, report) if masks is not None else {}
+    chosen: dict[Path, Path] = {}
+    offered: dict[Path, list[Path]] = {}
+    for folder in folders:
+        within = _by_stem(folder.path / "mask", report) if (folder.path / "mask").is_dir() else {}
+        labels = {stem_of(n).removesuffix(MASK_LABEL): folder.path / n for n in folder.files if folder.is_mask_label(n)}
+        offered[folder.path] = [*within.values(), *labels.values()]
+        for picture in folder.pictures:
+            mask = named.get(picture.stem) or within.get(picture.stem) or labels.get(picture.stem)
+            if mask is not None:
+                chosen[picture.path] = mask
+    if kind != "files":
+        for folder_path, files in offered.items():
+            if files:
+                message = f'{len(files)} masks are not used: data.mask is "{kind}"'
+                report.tell("mask-unused", folder_path, message, 'set data.mask = "files", or remove them', "warning")
+        return {}
+    used = set(chosen.values())
+    for mask in [*named.values(), *(mask for files in offered.values() for mask in files)]:
+        if mask not in used:
+            report.tell("mask-unused", mask, "a mask without a picture of its name", "rename or remove it", "warning")
+    for picture in pictures if chosen else ():
+        if picture.path not in chosen:
+            message, remedy = "no mask, so all of it counts", f"add mask/{picture.stem}.png"
+            report.tell("mask-missing", picture.path, message, remedy, "warning")
+    return chosen
+
+
+def _by_stem(folder: Path, report: Report) -> dict[str, Path]:
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        report.tell("folder-missing", folder, f"no folder of masks: {error.strerror}", "correct the path")
+        return {}
+    return {
+        stem_of(name): folder / name for name in names if extension_of(name) in EXTENSIONS and not name.startswith(".")
+    }

@@ -1,0 +1,28 @@
+"""What weights the loss within a picture, on the grid of its latents."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .views import View
+
+
+def mask_on_grid(mask: np.ndarray, view: View, cell: int) -> np.ndarray:
+    """The part of ``mask`` that ``view`` shows, as the mean over each cell of ``cell`` × ``cell`` shown pixels.
+
+    ``mask`` is (h, w), in [0, 1], over the whole picture at whatever size. Returns float32 (height / cell, width / cell).
+    The means are exact areas: a pixel that a cell's edge runs through counts for the part that lies within.
+    """
+    spot = view.placement
+    rows = (spot.top + np.arange(spot.height // cell + 1) * cell) * (mask.shape[0] / spot.scaled_height)
+    columns = (spot.left + np.arange(spot.width // cell + 1) * cell) * (mask.shape[1] / spot.scaled_width)
+    grid = _means(_means(mask.astype(np.float64), rows).T, columns).T
+    return np.ascontiguousarray(grid[:, ::-1] if view.flipped else grid, np.float32)
+
+
+def _means(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """Means along the first axis between neighbouring ``edges``, in units of its entries."""
+    running = np.concatenate([np.zeros((1, values.shape[1])), values.cumsum(0)])
+    whole = np.minimum(edges.astype(int), len(values) - 1)
+    at_edges = running[whole] + (edges - whole)[:, None] * values[whole]
+    return np.diff(at_edges, axis=0) / np.diff(edges)[:, None]

@@ -1,0 +1,283 @@
+"""Tables of captions: Hugging Face's imagefolder (``metadata.jsonl``, ``metadata.csv``) and kohya's ``meta_*.json``."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .findings import Finding
+from .folders import Folder, Picture, Report, extension_of, shown
+from .images import EXTENSIONS
+
+NAME_KEYS = ("file_name", "image_path")
+"""Of the picture's file: the imagefolder's, and kohya's in .jsonl."""
+CAPTION_KEYS = ("text", "caption", "prompt")
+WEIGHT_KEYS = ("loss_weight", "weight")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What a table says of one picture."""
+
+    name: str
+    """Path of its file as the table has it, with ``/``; in kohya's .json it may lack the extension."""
+    where: str
+    """The row's line, or its key."""
+    caption: str | None
+    tags: str
+    """Comma-separated, to be added to each of the caption's alternatives."""
+    weight: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """The rows that could be read, and a finding for each of the others."""
+
+    file: Path
+    rows: tuple[Row, ...]
+    findings: tuple[Finding, ...]
+
+
+def is_table(name: str) -> bool:
+    """Whether a file of this name in a folder of pictures is taken for a table of their captions."""
+    return re.fullmatch(r"metadata\.jsonl|metadata\.csv|meta_.+\.json", name) is not None
+
+
+def read_table(file: Path) -> Table:
+    """Read ``file`` by its extension: .jsonl, .csv, or .json; no fault of it is raised, all of them are findings."""
+    reading = _Reading(file)
+    readers = {".jsonl": reading.json_lines, ".csv": reading.csv_rows, ".json": reading.json_entries}
+    reader, rows = readers.get(extension_of(file.name)), ()
+    try:
+        if reader is None:
+            reading.fault(
+                "table-unreadable", "a table of an unknown kind", "name one that ends in .jsonl, .csv or .json"
+            )
+        else:
+            rows = tuple(reader(file.read_bytes().decode("utf-8-sig")))
+            if not (rows or reading.findings):
+                reading.fault("table-empty", "no row in this table", "write one for each picture, or remove it")
+    except OSError as error:
+        reading.fault(
+            "table-unreadable", f"this table cannot be read: {error.strerror}", "check the path and its rights"
+        )
+    except UnicodeDecodeError as error:
+        reading.fault("table-not-utf8", f"not UTF-8 text (byte {error.start})", "save it again as UTF-8")
+    return Table(file=file, rows=rows, findings=tuple(reading.findings))
+
+
+class TableRows:
+    """Which row of which table each picture of a set has; every fault goes into ``report``."""
+
+    def __init__(self, folders: Sequence[Folder], report: Report):
+        self._folders, self._report = folders, report
+        self._rows: dict[str, tuple[Path, Row]] = {}
+        self._pictures = {_key(picture.path): picture for folder in folders for picture in folder.pictures}
+        self._by_stem: dict[str, list[Picture]] = {}
+        for key, picture in self._pictures.items():
+            self._by_stem.setdefault(os.path.splitext(key)[0], []).append(picture)
+
+    def of(self, picture: Picture) -> tuple[Path, Row] | tuple[None, None]:
+        """The table and the row of ``picture``."""
+        return self._rows.get(_key(picture.path), (None, None))
+
+    def read_own(self) -> None:
+        """Read the table of each folder, where it has one."""
+        for folder in self._folders:
+            tables = [name for name in folder.files if is_table(name)]
+            if len(tables) > 1:
+                message = f"several tables of captions: {', '.join(tables)}"
+                remedy = "name the right one by data.metadata, or the set's own metadata, or leave one"
+                self._report.tell("table-several", folder.path, message, remedy)
+            for name in tables[:1]:
+                self._read(folder.path / name, (folder.path,), others=False)
+
+    def read_named(self, file: Path, root: Path) -> list[Picture]:
+        """Read ``file``, whose paths start at ``root`` or beside it; returns the pictures that it names."""
+        self._read(file, (root, file.parent), others=True)
+        unused = [key for key in self._pictures if key not in self._rows]
+        if unused and self._rows:
+            message = f"{len(unused)} of its {len(self._pictures)} pictures are not in {shown(file)} and not used"
+            remedy = f"add rows, for example of {self._pictures[unused[0]].name}, or move them away"
+            self._report.tell("picture-unused", root, message, remedy, "warning")
+        return [self._pictures[key] for key in self._rows]
+
+    def _read(self, file: Path, bases: Sequence[Path], *, others: bool) -> None:
+        table = read_table(file)
+        self._report.findings += table.findings
+        for row in table.rows:
+            found = (self._named(base / row.name, others=others) for base in bases)
+            pictures = next(filter(None, found), ())
+            if not pictures:
+                message = f"{row.where} names {row.name!r}, which is no picture of this set"
+                self._report.tell("row-without-picture", file, message, "correct the name, or remove the row")
+            for key in dict.fromkeys(_key(picture.path) for picture in pictures):
+                if key in self._rows:
+                    message = f"{row.where} names {row.name!r} again, after {self._rows[key][1].where}"
+                    self._report.tell("row-duplicate", file, message, "keep one of them")
+                else:
+                    self._rows[key] = (file, row)
+
+    def _named(self, path: Path, *, others: bool) -> Sequence[Picture]:
+        """The pictures at ``path``, or whose path less its extension it is; with ``others``, outside the set too."""
+        key = _key(path)
+        if key not in self._pictures and others and extension_of(path.name) in EXTENSIONS and os.path.isfile(path):
+            folder = Folder(path=path.parent, name="", files=(), repeats=1, class_prompt=None)
+            self._pictures[key] = Picture(folder=folder, file_name=path.name)
+        return [self._pictures[key]] if key in self._pictures else self._by_stem.get(key, ())
+
+
+def _key(path: Path) -> str:
+    return unicodedata.normalize("NFC", os.path.abspath(path))
+
+
+class _Reading:
+    """One table being read."""
+
+    def __init__(self, file: Path):
+        self._file = file
+        self.findings: list[Finding] = []
+
+    def fault(self, code: str, message: str, remedy: str) -> None:
+        self.findings.append(
+            Finding(code=code, severity="error", file=shown(self._file), message=message, remedy=remedy)
+        )
+
+    def json_lines(self, text: str) -> Iterator[Row]:
+        for number, line in enumerate(text.split("\n"), 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                self._broken(f"line {number}", f"is not JSON: {_reason(error)}")
+                continue
+            if isinstance(record, dict):
+                yield from self._row(record, f"line {number}")
+            else:
+                self._broken(f"line {number}", 'is no JSON object such as {"file_name": "1.png", "text": "a fox"}')
+
+    def csv_rows(self, text: str) -> Iterator[Row]:
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        try:
+            columns = reader.fieldnames or []
+            if columns and not any(key in columns for key in NAME_KEYS):
+                self.fault(
+                    "table-columns",
+                    f"no column {NAME_KEYS[0]} among {', '.join(columns)}",
+                    f"name the columns in the first line, for example {NAME_KEYS[0]},{CAPTION_KEYS[0]}",
+                )
+                return
+            for record in reader:
+                where = f"line {reader.line_num}"
+                if None in record or None in record.values():
+                    self._broken(where, f"has not {len(columns)} fields as the first line; quote texts with commas")
+                else:
+                    yield from self._row({key: value or None for key, value in record.items()}, where)
+        except csv.Error as error:
+            self._broken(f"line {reader.reader.line_num}", f"is not CSV: {error}")
+
+    def json_entries(self, text: str) -> Iterator[Row]:
+        twice: list[str] = []
+
+        def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+            record = dict(pairs)
+            if len(record) < len(pairs):
+                counts = Counter(key for key, _ in pairs)
+                twice.extend(key for key, count in counts.items() if count > 1)
+            return record
+
+        try:
+            entries = json.loads(text, object_pairs_hook=once)
+        except json.JSONDecodeError as error:
+            self._broken(f"line {error.lineno}", f"is not JSON: {_reason(error)}")
+            return
+        except (ValueError, RecursionError) as error:
+            self._broken("this table", f"is not JSON: {_reason(error)}")
+            return
+        for key in twice:
+            self.fault("row-duplicate", f"the key {key!r} stands twice in one object", "keep one of them")
+        if not isinstance(entries, dict):
+            self._broken("this table", 'is no JSON object such as {"1.png": {"caption": "a fox"}}')
+            return
+        for key, record in entries.items():
+            if isinstance(record, dict):
+                yield from self._row({**record, NAME_KEYS[0]: key}, f"entry {key!r}")
+            else:
+                self._broken(f"entry {key!r}", 'is no JSON object such as {"caption": "a fox"}')
+
+    def _row(self, record: Mapping[str, Any], where: str) -> Iterator[Row]:
+        name = next((record[key] for key in NAME_KEYS if record.get(key) is not None), None)
+        caption = next((record[key] for key in CAPTION_KEYS if record.get(key) is not None), None)
+        tags = record.get("tags")
+        given_weight = next((record[key] for key in WEIGHT_KEYS if record.get(key) is not None), 1.0)
+        weight, faults = _number(given_weight), []
+        if not (isinstance(name, str) and name.strip()):
+            faults.append(
+                f"has no {NAME_KEYS[0]}" if name is None else f"has {NAME_KEYS[0]} = {name!r}, which is no text"
+            )
+        for value, kind in ((caption, "a caption"), (tags, "tags")):
+            if not (value is None or isinstance(value, str) or _is_texts(value)):
+                faults.append(f"has {kind} that is no text: {value!r}")
+        if weight is None:
+            faults.append(f"has a weight that is no number from 0: {given_weight!r}")
+        if not all(_is_unicode(text) for text in (name, caption, tags)):
+            faults.append("holds half of a character (a lone surrogate)")
+        for fault in faults:
+            self._broken(where, fault)
+        if not faults:
+            assert isinstance(name, str)
+            assert weight is not None
+            yield Row(
+                name=name.strip().replace("\\", "/"),
+                where=where,
+                caption="\n".join(caption) if isinstance(caption, list) else caption,
+                tags=_one_line(tags),
+                weight=weight,
+            )
+
+    def _broken(self, where: str, what: str) -> None:
+        self.fault("table-broken", f"{where} {what}", "correct it")
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
+def _one_line(tags: str | list[str] | None) -> str:
+    lines = tags if isinstance(tags, list) else (tags or "").split("\n")
+    return ", ".join(filter(None, (line.strip(" ,\t\r") for line in lines)))
+
+
+def _is_unicode(value: object) -> bool:
+    try:
+        str(value).encode()
+        "".join(value if isinstance(value, list) and _is_texts(value) else []).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _number(value: object) -> float | None:
+    """A weight; None where it is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) and number >= 0 else None
+
+
+def _reason(error: Exception) -> str:
+    return error.msg if isinstance(error, json.JSONDecodeError) else str(error)[:80]

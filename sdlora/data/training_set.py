@@ -1,0 +1,145 @@
+"""What is shown in each step: which picture, which part of it, which way round, and with which caption."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from ..config import DataSection
+from ..errors import DataError
+from .batches import BatchPlan, regularisation_repeats
+from .buckets import BucketRules, Placement
+from .images import open_picture
+from .items import Item
+from .views import View, ViewSet, crop_positions, salient_crop
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A picture as it is shown once."""
+
+    view: View
+    caption: str
+    weight: float
+    """What its loss is multiplied by."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSet:
+    """Everything that a run shows. What it shows when is a function of the seed and the step, and of nothing else."""
+
+    items: tuple[Item, ...]
+    """Of all roles; a view's ``item`` is a place in here."""
+    shown: tuple[ViewSet, ...]
+    """Training and regularisation pictures, each at each resolution."""
+    weights: tuple[float, ...]
+    """Of the loss, for each of ``shown``."""
+    batches: BatchPlan
+    """Its numbers are places in ``shown``."""
+    validation: tuple[View, ...]
+    """Never trained on."""
+
+    def batch(self, step: int) -> tuple[Sample, ...]:
+        """What is shown in ``step`` (from 0)."""
+        samples = []
+        for showing in self.batches.batch(step):
+            views = self.shown[showing.number]
+            source = self.items[views.item].source
+            samples.append(
+                Sample(
+                    view=views.draw(seed=self.batches.seed, turn=showing.turn),
+                    caption=source.rules.caption(
+                        source.captions, seed=self.batches.seed, epoch=showing.turn, image=views.item
+                    ),
+                    weight=self.weights[showing.number],
+                )
+            )
+        return tuple(samples)
+
+    def views(self, steps: int) -> tuple[View, ...]:
+        """Those that the first ``steps`` steps show, ordered by picture, so that each need be opened once."""
+        possible = sum(len(views.all()) for views, times in zip(self.shown, self.batches.repeats, strict=True) if times)
+        found: set[View] = set()
+        for step in range(steps):
+            for showing in self.batches.batch(step):
+                found.add(self.shown[showing.number].draw(seed=self.batches.seed, turn=showing.turn))
+            if len(found) == possible:
+                break
+        return tuple(sorted(found, key=lambda view: (view.item, view.placement, view.flipped)))
+
+    @property
+    def placements(self) -> tuple[Placement, ...]:
+        """Of training pictures, one for each at each resolution; a random crop's is the centred one."""
+        return tuple(
+            views.placements[len(views.placements) // 2]
+            for views in self.shown
+            if self.items[views.item].source.role == "train"
+        )
+
+
+def plan_training_set(
+    items: Sequence[Item],
+    rules: Sequence[BucketRules],
+    data: DataSection,
+    *,
+    batch_size: int,
+    seed: int,
+    prior_loss_weight: float,
+) -> TrainingSet:
+    """Place every picture at every resolution, and say how often it is shown and what its loss weighs.
+
+    Raises:
+        DataError: there is nothing to train on, or a picture can no longer be read.
+    """
+    by_role = {
+        role: [number for number, item in enumerate(items) if item.source.role == role]
+        for role in ("train", "regularisation", "validation")
+    }
+    training, regularisation = by_role["train"], by_role["regularisation"]
+    if not training:
+        raise DataError("no picture to train on: every one is for regularisation or validation")
+    repeats = {number: items[number].source.repeats for number in training}
+    fill = regularisation_repeats(sum(repeats.values()), [items[number].source.repeats for number in regularisation])
+    repeats |= dict(zip(regularisation, fill, strict=True))
+
+    placed = _placed(items, rules, data)
+    shown, weights = [], []
+    for number, placements in enumerate(placed):
+        if items[number].source.role == "validation":
+            continue
+        prior = prior_loss_weight if items[number].source.role == "regularisation" else 1.0
+        for placement in placements:
+            crops = crop_positions(placement) if items[number].source.crop == "random" else (placement,)
+            shown.append(ViewSet(item=number, placements=crops, flips=items[number].source.flip))
+            weights.append(items[number].source.loss_weight * prior)
+    return TrainingSet(
+        items=tuple(items),
+        shown=tuple(shown),
+        weights=tuple(weights),
+        batches=BatchPlan.of(
+            [views.size for views in shown],
+            repeats=[repeats[views.item] for views in shown],
+            batch_size=batch_size,
+            seed=seed,
+        ),
+        validation=tuple(
+            View(item=number, placement=placement, flipped=False)
+            for number in by_role["validation"]
+            for placement in placed[number]
+        ),
+    )
+
+
+def _placed(items: Sequence[Item], rules: Sequence[BucketRules], data: DataSection) -> list[list[Placement]]:
+    """For each picture, its placement at each resolution."""
+
+    def place(item: Item) -> list[Placement]:
+        centred = [own.place(item.width, item.height) for own in rules if item.source.shown_at(own.resolution)]
+        if item.source.crop != "salient" or not any(placement.cut_off for placement in centred):
+            return centred
+        picture = open_picture(item.source.file, data.alpha_background)
+        return [salient_crop(picture, placement) for placement in centred]
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(place, items))

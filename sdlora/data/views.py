@@ -1,0 +1,99 @@
+"""What is shown of a picture: which part, and which way round. All that can be is known beforehand, and encoded once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from PIL import Image
+
+from .buckets import Placement
+
+CROPS = 5
+"""Positions that a random crop has, at most: few enough that each is encoded once."""
+_CROP, _FLIP = 5, 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """A part of a picture, mirrored after it was cut out or not."""
+
+    item: int
+    placement: Placement
+    flipped: bool
+
+    @property
+    def left(self) -> int:
+        """Where the part begins in the scaled picture as it is shown, which is mirrored as a whole."""
+        spot = self.placement
+        return spot.scaled_width - spot.width - spot.left if self.flipped else spot.left
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewSet:
+    """The views that a picture may have at one resolution; all are of one size."""
+
+    item: int
+    placements: tuple[Placement, ...]
+    flips: bool
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels."""
+        return self.placements[0].width, self.placements[0].height
+
+    def all(self) -> tuple[View, ...]:
+        ways = (False, True) if self.flips else (False,)
+        return tuple(
+            View(item=self.item, placement=placement, flipped=flipped)
+            for placement in self.placements
+            for flipped in ways
+        )
+
+    def draw(self, *, seed: int, turn: int) -> View:
+        """The view of the picture's showing number ``turn``: a function of seed, picture and turn."""
+
+        def rng(stream: int) -> np.random.Generator:
+            return np.random.default_rng([seed, stream, turn, self.item])
+
+        count = len(self.placements)
+        position = int(rng(_CROP).integers(count)) if count > 1 else 0
+        flipped = self.flips and bool(rng(_FLIP).random() < 0.5)
+        return View(item=self.item, placement=self.placements[position], flipped=flipped)
+
+
+def crop_positions(placement: Placement) -> tuple[Placement, ...]:
+    """Up to ``CROPS`` crops, evenly spread along the axis with more room, both ends and the centre among them."""
+    across = placement.scaled_width - placement.width
+    down = placement.scaled_height - placement.height
+    starts = sorted({max(across, down) * k // (CROPS - 1) for k in range(CROPS)})
+    if across >= down:
+        return tuple(replace(placement, left=start) for start in starts)
+    return tuple(replace(placement, top=start) for start in starts)
+
+
+def salient_crop(picture: Image.Image, placement: Placement) -> Placement:
+    """The crop with most detail along each axis that has room; of equal ones that nearest to the centre.
+
+    Detail is the gradient's energy: the squared differences of neighbouring pixels' brightness, in the scaled picture.
+    """
+    across = placement.scaled_width - placement.width
+    down = placement.scaled_height - placement.height
+    if not (across or down):
+        return placement
+    scaled = picture.convert("L").resize((placement.scaled_width, placement.scaled_height), Image.Resampling.LANCZOS)
+    brightness = np.asarray(scaled, np.int64)
+    energy = np.zeros_like(brightness)
+    energy[:, 1:] += np.diff(brightness, axis=1) ** 2
+    energy[1:] += np.diff(brightness, axis=0) ** 2
+    left = _busiest(energy.sum(0), placement.width)
+    rows = energy[:, left : left + placement.width].sum(1)
+    return replace(placement, left=left, top=_busiest(rows, placement.height))
+
+
+def _busiest(energy: np.ndarray, length: int) -> int:
+    """Where the window of ``length`` begins that holds most of ``energy``, (n,) int64."""
+    running = np.concatenate([[0], energy.cumsum()])
+    held = running[length:] - running[:-length]
+    best = np.flatnonzero(held == held.max())
+    return int(best[np.abs(best - (len(energy) - length) // 2).argmin()])
