@@ -41,8 +41,8 @@ def train(config: Config, *, restart: bool = False, show_progress: bool = True) 
         SdloraError: a fault of the input, found before a model is loaded wherever that is possible.
         Interrupted: Ctrl-C; the state is saved and the same call goes on from it.
     """
-    plan = plan_run(config)
     with progress_bar(show_progress) as progress:
+        plan = plan_run(config, progress)
         result = run_training(plan, restart=restart, progress=progress)
     prompts = config.output.samples
     if prompts is None:

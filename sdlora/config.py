@@ -38,7 +38,17 @@ class BaseSection(Section):
     """``auto`` is torch's own (sdpa); xformers is probed first, and where it cannot run a warning says why."""
 
 
+def _resolution(value: Any) -> Any:
+    sides = value if isinstance(value, tuple) else (value,)
+    if value is not None and not (sides and all(type(side) is int and 64 <= side <= 4096 for side in sides)):
+        raise PydanticCustomError("resolution", "expected pixels from 64 to 4096, or several: 512 or [512, 768]")
+    if len(set(sides)) < len(sides):
+        raise PydanticCustomError("resolution", "the same resolution twice; name each once")
+    return value
+
+
 CaptionExtension = Annotated[str, Field(pattern=r"^\.?[A-Za-z0-9]+$")]
+Resolution = Annotated[int | tuple[int, ...] | None, BeforeValidator(_resolution)]
 
 
 class SetSection(Section):
@@ -70,15 +80,9 @@ class SetSection(Section):
     shuffle_tags: bool | None = None
     keep_tokens: int | None = Field(None, ge=0)
     tag_dropout: float | None = Field(None, ge=0, lt=1)
-
-
-def _resolution(value: Any) -> Any:
-    sides = value if isinstance(value, tuple) else (value,)
-    if value is not None and not (sides and all(type(side) is int and 64 <= side <= 4096 for side in sides)):
-        raise PydanticCustomError("resolution", "expected pixels from 64 to 4096, or several: 512 or [512, 768]")
-    if len(set(sides)) < len(sides):
-        raise PydanticCustomError("resolution", "the same resolution twice; name each once")
-    return value
+    resolution: Resolution = None
+    crop: Literal["center", "random", "salient"] | None = None
+    flip: bool | None = None
 
 
 def _replacements(value: Any) -> Any:
@@ -124,7 +128,7 @@ class DataSection(Section):
     """Whether a picture without a caption is trained on the trigger alone, instead of being an error."""
     max_token_length: Literal[75, 150, 225] = 225
     """Tokens of a caption that are read, in chunks of 75."""
-    resolution: Annotated[int | tuple[int, ...] | None, BeforeValidator(_resolution)] = None
+    resolution: Resolution = None
     """Pixels of a square picture's side, or several: then each picture is shown at each; by default the base's own."""
     enable_bucket: bool = True
     """Whether pictures get buckets of about their own shape, instead of all being cut to a square."""
@@ -148,14 +152,13 @@ class DataSection(Section):
 
     @property
     def sides(self) -> tuple[int, ...]:
-        """``resolution`` as a tuple; () where it is the base's own."""
-        return (
-            self.resolution
-            if isinstance(self.resolution, tuple)
-            else ()
-            if self.resolution is None
-            else (self.resolution,)
-        )
+        """Every resolution that pictures are shown at, those of the sets included; () where it is the base's own."""
+        return tuple(dict.fromkeys(side for one in self.sets or (None,) for side in self.sides_of(one)))
+
+    def sides_of(self, one: SetSection | None) -> tuple[int, ...]:
+        """The resolutions of a set; () where it is the base's own."""
+        own = self.resolution if one is None or one.resolution is None else one.resolution
+        return own if isinstance(own, tuple) else () if own is None else (own,)
 
     @model_validator(mode="after")
     def _fit_together(self) -> DataSection:
@@ -192,6 +195,8 @@ def _setting_problems(data: DataSection) -> Iterator[str]:
         yield f"min_bucket_reso = {low} is more than data.resolution = {min(sides)}"
     elif high is not None and high < max(sides):
         yield f"max_bucket_reso = {high} is less than data.resolution = {max(sides)}"
+    if data.sides and not all(map(data.sides_of, data.sets)):
+        yield "resolution is missing: some sets have one of their own, and the others need this"
     for one in data.sets:
         if one.masks and data.mask != "files":
             yield f'mask = {data.mask!r} leaves the masks in {one.masks} unused; set data.mask = "files"'

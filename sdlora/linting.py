@@ -150,13 +150,18 @@ def lint_data(data: DataSection, base: BaseSection, *, progress: Progress) -> Li
     """
     checkpoint = find_base(base)
     data = resolve_data(data)
-    # The largest of several resolutions: what is too small for the others is too small for it.
-    rules = max(
-        bucket_rules(data, resolution=checkpoint.resolution, step=checkpoint.size_step), key=lambda own: own.resolution
+    # The largest first: what is too small for the others is too small for it.
+    rules = sorted(
+        bucket_rules(data, resolution=checkpoint.resolution, step=checkpoint.size_step),
+        key=lambda own: own.resolution,
+        reverse=True,
     )
     listing = find_sources(data)
     examined, damaged = examine_all(listing.sources, progress)
-    placements = tuple(rules.place(own.facts.width, own.facts.height) for own in examined)
+    largest = [next(rule for rule in rules if own.source.shown_at(rule.resolution)) for own in examined]
+    placements = tuple(
+        rule.place(own.facts.width, own.facts.height) for rule, own in zip(largest, examined, strict=True)
+    )
     findings = lint(
         Listing(sources=listing.sources, findings=(*listing.findings, *damaged)),
         examined,
@@ -168,7 +173,7 @@ def lint_data(data: DataSection, base: BaseSection, *, progress: Progress) -> Li
     trained = [place for own, place in zip(examined, placements, strict=True) if own.source.role != "validation"]
     return LintReport(
         base=checkpoint.name,
-        resolution=rules.resolution,
+        resolution=rules[0].resolution,
         data=data,
         listing=listing,
         examined=examined,

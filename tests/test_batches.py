@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -99,7 +100,7 @@ def item(number: int, *, size: tuple[int, int] = (100, 100), role: Role = "train
     fields: dict[str, object] = {
         "file": Path(f"{number}.png"), "name": f"{number}.png", "set_number": 0, "caption_file": None, "mask": None,
         "captions": (f"a {{red|blue}} thing, kind {number}, on paper", "something else, of old"), "rules": rules,
-        "repeats": 1, "loss_weight": 1.0, "role": role,
+        "repeats": 1, "loss_weight": 1.0, "role": role, "resolution": (), "crop": "center", "flip": False,
     }  # fmt: skip
     source = Source(**(fields | more))  # ty: ignore[invalid-argument-type]
     return Item(source=source, width=size[0], height=size[1], digest=str(number), has_alpha=False)
@@ -108,6 +109,8 @@ def item(number: int, *, size: tuple[int, int] = (100, 100), role: Role = "train
 def training_set(items: list[Item], *, batch_size: int = 3, seed: int = 7, **settings: object) -> TrainingSet:
     data = DataSection(images="x", trigger="zorb", **settings)  # ty: ignore[invalid-argument-type]
     rules = bucket_rules(data, resolution=64, step=16)
+    shown = {key: getattr(data, key) for key in ("crop", "flip") if key in settings}
+    items = [replace(own, source=replace(own.source, **shown)) for own in items]
     return plan_training_set(items, rules, data, batch_size=batch_size, seed=seed, prior_loss_weight=0.5)
 
 
@@ -195,6 +198,22 @@ def test_views_are_those_that_are_shown_and_no_others() -> None:
     every = {view for entry in own.shown for view in entry.all()}
     assert set(own.views(1200)) == every
     assert len(training_set(mixed()).views(100)) == 7
+
+
+def test_each_picture_is_shown_as_its_set_has_it() -> None:
+    own = training_set(
+        [item(0, resolution=(96,), flip=True), item(1, crop="random", size=(300, 100)), item(2, resolution=(96, 64))],
+        resolution=(64, 96),
+        enable_bucket=False,
+    )
+    shown = [(views.item, views.size, views.flips, len(views.placements)) for views in own.shown]
+    assert shown == [
+        (0, (96, 96), True, 1),
+        (1, (64, 64), False, 5),
+        (1, (96, 96), False, 5),
+        (2, (64, 64), False, 1),
+        (2, (96, 96), False, 1),
+    ]
 
 
 def test_nothing_but_validation_is_nothing_to_train_on() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -88,3 +90,116 @@ def test_records_are_frozen(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, GOOD))
     with pytest.raises(Exception, match="frozen"):
         config.train.steps = 3  # ty: ignore[invalid-assignment]
+
+
+SETS = """
+[data]
+trigger = "zorb"
+resolution = [512, 768]
+caption_replace = [["grey", "gray"], ["a", "b"]]
+
+[[data.sets]]
+images = "a"
+repeats = 10
+caption_prefix = "p,"
+
+[[data.sets]]
+images = "b"
+role = "regularisation"
+loss_weight = 1
+
+[output]
+path = "out/x.safetensors"
+"""
+
+
+def test_several_sets_and_tuples_load(tmp_path: Path) -> None:
+    data = load_config(write(tmp_path, SETS)).data
+    assert [(one.images, one.role, one.repeats, one.loss_weight) for one in data.sets] == [
+        ("a", "train", 10, 1.0),
+        ("b", "regularisation", 1, 1.0),
+    ]
+    assert data.resolution == (512, 768)
+    assert data.sides == (512, 768)
+    assert data.caption_replace == (("grey", "gray"), ("a", "b"))
+    assert load_config(write(tmp_path, SETS), ["data.resolution=640"]).data.sides == (640,)
+    one_line = 'sets = [{images = "a", repeats = 2}, {images = "b"}]'
+    inline = load_config(None, ["data." + one_line, "data.trigger=zorb", "output.path=x.safetensors"]).data
+    assert [one.repeats for one in inline.sets] == [2, 1]
+
+
+def test_faults_within_sets_have_their_lines(tmp_path: Path) -> None:
+    text = SETS.replace('role = "reg', 'rol = "reg').replace("repeats = 10", "repeats = 0\nkeep_token = 2")
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, text))
+    told = "\n".join(caught.value.problems)
+    assert len(caught.value.problems) == 3
+    assert "run.toml:9: data.sets.repeats = 0: input should be greater than or equal to 1" in told
+    assert "run.toml:10: unknown key data.sets.keep_token; did you mean data.sets.keep_tokens?" in told
+    assert "run.toml:15: unknown key data.sets.rol; did you mean data.sets.role?" in told
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("resolution = []", "run.toml:5: data.resolution = (): expected pixels from 64 to 4096"),
+        ("resolution = [512, 32]", "data.resolution = (512, 32): expected pixels"),
+        ("resolution = true", "data.resolution = True: expected pixels"),
+        ("resolution = 512.0", "data.resolution = 512.0: expected pixels"),
+        ("resolution = [512, 512]", "the same resolution twice"),
+        ('caption_replace = [["a"]]', "expected pairs of old and new text"),
+        ('caption_replace = ["ab"]', "expected pairs of old and new text"),
+        ('caption_replace = [["", "a"]]', "expected pairs of old and new text"),
+        ('caption_template = "{caption}"', "run.toml:5: data.caption_template = '{caption}' lacks {trigger}"),
+        ('caption_template = "{trigger}"', "data.caption_template = '{trigger}' lacks {caption}"),
+        (
+            "min_bucket_reso = 512\nmax_bucket_reso = 256",
+            "run.toml:5: data.min_bucket_reso = 512 is more than data.max",
+        ),
+        ("min_bucket_reso = 640\nresolution = [768, 512]", "min_bucket_reso = 640 is more than data.resolution = 512"),
+        ("max_bucket_reso = 640\nresolution = [768, 512]", "max_bucket_reso = 640 is less than data.resolution = 768"),
+        ('dataset_config = "x.toml"', "run.toml:5: data.dataset_config and data.images are both set; keep one"),
+        ('sets = [{images = "a"}]', "run.toml:5: data.sets and data.images are both set; keep one of them"),
+        ('[[data.sets]]\nimages = "a"\nrole = "validation"', "run.toml:5: data.sets has no set to train on"),
+        ('[[data.sets]]\nimages = "a"\nmasks = "m"', "data.mask = 'none' leaves the masks in m unused"),
+        ('metadata = "m.csv"\n[[data.sets]]\nimages = "a"', "data.metadata belongs to data.images"),
+    ],
+)
+def test_settings_of_data_that_do_not_fit(tmp_path: Path, line: str, message: str) -> None:
+    text = GOOD.replace('trigger = "zorb"\n', f'trigger = "zorb"\n{line}\n')
+    if "[[data.sets]]" in line and "no set" not in message:
+        text = text.replace('images = "pictures"\n', "")
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, text))
+    assert message in str(caught.value)
+
+
+def test_a_run_without_pictures_is_told_the_three_ways_to_name_them(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"run\.toml:2: data\.images is missing: .*data\.sets.*data\.dataset_config"):
+        load_config(write(tmp_path, GOOD.replace('images = "pictures"\n', "")))
+
+
+def test_flat_settings_tell_sets_apart_and_may_leave_paths_out(tmp_path: Path) -> None:
+    one, other = load_config(write(tmp_path, SETS)), load_config(write(tmp_path, SETS.replace("= 10", "= 11")))
+    differing = [key for key, value in one.flat().items() if other.flat()[key] != value]
+    assert differing == ["data.sets"]
+    sets = json.loads(one.flat()["data.sets"])
+    assert sets[0]["images"] == "a"
+    assert sets[0]["repeats"] == 10
+    private = load_config(None, [
+        'data.sets=[{images = "/secret/a", metadata = "/secret/b", masks = "/secret/c"}]', "data.trigger=zorb",
+        'data.mask="files"', "output.path=/secret/x.safetensors", "base.path=/secret/base", "base.vae=/secret/vae",
+        "cache.folder=/secret/cache",
+    ])  # fmt: skip
+    assert "secret" in "".join(private.flat().values())
+    assert "secret" not in "".join(private.flat(paths=False).values())
+    assert json.loads(private.flat(paths=False)["data.sets"])[0]["repeats"] == 1
+
+
+@given(st.text("[]data.set{}\"'= \n01a_", max_size=120))
+def test_any_file_is_a_configuration_or_a_config_error(text: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            assert isinstance(load_config(write(Path(folder), GOOD + text)), Config)
+        except ConfigError as error:
+            assert error.problems

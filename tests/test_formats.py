@@ -240,7 +240,8 @@ def facts(**changes: object) -> tuple[RunFacts, DatasetFacts]:
     folder = FolderFacts(name="pics", repeats=3, captions=["zorb, a cat", "zorb, a dog"])
     return run, DatasetFacts(
         folders=[folder], regularisation=[FolderFacts(name="cats", repeats=1, captions=["a cat"])],
-        validation_images=4, validation_loss=0.25, buckets={(128, 128): 12}, mean_aspect_error=0.0, bucket_sides=(64, 256),
+        shuffle_caption=True, keep_tokens=1, tag_dropout=0.0, validation_images=4, validation_loss=0.25,
+        buckets={(128, 128): 12}, mean_aspect_error=0.0, bucket_sides=(64, 256),
     )  # fmt: skip
 
 

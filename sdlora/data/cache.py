@@ -198,7 +198,7 @@ def fill(
     finished: dict[int, dict[str, Tensor]] = {}
     unbegun = iter(enumerate(jobs))
     choose = Random()  # Not the module's own, which may be seeded alike in all processes.
-    pool = ThreadPoolExecutor(min(ahead, os.cpu_count() or 1), "sdlora-load")
+    pool = _loaders(min(ahead, os.cpu_count() or 1))
     try:
         for number in range(len(jobs)):
             while number not in finished:
@@ -212,6 +212,15 @@ def fill(
     finally:
         pool.shutdown(cancel_futures=True)
         cache.close()
+
+
+def _loaders(count: int) -> ThreadPoolExecutor:
+    """Threads in which torch computes with one core each: teams of threads for each would keep the encoder waiting."""
+    threads, started = torch.get_num_threads(), threading.Barrier(count)
+    pool = ThreadPoolExecutor(count, "sdlora-load", initializer=torch.set_num_threads, initargs=(1,))
+    list(pool.map(lambda _: started.wait(), range(count)))
+    torch.set_num_threads(threads)  # Also for threads that begin later.
+    return pool
 
 
 def open_cache(section: CacheSection) -> EncodedCache:

@@ -130,6 +130,7 @@ class CaptionFinder:
                 alone.append(picture)
         for extension, pictures in elsewhere.items():
             self._tell_elsewhere(extension, pictures, general=len(pictures) > max(1, captioned))
+        captioned_folders = {path.parent for path, caption in self._found.items() if caption.file is not None}
         bare = [picture for picture in alone if not self._found[picture.path].texts]
         if len(bare) == len(self._found) > 1:
             message = f"none of its {len(bare)} pictures has a caption"
@@ -141,7 +142,7 @@ class CaptionFinder:
             remedy = f"rename {near} as {wanted}" if near else f"write {wanted} beside it"
             if not self._found[picture.path].texts:
                 self._report.tell("caption-missing", picture.path, "no caption", remedy, self._missing_is)
-            elif captioned or near:
+            elif near or picture.folder.path in captioned_folders:
                 message = f"no caption, so it is trained on {self._found[picture.path].texts[0]!r}"
                 self._report.tell("caption-missing", picture.path, message, remedy, "warning")
 
@@ -166,10 +167,9 @@ class CaptionFinder:
     def _misnamed(self, picture: Picture) -> str | None:
         """A file that must be meant for the caption of ``picture``: "1.png.txt", or with other capitals."""
         for stem in (stem_of(picture.file_name + self._extension), picture.stem):
-            wanted = stem.lower() + self._extension
-            for name in picture.folder.files:
+            for name in picture.folder.by_small_letters.get(stem.lower() + self._extension, ()):
                 file = picture.folder.path / name
-                if file not in self._claimed and stem_of(name).lower() + extension_of(name) == wanted:
+                if file not in self._claimed:
                     self._claimed.add(file)
                     return name
         return None

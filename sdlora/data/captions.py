@@ -50,16 +50,18 @@ class CaptionRules:
             return np.random.default_rng([seed, stream, epoch, image])
 
         text = captions[int(rng(_LINE).integers(len(captions)))] if len(captions) > 1 else "".join(captions)
-        text = self._replaced(text)
-        if self.wildcards and "{" in text:
+        parts = self._parts(text)
+        if self.wildcards:
             drawn = rng(_WILDCARD)
-            text = draw_wildcards(text, lambda count: int(drawn.integers(count)))
-        return self._arranged(self._worded(text), rng)
+            parts = [draw_wildcards(part, lambda count: int(drawn.integers(count))) for part in parts]
+        return self._arranged(self._worded(*parts), rng)
 
     def plain(self, captions: Sequence[str]) -> str:
         """Nothing drawn: the first caption with the first alternatives of its wildcards, every tag in its place."""
-        text = self._replaced(captions[0] if captions else "")
-        return self._arranged(self._worded(self._first_alternatives(text)), None)
+        parts = self._parts(captions[0] if captions else "")
+        if self.wildcards:
+            parts = [draw_wildcards(part, lambda _: 0) for part in parts]
+        return self._arranged(self._worded(*parts), None)
 
     def longest(self, captions: Sequence[str]) -> tuple[str, ...]:
         """Variants among which is the one with the most tokens: every caption with every alternative of its wildcards.
@@ -69,31 +71,29 @@ class CaptionRules:
         """
         found: dict[str, None] = {}
         for caption in captions or ("",):
-            text = self._replaced(caption)
-            for variant in wildcard_variants(text) if self.wildcards else (text,):
-                found[self._arranged(self._worded(variant), None)] = None
+            parts = self._parts(caption)
+            for variant in wildcard_variants(parts) if self.wildcards else (parts,):
+                found[self._arranged(self._worded(*variant), None)] = None
         return tuple(found)
 
-    def _replaced(self, text: str) -> str:
+    def _parts(self, text: str) -> list[str]:
+        """Prefix, caption and suffix, in all of which wildcards may stand."""
         for old, new in self.replace:
             text = text.replace(old, new)
-        return text
+        return [self.prefix, text, self.suffix]
 
-    def _first_alternatives(self, text: str) -> str:
-        return draw_wildcards(text, lambda _: 0) if self.wildcards else text
-
-    def _worded(self, text: str) -> str:
-        """``text`` on one line with the trigger, the prefix and the suffix."""
-        text = " ".join(text.split())
+    def _worded(self, prefix: str, text: str, suffix: str) -> str:
+        """The three on one line, with the trigger."""
+        prefix, text, suffix = (" ".join(part.split()) for part in (prefix, text, suffix))
         if self.trigger and self.trigger_as == "word":
-            if not (has_word(self.prefix, self.trigger) or has_word(self.suffix, self.trigger)):
+            if not (has_word(prefix, self.trigger) or has_word(suffix, self.trigger)):
                 text = with_trigger(text, self.trigger)
         elif self.trigger and self.trigger_as == "prefix":
             text = with_trigger(without_word(text, self.trigger), self.trigger)
         elif self.trigger:
             filled = self.template.replace("{trigger}", self.trigger, 1).replace("{caption}", text, 1)
             text = filled if text else filled.strip(" ,")
-        return _joined(_joined(" ".join(self.prefix.split()), text), " ".join(self.suffix.split()))
+        return _joined(_joined(prefix, text), suffix)
 
     def _arranged(self, text: str, rng: Callable[[int], np.random.Generator] | None) -> str:
         """``text`` with its tags shuffled and dropped; without ``rng``, only spelled as it would be then."""
@@ -205,13 +205,13 @@ def draw_wildcards(text: str, choose: Callable[[int], int]) -> str:
     return _drawn(_pieces(text), choose)
 
 
-def wildcard_variants(text: str) -> tuple[str, ...]:
-    """Every text that ``draw_wildcards`` can make of ``text``; of more than ``MAX_VARIANTS``, the two longest."""
-    pieces = _pieces(text)
-    if _count(pieces) <= MAX_VARIANTS:
-        return tuple(dict.fromkeys(_variants(pieces)))
-    by_words = _widest(pieces, lambda variant: len(re.findall(r"\w+|[^\w\s]", variant)))
-    return tuple(dict.fromkeys((by_words, _widest(pieces, len))))
+def wildcard_variants(texts: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    """All that ``draw_wildcards`` can make of ``texts`` together; of more than ``MAX_VARIANTS``, the two longest."""
+    pieces = [_pieces(text) for text in texts]
+    if math.prod(map(_count, pieces)) <= MAX_VARIANTS:
+        return tuple(dict.fromkeys(itertools.product(*map(_variants, pieces))))
+    by_words = tuple(_widest(own, lambda variant: len(re.findall(r"\w+|[^\w\s]", variant))) for own in pieces)
+    return tuple(dict.fromkeys((by_words, tuple(_widest(own, len) for own in pieces))))
 
 
 def _pieces(text: str, depth: int = 0) -> Wildcards:

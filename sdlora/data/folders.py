@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -46,10 +46,12 @@ class Folder:
     @cached_property
     def by_stem(self) -> dict[str, tuple[str, ...]]:
         """Stem of a name -> every name that has it."""
-        found: dict[str, tuple[str, ...]] = {}
-        for name in self.files:
-            found[stem_of(name)] = (*found.get(stem_of(name), ()), name)
-        return found
+        return _grouped(self.files, stem_of)
+
+    @cached_property
+    def by_small_letters(self) -> dict[str, tuple[str, ...]]:
+        """A name in small letters -> every name that it is."""
+        return _grouped(self.files, lambda name: stem_of(name).lower() + extension_of(name))
 
     @cached_property
     def pictures(self) -> tuple[Picture, ...]:
@@ -82,6 +84,13 @@ class Picture:
     @property
     def stem(self) -> str:
         return stem_of(self.file_name)
+
+
+def _grouped(names: Iterable[str], key: Callable[[str], str]) -> dict[str, tuple[str, ...]]:
+    found: dict[str, tuple[str, ...]] = {}
+    for name in names:
+        found[key(name)] = (*found.get(key(name), ()), name)
+    return found
 
 
 def stem_of(name: str) -> str:

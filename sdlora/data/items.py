@@ -5,23 +5,27 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from ..errors import DataError
 from ..progress import Progress, Silence
 from .findings import Finding
-from .folders import shown
-from .images import open_picture
+from .images import PictureError, open_mask, open_picture
 from .sources import Listing, Source
 
 MaskKind = Literal["none", "alpha", "files"]
+
+WORKERS = min(8, os.cpu_count() or 1)
+"""Pictures that are decoded at once, and so in memory."""
+STRIP = 256
+"""Rows that are hashed at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +52,9 @@ def load_items(
     progress.start("Reading pictures", len(wanted))
     decoded: dict[tuple[Path, Path | None], _Decoded] = {}
     findings: list[Finding] = []
-    with ThreadPoolExecutor() as pool:
+    # What Pillow warns of is found otherwise, where it matters.
+    with ThreadPoolExecutor(WORKERS) as pool, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         for pair, result in zip(wanted, pool.map(lambda pair: _decode(*pair, background, mask), wanted), strict=True):
             if isinstance(result, Finding):
                 findings.append(result)
@@ -88,20 +94,14 @@ class _Decoded:
 def _decode(file: Path, mask: Path | None, background: str, kind: MaskKind) -> _Decoded | Finding:
     try:
         picture = open_picture(file, background)
-        with Image.open(file) as stored:
-            has_alpha = "A" in stored.getbands() or "transparency" in stored.info
-            alpha = (
-                ImageOps.exif_transpose(stored).convert("RGBA").getchannel("A")
-                if kind == "alpha" and has_alpha
-                else None
-            )
-        digest = hashlib.sha256(repr(picture.size).encode() + picture.tobytes())
-        if alpha is not None:
-            digest.update(np.asarray(alpha).tobytes())
-        elif kind == "files" and mask is not None:
-            with Image.open(mask) as shape:
-                digest.update(repr(shape.size).encode() + shape.convert("L").tobytes())
-    except DataError as error:
-        message, _, remedy = str(error).removeprefix(f"{file}: ").rpartition("; ")
-        return Finding(code="picture-damaged", severity="error", file=shown(file), message=message, remedy=remedy)
+        weights = open_mask(file, mask, picture.size, kind)
+    except PictureError as error:
+        return error.finding
+    with Image.open(file) as stored:
+        has_alpha = "A" in stored.getbands() or "transparency" in stored.info
+    digest = hashlib.sha256(repr(picture.size).encode())
+    for top in range(0, picture.height, STRIP):
+        digest.update(picture.crop((0, top, picture.width, min(top + STRIP, picture.height))).tobytes())
+    if weights is not None:
+        digest.update(weights.tobytes())
     return _Decoded(width=picture.width, height=picture.height, digest=digest.hexdigest(), has_alpha=has_alpha)

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -18,6 +18,9 @@ from ..config import DataSection, SetSection, TrainSection, nearest, place, read
 from ..errors import ConfigError
 
 GENERAL, DATASET, SUBSET = "[general]", "[[datasets]]", "[[datasets.subsets]]"
+
+
+S = TypeVar("S", DataSection, TrainSection)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +106,7 @@ _SET_KEYS = {
     "shuffle_caption": "shuffle_tags",
     "keep_tokens": "keep_tokens",
     "caption_tag_dropout_rate": "tag_dropout",
+    "flip_aug": "flip",
 }
 """kohya's key -> ours, of what each set has for itself."""
 _RUN_KEYS = {
@@ -112,7 +116,6 @@ _RUN_KEYS = {
     "max_bucket_reso": ("data", "max_bucket_reso"),
     "bucket_reso_steps": ("data", "bucket_reso_steps"),
     "bucket_no_upscale": ("data", "bucket_no_upscale"),
-    "flip_aug": ("data", "flip"),
     "caption_dropout_rate": ("train", "caption_dropout"),
 }
 """kohya's key -> (section, key) of what all pictures of a run have alike."""
@@ -175,48 +178,31 @@ class _Reading:
                     )
         if self.problems:
             return None
-        kept = {name: getattr(self._data, name) for name in self._data.model_fields_set - {"dataset_config"}}
+        data = self._told_to(self._data, "data", {"dataset_config": None, **told["data"]})
+        train = self._told_to(self._train, "train", told["train"])
+        return None if data is None or train is None else (data, train)
+
+    def _told_to(self, section: S, name: str, told: dict[str, Any]) -> S | None:
+        """``section`` with what is ``told``, checked as if it had been written so."""
+        given = {key: getattr(section, key) for key in section.model_fields_set}
         try:
-            data = DataSection(**{**kept, **told["data"]})
-            train = TrainSection(
-                **{**{n: getattr(self._train, n) for n in self._train.model_fields_set}, **told["train"]}
-            )
+            return type(section)(**(given | told))
         except ValidationError as error:
             for entry in error.errors():
-                name = ".".join(str(part) for part in entry["loc"])
-                self.problems += [
-                    f"{self._file}: {name} {line}".replace(":  ", ": ") for line in entry["msg"].split("\n")
-                ]
+                key = "".join(f"{part} " for part in entry["loc"])
+                self.problems += [f"{self._file}: {name}.{key}{line}" for line in entry["msg"].split("\n")]
             return None
-        return data, train
 
     def _common_data(self, subsets: Sequence[_Subset]) -> Iterator[tuple[str, Any]]:
         """Keys and values of ``[data]``, less those that stand in ``_RUN_KEYS``."""
-        by_dataset: dict[int, list[_Subset]] = {}
-        for one in subsets:
-            by_dataset.setdefault(one.dataset, []).append(one)
-        sections = [tuple(one.section for one in several) for several in by_dataset.values()]
-        sides = [self._side(several[0]) for several in by_dataset.values()]
-        if self.problems:
-            return
-        if len(set(sides)) == 1:
-            yield "sets", tuple(section for several in sections for section in several)
-        elif len(set(sections)) == 1:
-            yield "sets", sections[0]
+        sides = {one.dataset: self._side(one) for one in subsets}
+        asked = {side for side in sides.values() if side is not None}
+        if len(set(sides.values())) == 1:
+            yield "sets", tuple(one.section for one in subsets)
+            if asked:
+                yield "resolution", asked.pop()
         else:
-            self._tell(
-                ("datasets", [*by_dataset][-1], "resolution"),
-                f"datasets of different subsets have different resolutions ({', '.join(map(str, sides))}), but every "
-                "picture is shown at every resolution here; give them one, or the same subsets",
-            )
-        if any(side is not None for side in sides):
-            yield "resolution", sides[0] if len(set(sides)) == 1 else tuple(dict.fromkeys(sides))
-        crops = [
-            (one.location, {True: "random", False: "center"}.get(one.values.get("random_crop"))) for one in subsets
-        ]
-        if any(crop for _, crop in crops):
-            for crop in self._one_value("random_crop", [(at, crop or self._data.crop) for at, crop in crops]):
-                yield "crop", crop
+            yield "sets", tuple(one.section.model_copy(update={"resolution": sides[one.dataset]}) for one in subsets)
         masks = [(one.location, self._mask(one)) for one in subsets]
         if any(mask for _, mask in masks):
             if any(mask == "files" for _, mask in masks):
@@ -276,6 +262,8 @@ class _Reading:
                 self._tell(location, "image_dir is missing")
                 return None
             told["images"] = str(Path(told["metadata"]).parent)
+        if "random_crop" in values:
+            told["crop"] = "random" if values["random_crop"] else "center" if self._data.crop == "random" else None
         if values.get("is_reg"):
             told["role"] = "regularisation"
         if "wildcards" in told or "caption_lines" not in self._data.model_fields_set:

@@ -40,6 +40,13 @@ class Source:
     repeats: int
     loss_weight: float
     """Of its set, times its own."""
+    resolution: tuple[int, ...]
+    """Sides in pixels of the squares whose areas it is shown at; () for the base's own."""
+    crop: Literal["center", "random", "salient"]
+    flip: bool
+
+    def shown_at(self, resolution: int) -> bool:
+        return not self.resolution or resolution in self.resolution
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +161,9 @@ def _sources_of(number: int, one: SetSection, data: DataSection, report: Report)
                 role=one.role,
                 repeats=one.repeats * picture.folder.repeats,
                 loss_weight=one.loss_weight * (1.0 if row is None else row.weight),
+                resolution=data.sides_of(one),
+                crop=one.crop or data.crop,
+                flip=data.flip if one.flip is None else one.flip,
             )
         )
     captions.tell_missing()
@@ -180,7 +190,8 @@ def _shared_pictures(sources: Sequence[Source]) -> Iterator[Finding]:
     for source in sources:
         by_file.setdefault(os.path.realpath(source.file), []).append(source)
     for several in by_file.values():
-        if len(several) > 1:
+        sides = [side for source in several for side in source.resolution or (0,)]
+        if len(set(sides)) < len(sides) or len({source.role for source in several}) > 1:
             roles = sorted({source.role for source in several})
             learned = len(roles) > 1
             yield Finding(

@@ -56,27 +56,24 @@ def is_table(name: str) -> bool:
 def read_table(file: Path) -> Table:
     """Read ``file`` by its extension: .jsonl, .csv, or .json; no fault of it is raised, all of them are findings."""
     reading = _Reading(file)
+    readers = {".jsonl": reading.json_lines, ".csv": reading.csv_rows, ".json": reading.json_entries}
+    reader, rows = readers.get(extension_of(file.name)), ()
     try:
-        text = file.read_bytes().decode("utf-8-sig")
+        if reader is None:
+            reading.fault(
+                "table-unreadable", "a table of an unknown kind", "name one that ends in .jsonl, .csv or .json"
+            )
+        else:
+            rows = tuple(reader(file.read_bytes().decode("utf-8-sig")))
+            if not (rows or reading.findings):
+                reading.fault("table-empty", "no row in this table", "write one for each picture, or remove it")
     except OSError as error:
         reading.fault(
             "table-unreadable", f"this table cannot be read: {error.strerror}", "check the path and its rights"
         )
     except UnicodeDecodeError as error:
         reading.fault("table-not-utf8", f"not UTF-8 text (byte {error.start})", "save it again as UTF-8")
-    else:
-        readers = {".jsonl": reading.json_lines, ".csv": reading.csv_rows, ".json": reading.json_entries}
-        reader = readers.get(file.suffix.lower())
-        if reader is None:
-            reading.fault(
-                "table-unreadable", "a table of an unknown kind", "name one that ends in .jsonl, .csv or .json"
-            )
-        else:
-            rows = tuple(reader(text))
-            if not (rows or reading.findings):
-                reading.fault("table-empty", "no row in this table", "write one for each picture, or remove it")
-            return Table(file=file, rows=rows, findings=tuple(reading.findings))
-    return Table(file=file, rows=(), findings=tuple(reading.findings))
+    return Table(file=file, rows=rows, findings=tuple(reading.findings))
 
 
 class TableRows:
@@ -188,7 +185,7 @@ class _Reading:
                 else:
                     yield from self._row({key: value or None for key, value in record.items()}, where)
         except csv.Error as error:
-            self._broken(f"line {reader.line_num}", f"is not CSV: {error}")
+            self._broken(f"line {reader.reader.line_num}", f"is not CSV: {error}")
 
     def json_entries(self, text: str) -> Iterator[Row]:
         twice: list[str] = []
@@ -245,7 +242,7 @@ class _Reading:
                 name=name.strip().replace("\\", "/"),
                 where=where,
                 caption="\n".join(caption) if isinstance(caption, list) else caption,
-                tags=", ".join(tags if isinstance(tags, list) else (tags or "").split("\n")).strip(" ,"),
+                tags=_one_line(tags),
                 weight=weight,
             )
 
@@ -255,6 +252,11 @@ class _Reading:
 
 def _is_texts(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
+def _one_line(tags: str | list[str] | None) -> str:
+    lines = tags if isinstance(tags, list) else (tags or "").split("\n")
+    return ", ".join(filter(None, (line.strip(" ,\t\r") for line in lines)))
 
 
 def _is_unicode(value: object) -> bool:

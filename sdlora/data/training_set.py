@@ -110,8 +110,8 @@ def plan_training_set(
             continue
         prior = prior_loss_weight if items[number].source.role == "regularisation" else 1.0
         for placement in placements:
-            crops = crop_positions(placement) if data.crop == "random" else (placement,)
-            shown.append(ViewSet(item=number, placements=crops, flips=data.flip))
+            crops = crop_positions(placement) if items[number].source.crop == "random" else (placement,)
+            shown.append(ViewSet(item=number, placements=crops, flips=items[number].source.flip))
             weights.append(items[number].source.loss_weight * prior)
     return TrainingSet(
         items=tuple(items),
@@ -135,8 +135,8 @@ def _placed(items: Sequence[Item], rules: Sequence[BucketRules], data: DataSecti
     """For each picture, its placement at each resolution."""
 
     def place(item: Item) -> list[Placement]:
-        centred = [own.place(item.width, item.height) for own in rules]
-        if data.crop != "salient" or not any(placement.cut_off for placement in centred):
+        centred = [own.place(item.width, item.height) for own in rules if item.source.shown_at(own.resolution)]
+        if item.source.crop != "salient" or not any(placement.cut_off for placement in centred):
             return centred
         picture = open_picture(item.source.file, data.alpha_background)
         return [salient_crop(picture, placement) for placement in centred]

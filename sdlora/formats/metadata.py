@@ -29,6 +29,10 @@ class DatasetFacts:
     folders: Sequence[FolderFacts]
     """Of training pictures."""
     regularisation: Sequence[FolderFacts]
+    shuffle_caption: bool
+    keep_tokens: int
+    tag_dropout: float
+    """These three of the training set where they are highest."""
     validation_images: int
     validation_loss: float | None
     buckets: Mapping[tuple[int, int], int]
@@ -124,13 +128,13 @@ def training_metadata(config: Config, run: RunFacts, data: DatasetFacts) -> dict
         "ss_total_batch_size": train.batch_size,
         "ss_enable_bucket": config.data.enable_bucket,
         "ss_cache_latents": True,
-        "ss_shuffle_caption": config.data.shuffle_tags,
-        "ss_keep_tokens": config.data.keep_tokens,
+        "ss_shuffle_caption": data.shuffle_caption,
+        "ss_keep_tokens": data.keep_tokens,
         "ss_caption_dropout_rate": train.caption_dropout,
-        "ss_caption_tag_dropout_rate": config.data.tag_dropout,
-        "ss_flip_aug": config.data.flip,
+        "ss_caption_tag_dropout_rate": data.tag_dropout,
+        "ss_flip_aug": config.data.flip or any(one.flip for one in config.data.sets),
         "ss_color_aug": False,
-        "ss_random_crop": config.data.crop == "random",
+        "ss_random_crop": any((one.crop or config.data.crop) == "random" for one in config.data.sets),
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": run.family.modelspec_architecture if epsilon else run.family.modelspec_architecture_v,
         "modelspec.implementation": run.family.modelspec_implementation,

@@ -17,6 +17,8 @@ from ..data.items import Item
 
 KEPT_BYTES = 2**29
 """Of embeddings, on the device; the least recently used are dropped and computed again."""
+WRITTEN_BYTES = 2**30
+"""Of embeddings, that a run puts on the disk: drawn captions may never come again."""
 KEPT_TOKENS = 8192
 """Captions whose tokens are kept."""
 
@@ -33,6 +35,7 @@ class Contexts:
             width = base.unet.config["cross_attention_dim"]
             size = self.chunks * TOKENS_IN_CHUNK * width * base.dtype.itemsize
             self._rows = lru_cache(maxsize=max(64, KEPT_BYTES // size))(self._encoded)
+            self._unwritten = WRITTEN_BYTES
             self._encoders = text_fingerprint(base) if config.cache.disk else ""
 
     def of(self, captions: Sequence[str]) -> Conditioning:
@@ -61,7 +64,9 @@ class Contexts:
             pooled = found["pooled"].to(base.device) if "pooled" in found else None
             return Conditioning(context=found["context"].to(base.device), pooled=pooled)
         row = encode_prompts(base, [tokens])
-        self._cache.put(key, {"context": row.context} | ({} if row.pooled is None else {"pooled": row.pooled}))
+        self._unwritten -= row.context.nbytes
+        if self._unwritten >= 0:
+            self._cache.put(key, {"context": row.context} | ({} if row.pooled is None else {"pooled": row.pooled}))
         return row
 
 

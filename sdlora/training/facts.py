@@ -22,9 +22,14 @@ def describe_data(plan: RunPlan, validation_loss: float | None) -> DatasetFacts:
         for views in training.shown
         if (item := training.items[views.item]).source.role == "train"
     ]
+    trained = [item for item in training.items if item.source.role == "train"]
+    captions = [item.source.rules for item in trained]
     return DatasetFacts(
-        folders=_folders([item for item in training.items if item.source.role == "train"]),
+        folders=_folders(trained),
         regularisation=_folders([item for item in training.items if item.source.role == "regularisation"]),
+        shuffle_caption=any(own.shuffle_tags for own in captions),
+        keep_tokens=max(own.keep_tokens for own in captions),
+        tag_dropout=max(own.tag_dropout for own in captions),
         validation_images=sum(item.source.role == "validation" for item in training.items),
         validation_loss=validation_loss,
         buckets=buckets,

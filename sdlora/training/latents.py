@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..base.encode import Framing, encode_pixels
@@ -21,6 +24,8 @@ from ..data.masks import mask_on_grid
 from ..data.views import View
 from ..progress import Progress
 
+SCALED_PICTURES = 16
+"""That are kept for further views of the same; a few more than threads load at once."""
 DEVICE_BYTES = 2**31
 """Of latents, that are kept on the device; what is beyond that stays in main memory and is copied when it is needed."""
 
@@ -47,7 +52,8 @@ def encode_views(
     masks = _masks(items, views, config, base.checkpoint.latent_factor)
     cached: dict[View, CachedPicture] = {}
     kept = 0
-    encoded = fill(cache, latent_jobs(base, items, views, config), encode_with(base), progress=progress, task=_TASK)
+    jobs = latent_jobs(base, items, views, config)
+    encoded = fill(cache, jobs, encode_with(base), progress=progress, task="Encoding pictures")
     for view, tensors in zip(views, encoded, strict=True):
         mask = masks.get(view)
         kept += sum(tensor.nbytes for tensor in tensors.values())
@@ -61,16 +67,23 @@ def encode_views(
     return cached
 
 
-_TASK = "Encoding pictures"
-
-
 def latent_jobs(base: Base, items: Sequence[Item], views: Sequence[View], config: Config) -> list[Job[Tensor]]:
     """One for each view; what it loads is (3, h, w) float32 in [-1, 1]."""
     vae = vae_fingerprint(base) if config.cache.disk else ""
 
+    @lru_cache(maxsize=SCALED_PICTURES)
+    def scaled(item: int, width: int, height: int) -> _Once:
+        def make() -> Image.Image:
+            picture = open_picture(items[item].source.file, config.data.alpha_background)
+            return picture.resize((width, height), Image.Resampling.LANCZOS)
+
+        return _Once(make)
+
     def loader(view: View) -> Callable[[], Tensor]:
+        spot = view.placement
+
         def load() -> Tensor:
-            pixels = place(open_picture(items[view.item].source.file, config.data.alpha_background), view.placement)
+            pixels = place(scaled(view.item, spot.scaled_width, spot.scaled_height)(), spot)
             return pixels.flip(-1) if view.flipped else pixels
 
         return load
@@ -89,6 +102,20 @@ def latent_jobs(base: Base, items: Sequence[Item], views: Sequence[View], config
         )
         for view in views
     ]
+
+
+class _Once:
+    """A picture that is made by the first thread that asks for it; the others wait."""
+
+    def __init__(self, make: Callable[[], Image.Image]):
+        self._make, self._lock = make, threading.Lock()
+        self._made: Image.Image | None = None
+
+    def __call__(self) -> Image.Image:
+        with self._lock:
+            if self._made is None:
+                self._made = self._make()
+            return self._made
 
 
 def encode_with(base: Base) -> Callable[[Tensor], Mapping[str, Tensor]]:

@@ -10,9 +10,10 @@ from ..data.batches import BatchPlan
 from ..data.buckets import BucketRules, Placement, bucket_rules
 from ..data.findings import Finding, raise_errors
 from ..data.items import Item, dataset_digest, load_items
-from ..data.sources import find_sources, resolve_data
+from ..data.sources import find_sources, resolve_config
 from ..data.training_set import TrainingSet, plan_training_set
 from ..errors import ConfigError
+from ..progress import Progress
 from .checkpoint import RunIdentity
 
 
@@ -49,22 +50,22 @@ class RunPlan:
         return self.training.batches
 
 
-def plan_run(config: Config) -> RunPlan:
+def plan_run(config: Config, progress: Progress | None = None) -> RunPlan:
     """Check the base, the pictures and the captions, and place every picture.
 
     Raises:
         BaseModelError, DataError, ConfigError: with everything that is wrong with that input.
     """
     base = find_base(config.base)
-    data, train = resolve_data(config.data), config.train
-    config = config.model_copy(update={"data": data})
+    config = resolve_config(config)
+    data, train = config.data, config.train
     if train.learning_rate == 0 and train.text_encoder_learning_rate == 0:
         raise ConfigError(
             "train.learning_rate and train.text_encoder_learning_rate are both 0: nothing would be trained"
         )
     rules = bucket_rules(data, resolution=base.resolution, step=base.size_step)
     listing = find_sources(data)
-    items, faults = load_items(listing, background=data.alpha_background, mask=data.mask)
+    items, faults = load_items(listing, background=data.alpha_background, mask=data.mask, progress=progress)
     findings = (*listing.findings, *faults)
     raise_errors(findings)
     training = plan_training_set(
