@@ -20,9 +20,10 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import typer
 
 from . import __version__
-from .errors import ConfigError, Interrupted, SdloraError
+from .errors import ConfigError, DataError, Interrupted, SdloraError
 
 if TYPE_CHECKING:
+    from .captioners import Captioner
     from .inspection import Report
 
 app = typer.Typer(
@@ -387,6 +388,44 @@ def redact(file: FileArgument, out: OutOption) -> None:
         after = redacted(before)
         write_metadata(file, out, after)
         typer.echo(f"{out}: {sum(before[key] != after[key] for key in before)} of {len(before)} values changed")
+
+    _guard(run)
+
+
+@app.command()
+def caption(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of pictures; those within it too.")],
+    model: Annotated[Path, typer.Option(metavar="FOLDER", help="BLIP, Florence-2, or a WD14 tagger, on this disk.")],
+    kind: Annotated[str, typer.Option(help="auto, blip, florence or wd14.")] = "auto",
+    trigger: Annotated[str, typer.Option(metavar="WORD", help="Put in front of every caption written.")] = "",
+    caption_extension: Annotated[str, typer.Option(metavar=".EXT", help="Of the caption files.")] = ".txt",
+    as_json: JsonOption = False,
+) -> None:
+    """Write the captions that are missing beside the pictures, by a local model; no caption is ever changed."""
+
+    def run() -> None:
+        from .captioners import KINDS, find_kind, open_captioner
+
+        if kind not in ("auto", *KINDS):
+            raise typer.BadParameter(f"{kind!r} is not auto, {', '.join(KINDS)}", param_hint="--kind")
+        found = find_kind(model, kind)
+        from .captioning import caption_folder
+        from .progress import progress_bar
+
+        def load() -> Captioner:
+            _quiet_libraries()
+            return open_captioner(model, found)
+
+        with progress_bar() as progress:
+            report = caption_folder(
+                folder, load, trigger=trigger.strip(), extension=caption_extension, progress=progress
+            )
+        if as_json:
+            _emit({"kind": found, **report.to_json()})
+        else:
+            typer.echo(f"{folder}: {len(report.written)} captions written, {report.present} were there before")
+        if report.problems:
+            raise DataError(report.problems)
 
     _guard(run)
 

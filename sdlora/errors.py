@@ -7,6 +7,7 @@ SdloraError              the input is at fault; the message says which, what was
 ├── LoraFileError        a LoRA file
 ├── CompatibilityError   a LoRA and a base that do not belong together
 ├── ResumeError          a half-done or finished run that does not fit the command
+├── CaptionerError       a captioning model
 └── TrainingError        a run that went numerically wrong
 Interrupted              stopped by the user, after a safe save
 """
@@ -46,6 +47,10 @@ class CompatibilityError(SdloraError):
 
 class ResumeError(SdloraError):
     """A half-done or finished run that does not fit the command."""
+
+
+class CaptionerError(SdloraError):
+    """A captioning model."""
 
 
 class TrainingError(SdloraError):

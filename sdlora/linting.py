@@ -17,8 +17,8 @@ from .data.caption_checks import tag_counts
 from .data.findings import Finding, Severity
 from .data.lint import examine_all, lint
 from .data.picture_checks import Examined
-from .data.sources import Listing, find_sources, resolve_data
-from .progress import Progress
+from .data.sources import Listing, find_sources, resolve_config, resolve_data
+from .progress import Progress, progress_bar
 
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 _EXAMPLES = 3
@@ -109,8 +109,35 @@ def linted_sections(
     return data, config.base
 
 
+def lint_dataset(
+    dataset: str | Path | Config,
+    *,
+    trigger: str | None = None,
+    resolution: int | None = None,
+    caption_extension: str | None = None,
+    base: str | None = None,
+    show_progress: bool = True,
+) -> LintReport:
+    """What ``sdlora lint`` tells: of a folder of pictures, of a configuration file, or of a configuration.
+
+    Args:
+        trigger, resolution, caption_extension, base: instead of what the file says; a ``Config`` has its own.
+
+    Raises:
+        SdloraError: a configuration or base that cannot be used. What is wrong with the pictures is in the report.
+    """
+    with progress_bar(show_progress) as progress:
+        if isinstance(dataset, Config):
+            return lint_config(dataset, progress=progress)
+        sections = linted_sections(
+            [str(dataset)], trigger=trigger, resolution=resolution, caption_extension=caption_extension, base=base
+        )
+        return lint_data(*sections, progress=progress)
+
+
 def lint_config(config: Config, *, progress: Progress) -> LintReport:
     """Look through everything that ``config`` trains on; raises what ``lint_data`` raises."""
+    config = resolve_config(config)
     return lint_data(config.data, config.base, progress=progress)
 
 

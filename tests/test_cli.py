@@ -23,6 +23,7 @@ SURFACE = {
     "metadata show": {"file", "as_json"},
     "metadata set": {"file", "pairs", "out"},
     "metadata redact": {"file", "out"},
+    "caption": {"folder", "model", "kind", "trigger", "caption_extension", "as_json"},
     "cache info": {"folder", "as_json"},
     "cache prune": {"max_gigabytes", "everything", "folder", "as_json"},
     "quickstart": {"out", "as_json"},

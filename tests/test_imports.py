@@ -19,8 +19,8 @@ RANKS = {
     "data": 2, "lora": 2, "formats": 3, "base.schedule": 3, "base.architecture": 3, "base.attention": 3,
     "base.parts": 4, "base.sniff": 5,
     "base.single_file": 4, "base.checkpoint": 6, "base.load": 7, "base.tokens": 8, "base.encode": 9, "base.fingerprints": 9,
-    "training": 10, "generation": 10, "inspection": 10, "linting": 10, "captioning": 10, "conversion": 10, "quickstart": 10,
-    "api": 11, "cli": 12,
+    "training": 10, "generation": 10, "inspection": 10, "linting": 10, "conversion": 10, "quickstart": 10,
+    "captioners": 9, "captioning": 10, "api": 11, "cli": 12,
 }  # fmt: skip
 """A module may import what has a lower rank, and its own folder."""
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import struct
+import subprocess
 import sys
 import zlib
 from collections import Counter
@@ -17,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
+import sdlora as sdlora_package
 from sdlora.base.words import clip_words, words_in
 from sdlora.config import load_config
 from sdlora.data import images
@@ -626,9 +629,33 @@ def test_the_summary_is_short(tmp_path: Path) -> None:
     assert sum("enlarged" in line for line in full) == 20
 
 
-def test_lint_needs_neither_diffusers_nor_transformers(sdlora, tmp_path: Path) -> None:
-    import subprocess
+def test_a_progress_bar_shows_on_a_terminal(tmp_path: Path) -> None:
+    pty = pytest.importorskip("pty")
+    clean(tmp_path / "set")
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "sdlora.cli", "lint", "set", "--trigger", "zorb", "--json"]
+    made = subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=theirs, check=True)
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # The end of a terminal.
+        while piece := os.read(ours, 4096):
+            shown += piece
+    os.close(ours)
+    assert b"Looking at pictures" in shown
+    assert b"6/6" in shown
+    assert json.loads(made.stdout)["images"] == 6
 
+
+def test_as_a_function(tmp_path: Path) -> None:
+    folder = clean(tmp_path / "set")
+    assert sdlora_package.lint_dataset(folder, trigger="zorb").findings == ()
+    (tmp_path / "run.toml").write_text(CONFIG.format(more=f'images = "{folder}"'))
+    assert sdlora_package.lint_dataset(tmp_path / "run.toml").findings == ()
+    config = load_config(tmp_path / "run.toml", ["data.trigger=art"])
+    assert "trigger-common" in {finding.code for finding in sdlora_package.lint_dataset(config).findings}
+
+
+def test_lint_needs_neither_diffusers_nor_transformers(sdlora, tmp_path: Path) -> None:
     clean(tmp_path / "set")
     code = (
         "import sys; from sdlora.linting import *; from sdlora.progress import Silence;"

@@ -336,7 +336,7 @@ def test_validation_pictures_change_nothing_and_are_measured_alike_each_time(
 
     session = session_for(tiny_base, None, tmp_path / "y.safetensors", f"data.sets={sets}")
     with session.attached():
-        untrained = [validation_loss(session) for _ in range(2)]
+        untrained = [validation_loss(session, Silence()) for _ in range(2)]
     assert untrained[0] == untrained[1]
     assert result.validation_loss
     assert untrained[0] != result.validation_loss
@@ -402,6 +402,77 @@ def test_masks_follow_the_view(tiny_base: Path, tmp_path: Path) -> None:
     assert all(cached.mask is None for cached in unmasked.pictures.values())
     masked, plain = losses(session, 3), losses(unmasked, 3)
     assert all(0 < one < other for one, other in zip(masked, plain, strict=True))
+
+
+def test_masks_out_of_files(tiny_base: Path, tmp_path: Path) -> None:
+    pictures = write_pictures(tmp_path / "set", 2)
+    levels = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
+    (pictures / "mask").mkdir()
+    Image.fromarray(levels).save(pictures / "mask" / "1.png")
+    more = ("data.mask=files", "train.batch_size=2")
+    session = session_for(tiny_base, pictures, tmp_path / "x.safetensors", *more)
+    bare, masked = (session.pictures[view].mask for view in session.plan.training.views(2))
+    assert bare is None
+    assert masked is not None
+    side = 64 // session.base.checkpoint.latent_factor
+    expected = (levels / 255).reshape(side, 64 // side, side, 64 // side).mean((1, 3))
+    np.testing.assert_allclose(masked[0].numpy(), expected, atol=1e-6)
+    both = session.masks(list(session.pictures.values()))
+    assert both is not None
+    assert torch.equal(both[0], torch.ones_like(both[0]))
+    assert losses(session, 1)[0] > 0
+
+
+def test_a_dataset_configuration_of_kohyas_trainer_is_trained(tiny_base: Path, tmp_path: Path) -> None:
+    for name, count in (("mine", 3), ("cats", 4)):
+        write_pictures(tmp_path / name, count, sizes=((64, 64), (100, 60)))
+    (tmp_path / "dataset.toml").write_text(
+        f"""
+        [general]
+        shuffle_caption = true
+        caption_extension = ".txt"
+        [[datasets]]
+        resolution = 64
+        batch_size = 2
+        enable_bucket = true
+        min_bucket_reso = 48
+        max_bucket_reso = 96
+        bucket_reso_steps = 16
+        [[datasets.subsets]]
+        image_dir = {json.dumps(str(tmp_path / "mine"))}
+        num_repeats = 5
+        flip_aug = true
+        [[datasets.subsets]]
+        image_dir = {json.dumps(str(tmp_path / "cats"))}
+        is_reg = true
+        flip_aug = true
+        """,
+        encoding="utf-8",
+    )
+    output = tmp_path / "x.safetensors"
+    config = config_for(tiny_base, None, output, f"data.dataset_config={json.dumps(str(tmp_path / 'dataset.toml'))}")
+    plan = plan_run(config)
+    assert [(own.min_size, own.max_size, own.step) for own in plan.rules] == [(48, 96, 16)]
+    assert plan.batches.batch_size == 2
+    assert sum(plan.batches.repeats) == 30
+    package.train(config, show_progress=False)
+    metadata = read_header(output, ResumeError).metadata
+    assert metadata["ss_num_train_images"] == "15"
+    assert (metadata["ss_flip_aug"], metadata["ss_shuffle_caption"]) == ("True", "True")
+    assert metadata["ss_total_batch_size"] == "2"
+
+
+def test_embeddings_that_are_kept_are_bounded(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sdlora.training.contexts.KEPT_BYTES", 0)
+    monkeypatch.setattr("sdlora.training.contexts.WRITTEN_BYTES", 20_000)
+    more = (f"cache.folder={json.dumps(str(tmp_path / 'cache'))}", "train.text_encoder_learning_rate=0")
+    session = session_for(tiny_base, write_pictures(tmp_path / "set", 1), tmp_path / "x.safetensors", *more)
+    captions = [f"thing {number}" for number in range(80)]
+    first, again = (session.contexts.of(captions).context for _ in range(2))
+    assert torch.equal(first, again)
+    written = sum(1 for _ in (tmp_path / "cache").rglob("*.safetensors")) - 1  # Less the picture's.
+    assert written == 20_000 // first[0].nbytes
+    assert written > 0
 
 
 def test_flipped_views_are_mirrored_pictures(tiny_base: Path, tmp_path: Path) -> None:

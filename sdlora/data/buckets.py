@@ -161,7 +161,7 @@ def _covering(picture: Size, bucket: Size) -> Placement:
 
 
 def _scaled(picture: Size, bucket: Size) -> Size:
-    """The picture's size when it just covers the bucket. In doubles, halves rounded up, so that it is kohya's to the pixel."""
+    """Of a picture that just covers the bucket. In doubles, and halves rounded up, so that it is kohya's to the pixel."""
     width, height = picture
     scale = bucket[1] / height if width / height > bucket[0] / bucket[1] else bucket[0] / width
     return int(width * scale + 0.5), int(height * scale + 0.5)

@@ -115,18 +115,17 @@ class PictureFacts:
 def examine(file: Path) -> PictureFacts:
     """Decode ``file`` once, as far as is needed to know that it is whole.
 
-    Memory is that of the decoded picture; a large JPEG is decoded to an eighth of its size at least, which reads all of
-    the file's data nevertheless.
+    Memory is that of the decoded picture. A large JPEG is decoded at down to an eighth of its scale, for which all of its
+    data is read nevertheless.
 
     Raises:
         PictureError: as ``open_picture``.
     """
-    with _opened(file) as picture:
+    with _opened(file) as stored:
+        picture = stored
         # The orientation last: to find it, Pillow decodes all of a PNG.
         shape, mode, bits, orientation = picture.size, picture.mode, _bits(picture), _orientation(picture)
-        form = _format(picture)
-        frames = 1 if form == "JPEG" else getattr(picture, "n_frames", 1)
-        profile = _profile(picture)
+        form, profile = _format(picture), _profile(picture)
         drafted = _draft(picture, form)
         picture.load()
         # What is left to undo: Pillow turns a TIFF itself when it is loaded.
@@ -135,9 +134,10 @@ def examine(file: Path) -> PictureFacts:
             shape = picture.size
         alpha, transparent, hidden = _alpha_facts(picture)
         if alpha == "opaque":
-            picture = picture.convert("RGB")
+            picture = _flatten(picture, "#ffffff")
         small = _turned(_small(picture), left)
         grey = small.convert("L").resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BOX)
+        digest = _file_digest(file) if drafted else _pixel_digest(_turned(picture, left))
         return PictureFacts(
             width=shape[left >= 5],
             height=shape[left < 5],
@@ -145,12 +145,13 @@ def examine(file: Path) -> PictureFacts:
             mode=mode,
             bits=bits,
             orientation=orientation,
-            frames=frames,
+            # When all else is done: counting goes through the frames, and the first is lost.
+            frames=_frames(stored, form),
             alpha=alpha,
             transparent=transparent,
             hidden_colour=hidden,
             profile=profile,
-            digest=_file_digest(file) if drafted else _pixel_digest(_turned(picture, left)),
+            digest=digest,
             thumbnail=grey.tobytes(),
             mean=ImageStat.Stat(grey).mean[0],
             spread=max(ImageStat.Stat(small).stddev),
@@ -292,8 +293,9 @@ def _opened(file: Path) -> Generator[Image.Image]:
         ) from None
     except FileNotFoundError:
         raise PictureError(_fault(file, "picture-unreadable", "no such file", "check the folder")) from None
-    # Pillow's decoders raise all of these on bytes that are not what they should be.
-    except (OSError, ValueError, SyntaxError, EOFError, ArithmeticError, LookupError, TypeError, RuntimeError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise nearly anything on bytes that are not what they should be.
         reason = str(error).strip() or type(error).__name__
         cut = isinstance(error, EOFError) or "truncated" in reason.lower()
         code, what = ("picture-truncated", "truncated picture") if cut else ("picture-damaged", "damaged picture")
@@ -362,6 +364,13 @@ def _formats() -> tuple[str, ...]:
 def _format(picture: Image.Image) -> str:
     """Phones write JPEG files with further pictures behind the first, which Pillow calls MPO."""
     return "JPEG" if picture.format == "MPO" else str(picture.format)
+
+
+def _frames(picture: Image.Image, form: str) -> int:
+    try:
+        return 1 if form == "JPEG" else getattr(picture, "n_frames", 1)
+    except Exception:  # Those behind the first may be damaged, and nobody asks for them.
+        return 1
 
 
 def _orientation(picture: Image.Image) -> int:

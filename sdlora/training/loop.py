@@ -75,7 +75,7 @@ def run_training(plan: RunPlan, *, restart: bool, progress: Progress) -> TrainRe
         first, started_at = checkpoint.step, checkpoint.started_at
     with session.attached():
         loss = train_steps(session, first, started_at, folder, progress)
-        held_out = validation_loss(session)
+        held_out = validation_loss(session, progress)
 
     if accelerator.is_main_process:
         weights = session.adapter.weights()

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from ..data.batches import share
+from ..progress import Progress
 from .loss import denoising_loss
 from .session import TrainingSession
 
@@ -16,7 +17,7 @@ _STREAM = 20
 
 
 @torch.no_grad()
-def validation_loss(session: TrainingSession) -> float | None:
+def validation_loss(session: TrainingSession, progress: Progress) -> float | None:
     """Mean loss of the validation pictures, weighted as in training; None where there are none.
 
     Noise depends on the seed, the picture and the noise level alone, and the latent is the encoder's mean: the same in
@@ -29,7 +30,9 @@ def validation_loss(session: TrainingSession) -> float | None:
     levels = len(base.schedule.alphas_cumprod)
     timesteps = [(2 * k + 1) * levels // (2 * TIMESTEPS) for k in range(TIMESTEPS)]
     total = torch.zeros((), device=base.device)
-    for number in share(len(views), process=accelerator.process_index, processes=accelerator.num_processes):
+    own = share(len(views), process=accelerator.process_index, processes=accelerator.num_processes)
+    progress.start("Validation", len(own))
+    for number in own:
         view = views[number]
         picture, source = session.pictures[view], plan.training.items[view.item].source
         conditioning = session.contexts.of([source.rules.plain(source.captions)])
@@ -46,6 +49,7 @@ def validation_loss(session: TrainingSession) -> float | None:
                 min_snr_gamma=plan.config.train.min_snr_gamma,
                 masks=session.masks([picture]),
             )[0]
+        progress.advance()
     if accelerator.num_processes > 1:
         total = accelerator.reduce(total, "sum")
     return total.item() / (len(views) * TIMESTEPS)
