@@ -24,6 +24,7 @@ from sdlora.base.words import clip_words, words_in
 from sdlora.config import load_config
 from sdlora.data import images
 from sdlora.data.images import open_picture
+from sdlora.data.items import load_items
 from sdlora.data.repair import write_repaired
 from sdlora.data.sheet import COLUMNS, GAP, VEIL, picture_as_seen, write_sheets
 from sdlora.errors import DataError
@@ -262,6 +263,19 @@ def test_one_of_each_fault_is_found_and_nothing_else(tmp_path: Path, monkeypatch
         assert finding.message[0].lower() == finding.message[0] or finding.message.startswith(("A ", "CMYK", "EXIF"))
         assert "\n" not in str(finding)
     images._has_plugin.cache_clear()
+
+
+def test_what_forbids_training_is_what_lint_calls_an_error(tmp_path: Path) -> None:
+    folder = clean(tmp_path / "set")
+    for build in (unreadable_pictures, odd_pictures, repeated_pictures, faulty_captions):
+        build(folder)
+    (folder / "mask").mkdir()
+    Image.new("L", (64, 64), 255).save(folder / "mask" / "clean1.png")
+    report = lint_folder(folder, "data.mask=files")
+    _, faults = load_items(report.listing, background="#ffffff", mask="files")
+    refused = {(own.code, own.file) for own in (*report.listing.findings, *faults) if own.severity == "error"}
+    assert len(refused) > 12
+    assert {(own.code, own.file) for own in report.findings if own.severity == "error"} == refused
 
 
 @pytest.mark.parametrize("name", ["ü 空 a b", "-x"])
@@ -644,7 +658,8 @@ def test_a_missing_folder_is_a_finding(sdlora, tmp_path: Path) -> None:
     assert [(f["code"], f["file"]) for f in answer["findings"]] == [("folder-missing", "nowhere")]
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "notes.md").touch()
-    assert "no picture among its 1 files" in sdlora("lint", "bare", "--sheet", "s.png").stdout
+    (finding,) = lint_folder(tmp_path / "bare").findings
+    assert finding.message == "no picture among its 1 files"
 
 
 def test_the_summary_is_short(tmp_path: Path) -> None:
