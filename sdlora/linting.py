@@ -7,9 +7,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .base.checkpoint import BaseCheckpoint, find_base
 from .base.words import Words, clip_words, words_in
 from .config import BaseSection, Config, DataSection, load_config
 from .data.buckets import BucketUse, Placement, bucket_rules, bucket_table
@@ -19,6 +18,9 @@ from .data.lint import examine_all, lint
 from .data.picture_checks import Examined
 from .data.sources import Listing, find_sources, resolve_config, resolve_data
 from .progress import Progress, progress_bar
+
+if TYPE_CHECKING:
+    from .base.checkpoint import BaseCheckpoint
 
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 _EXAMPLES = 3
@@ -148,6 +150,9 @@ def lint_data(data: DataSection, base: BaseSection, *, progress: Progress) -> Li
         BaseModelError: ``base`` cannot be used.
         ConfigError: sizes that ``base`` cannot have, or a table of captions that cannot be read.
     """
+    # It brings torch, and what is wrong with the arguments is told without.
+    from .base.checkpoint import find_base
+
     checkpoint = find_base(base)
     data = resolve_data(data)
     # The largest first: what is too small for the others is too small for it.

@@ -8,7 +8,7 @@ import os
 import threading
 import warnings
 import zlib
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -67,7 +67,7 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 _PIECE = 1 << 20
 """Bytes that are read at once."""
 _STRIP = 256
-"""Rows that are hashed at once, so that a large picture is not held twice."""
+"""Rows that are looked at together."""
 _WARNINGS = threading.RLock()
 
 
@@ -121,8 +121,7 @@ def examine(file: Path) -> PictureFacts:
     Raises:
         PictureError: as ``open_picture``.
     """
-    with _opened(file) as stored:
-        picture = stored
+    with _opened(file) as picture:
         # The orientation last: to find it, Pillow decodes all of a PNG.
         shape, mode, bits, orientation = picture.size, picture.mode, _bits(picture), _orientation(picture)
         form, profile = _format(picture), _profile(picture)
@@ -133,8 +132,6 @@ def examine(file: Path) -> PictureFacts:
         if not drafted:
             shape = picture.size
         alpha, transparent, hidden = _alpha_facts(picture)
-        if alpha == "opaque":
-            picture = _flatten(picture, "#ffffff")
         small = _turned(_small(picture), left)
         grey = small.convert("L").resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BOX)
         digest = _file_digest(file) if drafted else _pixel_digest(_turned(picture, left))
@@ -146,7 +143,7 @@ def examine(file: Path) -> PictureFacts:
             bits=bits,
             orientation=orientation,
             # When all else is done: counting goes through the frames, and the first is lost.
-            frames=_frames(stored, form),
+            frames=_frames(picture, form),
             alpha=alpha,
             transparent=transparent,
             hidden_colour=hidden,
@@ -427,9 +424,17 @@ def _alpha_facts(picture: Image.Image) -> tuple[Literal["none", "opaque", "used"
     count = unseen.histogram()[255]
     if not count:
         return "used", 0.0, False
-    levels = full.convert("RGB").histogram(unseen)
-    used = [[level for level in range(256) if levels[256 * band + level]] for band in range(3)]
+    levels = np.zeros(3 * 256, np.int64)
+    for box in _strips(full.size):
+        levels += full.crop(box).convert("RGB").histogram(unseen.crop(box))
+    used = [np.flatnonzero(band) for band in levels.reshape(3, 256)]
     return "used", count / (full.width * full.height), any(band[-1] - band[0] > 16 for band in used)
+
+
+def _strips(size: tuple[int, int]) -> Iterator[tuple[int, int, int, int]]:
+    """Boxes that make up a picture of ``size``, so that what is done to each needs little memory."""
+    for top in range(0, size[1], _STRIP):
+        yield 0, top, size[0], min(top + _STRIP, size[1])
 
 
 def _small(picture: Image.Image) -> Image.Image:
@@ -460,9 +465,8 @@ def _pixel_digest(picture: Image.Image) -> str:
     if picture.mode.startswith(("I", "F")):
         picture = _flatten(picture, "#ffffff")
     digest = hashlib.sha256(f"{picture.width}x{picture.height}".encode())
-    for top in range(0, picture.height, _STRIP):
-        strip = picture.crop((0, top, picture.width, min(top + _STRIP, picture.height)))
-        digest.update(_flatten(strip, "#ffffff").tobytes())
+    for box in _strips(picture.size):
+        digest.update(_flatten(picture.crop(box), "#ffffff").tobytes())
     return digest.hexdigest()
 
 
