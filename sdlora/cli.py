@@ -23,6 +23,7 @@ from . import __version__
 from .errors import ConfigError, DataError, Interrupted, SdloraError
 
 if TYPE_CHECKING:
+    from .captioners import Captioner
     from .inspection import Report
 
 app = typer.Typer(
@@ -411,14 +412,13 @@ def caption(
         from .captioning import caption_folder
         from .progress import progress_bar
 
-        _quiet_libraries()
+        def load() -> Captioner:
+            _quiet_libraries()
+            return open_captioner(model, found)
+
         with progress_bar() as progress:
             report = caption_folder(
-                folder,
-                lambda: open_captioner(model, found),
-                trigger=trigger.strip(),
-                extension=caption_extension,
-                progress=progress,
+                folder, load, trigger=trigger.strip(), extension=caption_extension, progress=progress
             )
         if as_json:
             _emit({"kind": found, **report.to_json()})
