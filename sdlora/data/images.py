@@ -242,14 +242,28 @@ def write_upright(file: Path, target: Path) -> bool:
     return True
 
 
-def place(picture: Image.Image, placement: Placement) -> torch.Tensor:
-    """Scale and crop as planned -> float32 (3, height, width) in [-1, 1]."""
-    import torch
+def scale(picture: Image.Image, placement: Placement) -> Image.Image:
+    """The whole picture at the size that is planned."""
+    return picture.resize((placement.scaled_width, placement.scaled_height), Image.Resampling.LANCZOS)
 
-    scaled = picture.resize((placement.scaled_width, placement.scaled_height), Image.Resampling.LANCZOS)
+
+def cut_out(scaled: Image.Image, placement: Placement, *, flipped: bool = False) -> np.ndarray:
+    """The planned part of what ``scale`` made, mirrored afterwards where ``flipped`` -> uint8 (height, width, 3)."""
     left, top = placement.left, placement.top
     pixels = np.asarray(scaled.crop((left, top, left + placement.width, top + placement.height)))
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float().div(127.5).sub(1)
+    return np.ascontiguousarray(pixels[:, ::-1] if flipped else pixels)
+
+
+def as_pixels(cut: np.ndarray) -> torch.Tensor:
+    """What ``cut_out`` gives -> float32 (3, height, width) in [-1, 1]."""
+    import torch
+
+    return torch.from_numpy(cut.copy()).permute(2, 0, 1).float().div(127.5).sub(1)
+
+
+def place(picture: Image.Image, placement: Placement) -> torch.Tensor:
+    """Scale and crop as planned -> float32 (3, height, width) in [-1, 1]."""
+    return as_pixels(cut_out(scale(picture, placement), placement))
 
 
 @contextmanager
