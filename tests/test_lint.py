@@ -25,6 +25,7 @@ from sdlora.config import load_config
 from sdlora.data import images
 from sdlora.data.images import open_picture
 from sdlora.data.items import load_items
+from sdlora.data.repair import _decoded as decoded_caption
 from sdlora.data.repair import write_repaired
 from sdlora.data.sheet import COLUMNS, GAP, VEIL, picture_as_seen, write_sheets
 from sdlora.errors import DataError
@@ -494,6 +495,23 @@ def test_captions_of_a_table_are_written_to_files(tmp_path: Path) -> None:
     repair_into(lint_folder(folder), tmp_path / "copy")
     assert (tmp_path / "copy" / "clean3.txt").read_text() == "zorb, 3\n"
     assert lint_folder(tmp_path / "copy").findings == ()
+
+
+@given(st.text(min_size=1, max_size=40), st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "cp1252"]))
+def test_captions_are_decoded_as_they_were_encoded(text: str, encoding: str) -> None:
+    try:
+        data = text.encode(encoding)
+    except UnicodeEncodeError:
+        return
+    decoded = decoded_caption(data)
+    if encoding != "cp1252":
+        assert decoded == text.removeprefix("\ufeff") or encoding == "utf-8"
+    else:
+        with contextlib.suppress(UnicodeDecodeError):
+            # What is UTF-8 by its bytes is taken for UTF-8.
+            assert decoded == data.decode("utf-8-sig")
+            return
+        assert decoded == text or data[:2] in (b"\xff\xfe", b"\xfe\xff")
 
 
 def test_a_copy_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import threading
 import warnings
 import zlib
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -232,7 +232,9 @@ def write_upright(file: Path, target: Path) -> bool:
         upright = _turned(picture, _orientation(picture))
         exif.pop(_ORIENTATION, None)
         if len(exif) and form not in ("BMP", "TIFF"):
-            options["exif"] = exif.tobytes()
+            # A block that Pillow can read but not write is left out.
+            with suppress(Exception):
+                options["exif"] = exif.tobytes()
         if profile := picture.info.get("icc_profile"):
             options["icc_profile"] = profile
     upright.info = {key: value for key, value in upright.info.items() if key == "transparency"}
