@@ -1,6 +1,6 @@
 """Encoding a folder of pictures into the cache, as a share of the rate of the bare VAE encoder.
 
-    python benchmarks/cache.py [--base mini] [--pictures 48] [--rounds 9]
+    python benchmarks/cache.py [--base mini] [--images datasets] [--rounds 15]
 
 The bare encoder gets pixels that are in memory already, one picture at a time. The cache starts with picture files: it
 decodes, scales and crops them, encodes, and writes every entry to an empty folder. ``again`` is the same pictures once
@@ -15,74 +15,42 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse
-import hashlib
 import json
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 
-from sdlora.base.checkpoint import find_base
-from sdlora.base.encode import encode_pixels
-from sdlora.base.fingerprints import vae_fingerprint
 from sdlora.base.load import Base, choose_device, load_base
-from sdlora.data.buckets import bucket_sizes, place_in_bucket
-from sdlora.data.cache import EncodedCache, Job, fill, latent_key
+from sdlora.config import load_config
+from sdlora.data.cache import EncodedCache, Job, fill
 from sdlora.data.cache_files import prune
-from sdlora.data.images import open_picture, place
 from sdlora.precision import choose_precision
 from sdlora.progress import Silence
+from sdlora.training.latents import encode_with, latent_jobs
+from sdlora.training.plan import RunPlan, plan_run
 
 
-def write_pictures(folder: Path, count: int, side: int) -> list[Path]:
-    """Photograph-like PNGs, 4:3, a half larger than the bucket they go to: smooth fields with some grain."""
-    rng = np.random.default_rng(0)
-    width, height = side * 2, side * 3 // 2
-    files = [folder / f"{number}.png" for number in range(count)]
-    for file in files:
-        coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
-        smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), np.int16)
-        grain = rng.normal(0, 4, smooth.shape).astype(np.int16)
-        Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8)).save(file)
-    return files
+def compare(base: Base, plan: RunPlan, folder: Path, rounds: int) -> dict[str, object]:
+    views = [view for shown in plan.training.shown for view in shown.all()]
+    encode, cache = encode_with(base), EncodedCache(folder, 1e12)
 
+    def jobs() -> list[Job[torch.Tensor]]:
+        """Made anew for each round, since they remember pictures that they have opened."""
+        return latent_jobs(base, plan.items, views, plan.config)
 
-def jobs_of(base: Base, files: list[Path]) -> list[Job[torch.Tensor]]:
-    sizes, vae, jobs = bucket_sizes(base.checkpoint.resolution, base.checkpoint.size_step), vae_fingerprint(base), []
-    for file in files:
-        picture = open_picture(file)
-        placement = place_in_bucket(*picture.size, sizes)
-        key = latent_key(
-            pixels=hashlib.sha256(picture.tobytes()).hexdigest(),
-            placement=placement,
-            flipped=False,
-            vae=vae,
-            dtype=base.vae.dtype,
-            device=base.device,
-        )
-        jobs.append(Job(key=key, load=lambda file=file, placement=placement: place(open_picture(file), placement)))
-    return jobs
-
-
-def compare(base: Base, folder: Path, pictures: int, rounds: int) -> dict[str, object]:
-    jobs = jobs_of(base, write_pictures(folder, pictures, base.checkpoint.resolution))
-    cache, in_memory = EncodedCache(folder / "cache", 1e12), [job.load() for job in jobs]
-
-    def encode(pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-        posterior = encode_pixels(base, pixels[None])
-        return {"mean": posterior.mean[0], "std": posterior.std[0]}
+    in_memory = [job.load() for job in jobs()]
 
     def bare() -> None:
         for pixels in in_memory:
             encode(pixels)["mean"].cpu()
 
-    def cached() -> None:
-        for _ in fill(cache, jobs, encode, progress=Silence(), task="Encoding"):
+    def cached(own: list[Job[torch.Tensor]]) -> None:
+        for _ in fill(cache, own, encode, progress=Silence(), task=""):
             pass
 
     def seconds(work: Callable[[], None]) -> float:
@@ -93,13 +61,15 @@ def compare(base: Base, folder: Path, pictures: int, rounds: int) -> dict[str, o
     bare()
     times: dict[str, list[float]] = {"bare": [], "cached": [], "again": []}
     for _ in range(rounds):
-        prune(folder / "cache", 0)
-        for name, work in (("bare", bare), ("cached", cached), ("again", cached)):
+        prune(folder, 0)
+        first, second = partial(cached, jobs()), partial(cached, jobs())
+        for name, work in (("bare", bare), ("cached", first), ("again", second)):
             times[name].append(seconds(work))
     shares = sorted(one / other for one, other in zip(times["bare"], times["cached"], strict=True))
     return {
-        "pixels": list(in_memory[0].shape[1:]),
-        "pictures_per_second": {name: round(pictures / statistics.median(own), 1) for name, own in times.items()},
+        "pictures": len(views),
+        "pixels": sorted({pixels.shape[:2] for pixels in in_memory}),
+        "pictures_per_second": {name: round(len(views) / statistics.median(own), 1) for name, own in times.items()},
         "cached / bare": [round(share, 3) for share in (statistics.median(shares), shares[0], shares[-1])],
     }
 
@@ -107,16 +77,19 @@ def compare(base: Base, folder: Path, pictures: int, rounds: int) -> dict[str, o
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="mini")
-    parser.add_argument("--pictures", type=int, default=48)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--images", default="datasets")
+    parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()
-    checkpoint, device = find_base(arguments.base), choose_device()
+    values = [f"base.path={json.dumps(arguments.base)}", f"data.images={json.dumps(arguments.images)}"]
+    values += ["data.allow_missing_captions=true"]
+    plan = plan_run(load_config("configs/quickstart-blueprint.toml", values))
+    checkpoint, device = plan.base, choose_device()
     dtype = choose_precision("auto", device, unet_parameters=checkpoint.unet_parameters)
     base = load_base(checkpoint, device=device, dtype=dtype)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, torch {torch.__version__}; shares are median [least, most] of {arguments.rounds} rounds")
     with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps(compare(base, Path(folder), arguments.pictures, arguments.rounds)))
+        print(json.dumps(compare(base, plan, Path(folder), arguments.rounds)))
 
 
 if __name__ == "__main__":

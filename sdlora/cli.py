@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 # Read when torch is imported. OpenMP threads that spin for work slow a step a hundred times when another process is
 # busy; threads that sleep at once halve the speed of small steps. So they spin for some 50 microseconds, then sleep.
@@ -21,6 +21,9 @@ import typer
 
 from . import __version__
 from .errors import ConfigError, DataError, Interrupted, SdloraError
+
+if TYPE_CHECKING:
+    from .captioners import Captioner
 
 app = typer.Typer(
     add_completion=False,
@@ -456,14 +459,13 @@ def caption(
         from .captioning import caption_folder
         from .progress import progress_bar
 
-        _quiet_libraries()
+        def load() -> Captioner:
+            _quiet_libraries()
+            return open_captioner(model, found)
+
         with progress_bar() as progress:
             report = caption_folder(
-                folder,
-                lambda: open_captioner(model, found),
-                trigger=trigger.strip(),
-                extension=caption_extension,
-                progress=progress,
+                folder, load, trigger=trigger.strip(), extension=caption_extension, progress=progress
             )
         if as_json:
             _emit({"kind": found, **report.to_json()})

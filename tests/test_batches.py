@@ -187,6 +187,16 @@ def test_roles_repeats_resolutions_and_weights() -> None:
     assert len({view.placement for view in own.validation}) == 2
 
 
+def test_regularisation_is_filled_at_each_resolution_by_itself() -> None:
+    own = training_set(
+        [item(0, repeats=5, resolution=(64,)), item(1, repeats=2), *(item(n, role="regularisation") for n in (2, 3))],
+        resolution=(64, 96),
+        enable_bucket=False,
+    )
+    often = {(v.item, v.size[0]): t for v, t in zip(own.shown, own.batches.repeats, strict=True)}
+    assert often == {(0, 64): 5, (1, 64): 2, (2, 64): 4, (3, 64): 3, (1, 96): 2, (2, 96): 1, (3, 96): 1}
+
+
 def test_views_are_those_that_are_shown_and_no_others() -> None:
     own = training_set(mixed(), **EVERYTHING)
     for steps in (1, 5, 1200):

@@ -215,11 +215,20 @@ def fill(
 
 
 def _loaders(count: int) -> ThreadPoolExecutor:
-    """Threads in which torch computes with one core each: teams of threads for each would keep the encoder waiting."""
+    """Threads in which torch computes with one core each.
+
+    Where each had a team of its own, OpenMP would find more threads than cores, send those of the encoder to sleep at
+    every turn, and halve its speed.
+    """
     threads, started = torch.get_num_threads(), threading.Barrier(count)
-    pool = ThreadPoolExecutor(count, "sdlora-load", initializer=torch.set_num_threads, initargs=(1,))
+
+    def begin() -> None:
+        torch.get_num_threads()  # The first question sets the number of the process, in this thread too.
+        torch.set_num_threads(1)
+
+    pool = ThreadPoolExecutor(count, "sdlora-load", initializer=begin)
     list(pool.map(lambda _: started.wait(), range(count)))
-    torch.set_num_threads(threads)  # Also for threads that begin later.
+    torch.set_num_threads(threads)  # For threads that begin later; those that have begun keep theirs.
     return pool
 
 

@@ -92,54 +92,52 @@ def plan_training_set(
     Raises:
         DataError: there is nothing to train on, or a picture can no longer be read.
     """
-    by_role = {
-        role: [number for number, item in enumerate(items) if item.source.role == role]
-        for role in ("train", "regularisation", "validation")
-    }
-    training, regularisation = by_role["train"], by_role["regularisation"]
-    if not training:
+    if not any(item.source.role == "train" for item in items):
         raise DataError("no picture to train on: every one is for regularisation or validation")
-    repeats = {number: items[number].source.repeats for number in training}
-    fill = regularisation_repeats(sum(repeats.values()), [items[number].source.repeats for number in regularisation])
-    repeats |= dict(zip(regularisation, fill, strict=True))
-
-    placed = _placed(items, rules, data)
-    shown, weights = [], []
-    for number, placements in enumerate(placed):
-        if items[number].source.role == "validation":
-            continue
-        prior = prior_loss_weight if items[number].source.role == "regularisation" else 1.0
-        for placement in placements:
-            crops = crop_positions(placement) if items[number].source.crop == "random" else (placement,)
-            shown.append(ViewSet(item=number, placements=crops, flips=items[number].source.flip))
-            weights.append(items[number].source.loss_weight * prior)
+    often = {own.resolution: _repeats(items, own.resolution) for own in rules}
+    shown, weights, repeats, validation = [], [], [], []
+    for number, (item, placed) in enumerate(zip(items, _placed(items, rules, data), strict=True)):
+        source = item.source
+        for resolution, placement in placed.items():
+            if source.role == "validation":
+                validation.append(View(item=number, placement=placement, flipped=False))
+                continue
+            crops = crop_positions(placement) if source.crop == "random" else (placement,)
+            shown.append(ViewSet(item=number, placements=crops, flips=source.flip))
+            weights.append(source.loss_weight * (prior_loss_weight if source.role == "regularisation" else 1.0))
+            repeats.append(often[resolution][number])
+    sizes = [views.size for views in shown]
     return TrainingSet(
         items=tuple(items),
         shown=tuple(shown),
         weights=tuple(weights),
-        batches=BatchPlan.of(
-            [views.size for views in shown],
-            repeats=[repeats[views.item] for views in shown],
-            batch_size=batch_size,
-            seed=seed,
-        ),
-        validation=tuple(
-            View(item=number, placement=placement, flipped=False)
-            for number in by_role["validation"]
-            for placement in placed[number]
-        ),
+        batches=BatchPlan.of(sizes, repeats=repeats, batch_size=batch_size, seed=seed),
+        validation=tuple(validation),
     )
 
 
-def _placed(items: Sequence[Item], rules: Sequence[BucketRules], data: DataSection) -> list[list[Placement]]:
-    """For each picture, its placement at each resolution."""
+def _repeats(items: Sequence[Item], resolution: int) -> dict[int, int]:
+    """How often each training and regularisation picture is shown in an epoch at ``resolution``, if it is at all."""
+    times: dict[str, dict[int, int]] = {"train": {}, "regularisation": {}, "validation": {}}
+    for number, item in enumerate(items):
+        if item.source.shown_at(resolution):
+            times[item.source.role][number] = item.source.repeats
+    regularisation = times["regularisation"]
+    fill = regularisation_repeats(sum(times["train"].values()), list(regularisation.values()))
+    return times["train"] | dict(zip(regularisation, fill, strict=True))
 
-    def place(item: Item) -> list[Placement]:
-        centred = [own.place(item.width, item.height) for own in rules if item.source.shown_at(own.resolution)]
-        if item.source.crop != "salient" or not any(placement.cut_off for placement in centred):
+
+def _placed(items: Sequence[Item], rules: Sequence[BucketRules], data: DataSection) -> list[dict[int, Placement]]:
+    """For each picture, its placement at each resolution that it is shown at."""
+
+    def place(item: Item) -> dict[int, Placement]:
+        centred = {
+            own.resolution: own.place(item.width, item.height) for own in rules if item.source.shown_at(own.resolution)
+        }
+        if item.source.crop != "salient" or not any(placement.cut_off for placement in centred.values()):
             return centred
         picture = open_picture(item.source.file, data.alpha_background)
-        return [salient_crop(picture, placement) for placement in centred]
+        return {resolution: salient_crop(picture, placement) for resolution, placement in centred.items()}
 
     with ThreadPoolExecutor() as pool:
         return list(pool.map(place, items))

@@ -88,8 +88,8 @@ def plan_run(config: Config, progress: Progress | None = None) -> RunPlan:
 
 def _unused_regularisation(training: TrainingSet) -> list[Finding]:
     """Kohya's trainer, too, shows no more regularisation pictures in an epoch than training pictures."""
-    never = {views.item for views, times in zip(training.shown, training.batches.repeats, strict=True) if not times}
     every = {number for number, item in enumerate(training.items) if item.source.role == "regularisation"}
+    never = every - {views.item for views, times in zip(training.shown, training.batches.repeats, strict=True) if times}
     if not never:
         return []
     return [
