@@ -450,7 +450,7 @@ def worker(*arguments: object) -> subprocess.Popen[str]:
 
 
 def test_fifty_kills_leave_a_cache_that_works(tmp_path: Path) -> None:
-    folder, count, kills = tmp_path / "cache", 1000, 50
+    folder, count, kills = tmp_path / "cache", 3000, 50
     with worker("kill", folder, count, kills) as process:
         out, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (0, "")
