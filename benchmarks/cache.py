@@ -68,7 +68,7 @@ def compare(base: Base, plan: RunPlan, folder: Path, rounds: int) -> dict[str, o
     shares = sorted(one / other for one, other in zip(times["bare"], times["cached"], strict=True))
     return {
         "pictures": len(views),
-        "pixels": sorted({tuple(pixels.shape[1:]) for pixels in in_memory}),
+        "pixels": sorted({pixels.shape[:2] for pixels in in_memory}),
         "pictures_per_second": {name: round(len(views) / statistics.median(own), 1) for name, own in times.items()},
         "cached / bare": [round(share, 3) for share in (statistics.median(shares), shares[0], shares[-1])],
     }

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .config import BaseSection, Config, load_config
     from .conversion import convert
     from .errors import SdloraError
+    from .linting import lint_dataset
 
 __version__ = "0.1.0"
 
@@ -23,6 +24,7 @@ _HOMES = {
     "generate": "api",
     "generate_strip": "api",
     "inspect": "api",
+    "lint_dataset": "linting",
     "load_config": "config",
     "train": "api",
 }
@@ -36,6 +38,7 @@ __all__ = [
     "generate",
     "generate_strip",
     "inspect",
+    "lint_dataset",
     "load_config",
     "train",
 ]

@@ -60,7 +60,7 @@ class SetSection(Section):
     validation pictures are never trained on."""
     repeats: int = Field(1, ge=1)
     """How often each picture is shown in an epoch; times what the name of a folder ``10_name`` within says."""
-    loss_weight: float = Field(1.0, ge=0)
+    loss_weight: float = Field(1.0, ge=0, allow_inf_nan=False)
     subfolders: bool = True
     """Whether the folders within are searched too."""
     trigger: str | None = Field(None, max_length=60)
@@ -184,6 +184,9 @@ def _source_problems(data: DataSection) -> Iterator[str]:
 
 
 def _setting_problems(data: DataSection) -> Iterator[str]:
+    for trigger in dict.fromkeys((data.trigger, *(one.trigger or "" for one in data.sets))):
+        if trigger != " ".join(trigger.split()):
+            yield f"trigger = {trigger!r} has white space that no caption keeps; write {' '.join(trigger.split())!r}"
     for placeholder in ("{trigger}", "{caption}"):
         if placeholder not in data.caption_template:
             yield f"caption_template = {data.caption_template!r} lacks {placeholder}"
@@ -195,6 +198,7 @@ def _setting_problems(data: DataSection) -> Iterator[str]:
         yield f"min_bucket_reso = {low} is more than data.resolution = {min(sides)}"
     elif high is not None and high < max(sides):
         yield f"max_bucket_reso = {high} is less than data.resolution = {max(sides)}"
+    # With some sets at the base's own resolution, nothing here would say which.
     if data.sides and not all(map(data.sides_of, data.sets)):
         yield "resolution is missing: some sets have one of their own, and the others need this"
     for one in data.sets:

@@ -7,9 +7,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .base.checkpoint import BaseCheckpoint, find_base
 from .base.words import Words, clip_words, words_in
 from .config import BaseSection, Config, DataSection, load_config
 from .data.buckets import BucketUse, Placement, bucket_rules, bucket_table
@@ -17,8 +16,11 @@ from .data.caption_checks import tag_counts
 from .data.findings import Finding, Severity
 from .data.lint import examine_all, lint
 from .data.picture_checks import Examined
-from .data.sources import Listing, find_sources, resolve_data
-from .progress import Progress
+from .data.sources import Listing, find_sources, resolve_config, resolve_data
+from .progress import Progress, progress_bar
+
+if TYPE_CHECKING:
+    from .base.checkpoint import BaseCheckpoint
 
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 _EXAMPLES = 3
@@ -109,8 +111,35 @@ def linted_sections(
     return data, config.base
 
 
+def lint_dataset(
+    dataset: str | Path | Config,
+    *,
+    trigger: str | None = None,
+    resolution: int | None = None,
+    caption_extension: str | None = None,
+    base: str | None = None,
+    show_progress: bool = True,
+) -> LintReport:
+    """What ``sdlora lint`` tells: of a folder of pictures, of a configuration file, or of a configuration.
+
+    Args:
+        trigger, resolution, caption_extension, base: instead of what the file says; a ``Config`` has its own.
+
+    Raises:
+        SdloraError: a configuration or base that cannot be used. What is wrong with the pictures is in the report.
+    """
+    with progress_bar(show_progress) as progress:
+        if isinstance(dataset, Config):
+            return lint_config(dataset, progress=progress)
+        sections = linted_sections(
+            [str(dataset)], trigger=trigger, resolution=resolution, caption_extension=caption_extension, base=base
+        )
+        return lint_data(*sections, progress=progress)
+
+
 def lint_config(config: Config, *, progress: Progress) -> LintReport:
     """Look through everything that ``config`` trains on; raises what ``lint_data`` raises."""
+    config = resolve_config(config)
     return lint_data(config.data, config.base, progress=progress)
 
 
@@ -121,6 +150,9 @@ def lint_data(data: DataSection, base: BaseSection, *, progress: Progress) -> Li
         BaseModelError: ``base`` cannot be used.
         ConfigError: sizes that ``base`` cannot have, or a table of captions that cannot be read.
     """
+    # It brings torch, and what is wrong with the arguments is told without.
+    from .base.checkpoint import find_base
+
     checkpoint = find_base(base)
     data = resolve_data(data)
     # The largest first: what is too small for the others is too small for it.

@@ -25,6 +25,7 @@ from sdlora.data.captions import (
     with_trigger,
     without_word,
 )
+from sdlora.data.views import _CROP, _FLIP
 from tests.conftest import ROOT
 
 TAGS = st.lists(st.text("abcdefgh", min_size=1, max_size=5), min_size=1, max_size=12, unique=True)
@@ -237,7 +238,7 @@ def test_a_caption_that_was_once_drawn_stays_the_same() -> None:
 
 def test_streams_differ_from_those_of_the_batches() -> None:
     own = [captions._LINE, captions._WILDCARD, captions._SHUFFLE, captions._TAG_DROPOUT]
-    others = [_ORDER, _NOISE, _TIMESTEP, _POSTERIOR, _DROPOUT]
+    others = [_ORDER, _NOISE, _TIMESTEP, _POSTERIOR, _DROPOUT, _CROP, _FLIP]
     assert len({*own, *others}) == len(own) + len(others)
 
 

@@ -66,7 +66,7 @@ def test_bad_pictures_and_captions(sdlora, tmp_path: Path) -> None:
     faults = {
         b"": "empty file",
         b"\x89PNG\r\n\x1a\n" + b"\0" * 40: "0.png: ",
-        (folder / "0.png").read_bytes()[:80]: "damaged picture",
+        (folder / "0.png").read_bytes()[:80]: "truncated picture",
     }
     for data, message in faults.items():
         (folder / "0.png").write_bytes(data)

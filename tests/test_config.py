@@ -162,6 +162,15 @@ def test_faults_within_sets_have_their_lines(tmp_path: Path) -> None:
         ('sets = [{images = "a"}]', "run.toml:5: data.sets and data.images are both set; keep one of them"),
         ('[[data.sets]]\nimages = "a"\nrole = "validation"', "run.toml:5: data.sets has no set to train on"),
         ('[[data.sets]]\nimages = "a"\nmasks = "m"', "data.mask = 'none' leaves the masks in m unused"),
+        (
+            '[[data.sets]]\nimages = "a"\nloss_weight = inf',
+            "data.sets.loss_weight = inf: input should be a finite number",
+        ),
+        ('[[data.sets]]\nimages = "a"\ntrigger = "two  words"', "trigger = 'two  words' has white space"),
+        (
+            '[[data.sets]]\nimages = "a"\nresolution = 640\n[[data.sets]]\nimages = "b"',
+            "data.resolution is missing: some",
+        ),
         ('metadata = "m.csv"\n[[data.sets]]\nimages = "a"', "data.metadata belongs to data.images"),
     ],
 )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import struct
+import subprocess
 import sys
 import zlib
 from collections import Counter
@@ -17,12 +19,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
+import sdlora as sdlora_package
 from sdlora.base.words import clip_words, words_in
 from sdlora.config import load_config
 from sdlora.data import images
 from sdlora.data.images import open_picture
+from sdlora.data.items import load_items
+from sdlora.data.repair import _decoded as decoded_caption
 from sdlora.data.repair import write_repaired
-from sdlora.data.sheet import COLUMNS, GAP, VEIL, write_sheets
+from sdlora.data.sheet import COLUMNS, GAP, VEIL, picture_as_seen, write_sheets
 from sdlora.errors import DataError
 from sdlora.linting import LintReport, lint_config, lint_data, linted_sections, report_lines, summary_lines
 from sdlora.progress import Silence
@@ -261,6 +266,19 @@ def test_one_of_each_fault_is_found_and_nothing_else(tmp_path: Path, monkeypatch
     images._has_plugin.cache_clear()
 
 
+def test_what_forbids_training_is_what_lint_calls_an_error(tmp_path: Path) -> None:
+    folder = clean(tmp_path / "set")
+    for build in (unreadable_pictures, odd_pictures, repeated_pictures, faulty_captions):
+        build(folder)
+    (folder / "mask").mkdir()
+    Image.new("L", (64, 64), 255).save(folder / "mask" / "clean1.png")
+    report = lint_folder(folder, "data.mask=files")
+    _, faults = load_items(report.listing, background="#ffffff", mask="files")
+    refused = {(own.code, own.file) for own in (*report.listing.findings, *faults) if own.severity == "error"}
+    assert len(refused) > 12
+    assert {(own.code, own.file) for own in report.findings if own.severity == "error"} == refused
+
+
 @pytest.mark.parametrize("name", ["ü 空 a b", "-x"])
 def test_a_clean_folder_yields_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
@@ -365,6 +383,17 @@ def test_without_a_trigger_captions_are_taken_as_they_are(tmp_path: Path) -> Non
     }
 
 
+def test_what_is_meant_is_no_fault(tmp_path: Path) -> None:
+    folder = clean(tmp_path / "set")
+    for number, text in enumerate((r"my_style, a smile \(drawn\)", "my_style, [red] and (blue:1.2)", "my_style, {a}")):
+        add(folder, f"{number}.png", caption=text)
+    for number in range(6):
+        (folder / f"clean{number}.txt").write_text(f"my_style, {number}")
+    assert lint_folder(folder, trigger="my_style").findings == ()
+    (folder / "0.txt").write_text("my_style, {red|blue}")
+    assert lint_folder(folder, "data.wildcards=true", trigger="my_style").findings == ()
+
+
 def test_regularisation_pictures_need_no_trigger(tmp_path: Path) -> None:
     clean(tmp_path / "style")
     for number in range(6):
@@ -375,6 +404,17 @@ def test_regularisation_pictures_need_no_trigger(tmp_path: Path) -> None:
     assert report.findings == ()
     assert summary_lines(report) == ["12 pictures, 6 for regularisation: nothing to complain of"]
     assert sum(count for _, count in report.tags) == 6
+
+
+def test_each_set_has_its_own_resolution(tmp_path: Path) -> None:
+    for name in ("small", "large"):
+        for number in range(5):
+            add(tmp_path / name, f"{name}{number}.png")
+    sets = [f'images = "{tmp_path / name}"\nresolution = {side}' for name, side in (("small", 64), ("large", 256))]
+    (tmp_path / "run.toml").write_text(sets_toml(*sets))
+    report = linted(tmp_path / "run.toml")
+    assert told(report) == Counter(("picture-small", str(tmp_path / "large" / f"large{n}.png")) for n in range(5))
+    assert [(own.width, own.height, own.count) for own in report.buckets] == [(64, 64, 5), (256, 256, 5)]
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -457,6 +497,23 @@ def test_captions_of_a_table_are_written_to_files(tmp_path: Path) -> None:
     assert lint_folder(tmp_path / "copy").findings == ()
 
 
+@given(st.text(min_size=1, max_size=40), st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "cp1252"]))
+def test_captions_are_decoded_as_they_were_encoded(text: str, encoding: str) -> None:
+    try:
+        data = text.encode(encoding)
+    except UnicodeEncodeError:
+        return
+    decoded = decoded_caption(data)
+    if encoding != "cp1252":
+        assert decoded == text.removeprefix("\ufeff") or encoding == "utf-8"
+    else:
+        with contextlib.suppress(UnicodeDecodeError):
+            # What is UTF-8 by its bytes is taken for UTF-8.
+            assert decoded == data.decode("utf-8-sig")
+            return
+        assert decoded == text or data[:2] in (b"\xff\xfe", b"\xfe\xff")
+
+
 def test_a_copy_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = lint_folder(clean(tmp_path / "set"))
     before = content(tmp_path)
@@ -524,6 +581,16 @@ def test_the_sheet_shows_what_is_trained_on(tmp_path: Path) -> None:
         assert (beneath[:, GAP + number * cell : (number + 1) * cell] < 120).all(axis=2).any()
     gaps = [slice((number + 1) * cell, GAP + (number + 1) * cell) for number in range(2)]
     assert all((beneath[:, gap] == 255).all() for gap in gaps)
+
+
+def test_the_sheet_shows_the_salient_part(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (640, 64), "grey")
+    picture.paste(noise("busy", 100, 64), (540, 0))
+    add(tmp_path / "set", "a.png", picture)
+    for crop, busy in (("center", False), ("salient", True)):
+        report = lint_folder(tmp_path / "set", f"data.crop={crop}", resolution=64)
+        seen = picture_as_seen(report.examined[0], report.placements[0], background="#ffffff", mask="none")
+        assert (max(np.asarray(seen).std(axis=(0, 1))) > 20) == busy
 
 
 def test_a_large_set_has_several_sheets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -609,7 +676,8 @@ def test_a_missing_folder_is_a_finding(sdlora, tmp_path: Path) -> None:
     assert [(f["code"], f["file"]) for f in answer["findings"]] == [("folder-missing", "nowhere")]
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "notes.md").touch()
-    assert "no picture among its 1 files" in sdlora("lint", "bare", "--sheet", "s.png").stdout
+    (finding,) = lint_folder(tmp_path / "bare").findings
+    assert finding.message == "no picture among its 1 files"
 
 
 def test_the_summary_is_short(tmp_path: Path) -> None:
@@ -626,9 +694,33 @@ def test_the_summary_is_short(tmp_path: Path) -> None:
     assert sum("enlarged" in line for line in full) == 20
 
 
-def test_lint_needs_neither_diffusers_nor_transformers(sdlora, tmp_path: Path) -> None:
-    import subprocess
+def test_a_progress_bar_shows_on_a_terminal(tmp_path: Path) -> None:
+    pty = pytest.importorskip("pty")
+    clean(tmp_path / "set")
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "sdlora.cli", "lint", "set", "--trigger", "zorb", "--json"]
+    made = subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=theirs, check=True)
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # The end of a terminal.
+        while piece := os.read(ours, 4096):
+            shown += piece
+    os.close(ours)
+    assert b"Looking at pictures" in shown
+    assert b"6/6" in shown
+    assert json.loads(made.stdout)["images"] == 6
 
+
+def test_as_a_function(tmp_path: Path) -> None:
+    folder = clean(tmp_path / "set")
+    assert sdlora_package.lint_dataset(folder, trigger="zorb").findings == ()
+    (tmp_path / "run.toml").write_text(CONFIG.format(more=f'images = "{folder}"'))
+    assert sdlora_package.lint_dataset(tmp_path / "run.toml").findings == ()
+    config = load_config(tmp_path / "run.toml", ["data.trigger=art"])
+    assert "trigger-common" in {finding.code for finding in sdlora_package.lint_dataset(config).findings}
+
+
+def test_lint_needs_neither_diffusers_nor_transformers(sdlora, tmp_path: Path) -> None:
     clean(tmp_path / "set")
     code = (
         "import sys; from sdlora.linting import *; from sdlora.progress import Silence;"

@@ -796,6 +796,7 @@ def test_faults_of_a_dataset_configuration_are_told_at_once_with_their_lines(tmp
         "T:12: unknown key other; did you mean general?",
         "T:2: unknown key batchsize; did you mean batch_size?",
         "T:3: image_dir cannot stand in [general], only in [[datasets.subsets]]",
+        "T:5: resolution = [768, 512] is no square; name the side of one, whose area the buckets have",
         "T:6: keep_tokens = True: expected a whole number",
         "T:9: num_repeats = 0: input should be greater than or equal to 1",
     ]
@@ -818,7 +819,9 @@ SUBSETS = "[[datasets]]\n{0}\n[[datasets.subsets]]\nimage_dir = 'a'\n{1}\n[[data
             ("resolution = 256\nmin_bucket_reso = 512", "", ""),
             "min_bucket_reso = 512 is more than data.resolution = 256",
         ),
-        (("resolution = 9999", "", ""), "T: data.resolution expected pixels from 64 to 4096"),
+        (("resolution = 9999", "", ""), "T:2: resolution = 9999: expected pixels from 64 to 4096"),
+        (("resolution = [[1], [1]]", "", ""), "T:2: resolution = [1]: expected pixels from 64 to 4096"),
+        (("resolution = ['a', 'b', 'c']", "", ""), "T:2: resolution = ['a', 'b', 'c'] is no square"),
         (("", "", "image_dir = 'a'"), "not valid TOML"),
     ],
 )
@@ -870,6 +873,7 @@ def test_datasets_may_have_resolutions_flips_and_crops_of_their_own(tmp_path: Pa
     toml = one.format("resolution = 512", folder, "flip_aug = true") + one.format("resolution = [768, 768]", folder, "")
     config = resolved(tmp_path, toml + one.format("", folder, "random_crop = true"), resolution=640, crop="salient")
     assert config.data.sides == (512, 768, 640)
+    assert refused(tmp_path, toml, resolution=640) == ["T: every dataset has its resolution, so remove data.resolution"]
     listing = find_sources(config.data)
     assert [(source.resolution, source.flip, source.crop) for source in listing.sources] == [
         ((512,), True, "salient"),

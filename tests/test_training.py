@@ -23,7 +23,7 @@ import sdlora as package
 from sdlora.base.encode import Conditioning, Framing
 from sdlora.base.load import load_base
 from sdlora.config import Config, load_config
-from sdlora.data.images import open_picture, place
+from sdlora.data.images import as_pixels, open_picture, place
 from sdlora.errors import BaseModelError, ConfigError, DataError, ResumeError, TrainingError
 from sdlora.formats.safetensors_file import read_header
 from sdlora.progress import Silence
@@ -515,7 +515,7 @@ def test_views_of_a_picture_are_cut_from_one_decoding(
     assert sorted(opened) == sorted(pictures.glob("*.png"))
     for view, pixels in zip(views, loaded, strict=True):
         whole = place(open_picture(plan.items[view.item].source.file), view.placement)
-        assert torch.equal(pixels, whole.flip(-1) if view.flipped else whole)
+        assert torch.equal(as_pixels(pixels), whole.flip(-1) if view.flipped else whole)
 
 
 def test_losses_are_weighted_by_picture_set_and_role(tiny_base: Path, tmp_path: Path) -> None:

@@ -115,7 +115,8 @@ def check_spelling(source: Source) -> Iterator[Finding]:
             f"letters that were decoded wrongly ({found[0]!r})",
             "write it again and save it as UTF-8",
         )
-    if found := re.search(r"[^\W_]+(?:_[^\W_]+)+", text):
+    trigger = source.rules.trigger
+    if found := re.search(r"[^\W_]+(?:_[^\W_]+)+", text.replace(trigger, " ") if trigger else text):
         yield _finding(
             source,
             "caption-underscores",

@@ -16,7 +16,7 @@ NEAR_LEVELS = 0.2
 """Mean difference of two thumbnails, brought to equal mean and contrast, up to which pictures count as nearly the same."""
 FLAT = 2.0
 """A spread below which a picture is one colour, and has nothing to be compared by."""
-_BLOCK = 512
+_BLOCK = 256
 _FREQUENCIES = 16
 
 
@@ -54,7 +54,7 @@ def near_pairs(facts: Sequence[PictureFacts]) -> list[Pair]:
     thumbnails = np.stack([np.frombuffer(facts[number].thumbnail, np.uint8) for number in numbers])
     return [
         Pair(first=numbers[first], second=numbers[second], bits=bits)
-        for first, second, bits in _close(perceptual_hashes(thumbnails), _evened(thumbnails))
+        for first, second, bits in _close(perceptual_hashes(thumbnails), thumbnails)
     ]
 
 
@@ -77,7 +77,7 @@ def perceptual_hashes(thumbnails: np.ndarray) -> np.ndarray:
     return hashes
 
 
-def _close(hashes: np.ndarray, levels: np.ndarray) -> list[tuple[int, int, int]]:
+def _close(hashes: np.ndarray, thumbnails: np.ndarray) -> list[tuple[int, int, int]]:
     """(first, second, differing bits) for each picture that is close to an earlier one; in order of the second.
 
     A block of hashes is compared with all behind its first at once: 10,000 pictures are 50 million comparisons.
@@ -94,7 +94,7 @@ def _close(hashes: np.ndarray, levels: np.ndarray) -> list[tuple[int, int, int]]
             firsts = alike[:, seconds].argmax(axis=0)
             for part in range(0, len(seconds), _BLOCK):
                 own, others = firsts[part : part + _BLOCK], seconds[part : part + _BLOCK]
-                apart = np.abs(levels[start + own] - levels[start + others]).mean(axis=1)
+                apart = np.abs(_evened(thumbnails[start + own]) - _evened(thumbnails[start + others])).mean(axis=1)
                 for first, second in zip(own[apart <= NEAR_LEVELS], others[apart <= NEAR_LEVELS], strict=True):
                     nearest[start + int(second)] = (start + int(first), int(bits[first, second]))
                     alike[:, second] = False
@@ -106,4 +106,5 @@ def _evened(thumbnails: np.ndarray) -> np.ndarray:
     """(n, 1024) -> float32 of the same shape, of mean 0 and, but for the faintest, standard deviation 1."""
     levels = thumbnails.astype(np.float32)
     levels -= levels.mean(axis=1, keepdims=True)
-    return levels / (levels.std(axis=1, keepdims=True) + 4)
+    levels /= levels.std(axis=1, keepdims=True) + 4
+    return levels

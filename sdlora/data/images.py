@@ -8,8 +8,8 @@ import os
 import threading
 import warnings
 import zlib
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -67,7 +67,7 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 _PIECE = 1 << 20
 """Bytes that are read at once."""
 _STRIP = 256
-"""Rows that are hashed at once, so that a large picture is not held twice."""
+"""Rows that are looked at together."""
 _WARNINGS = threading.RLock()
 
 
@@ -115,8 +115,8 @@ class PictureFacts:
 def examine(file: Path) -> PictureFacts:
     """Decode ``file`` once, as far as is needed to know that it is whole.
 
-    Memory is that of the decoded picture; a large JPEG is decoded to an eighth of its size at least, which reads all of
-    the file's data nevertheless.
+    Memory is that of the decoded picture. A large JPEG is decoded at down to an eighth of its scale, for which all of its
+    data is read nevertheless.
 
     Raises:
         PictureError: as ``open_picture``.
@@ -124,9 +124,7 @@ def examine(file: Path) -> PictureFacts:
     with _opened(file) as picture:
         # The orientation last: to find it, Pillow decodes all of a PNG.
         shape, mode, bits, orientation = picture.size, picture.mode, _bits(picture), _orientation(picture)
-        form = _format(picture)
-        frames = 1 if form == "JPEG" else getattr(picture, "n_frames", 1)
-        profile = _profile(picture)
+        form, profile = _format(picture), _profile(picture)
         drafted = _draft(picture, form)
         picture.load()
         # What is left to undo: Pillow turns a TIFF itself when it is loaded.
@@ -134,10 +132,9 @@ def examine(file: Path) -> PictureFacts:
         if not drafted:
             shape = picture.size
         alpha, transparent, hidden = _alpha_facts(picture)
-        if alpha == "opaque":
-            picture = picture.convert("RGB")
         small = _turned(_small(picture), left)
         grey = small.convert("L").resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BOX)
+        digest = _file_digest(file) if drafted else _pixel_digest(_turned(picture, left))
         return PictureFacts(
             width=shape[left >= 5],
             height=shape[left < 5],
@@ -145,12 +142,13 @@ def examine(file: Path) -> PictureFacts:
             mode=mode,
             bits=bits,
             orientation=orientation,
-            frames=frames,
+            # When all else is done: counting goes through the frames, and the first is lost.
+            frames=_frames(picture, form),
             alpha=alpha,
             transparent=transparent,
             hidden_colour=hidden,
             profile=profile,
-            digest=_file_digest(file) if drafted else _pixel_digest(_turned(picture, left)),
+            digest=digest,
             thumbnail=grey.tobytes(),
             mean=ImageStat.Stat(grey).mean[0],
             spread=max(ImageStat.Stat(small).stddev),
@@ -234,7 +232,9 @@ def write_upright(file: Path, target: Path) -> bool:
         upright = _turned(picture, _orientation(picture))
         exif.pop(_ORIENTATION, None)
         if len(exif) and form not in ("BMP", "TIFF"):
-            options["exif"] = exif.tobytes()
+            # A block that Pillow can read but not write is left out.
+            with suppress(Exception):
+                options["exif"] = exif.tobytes()
         if profile := picture.info.get("icc_profile"):
             options["icc_profile"] = profile
     upright.info = {key: value for key, value in upright.info.items() if key == "transparency"}
@@ -242,14 +242,28 @@ def write_upright(file: Path, target: Path) -> bool:
     return True
 
 
-def place(picture: Image.Image, placement: Placement) -> torch.Tensor:
-    """Scale and crop as planned -> float32 (3, height, width) in [-1, 1]."""
-    import torch
+def scale(picture: Image.Image, placement: Placement) -> Image.Image:
+    """The whole picture at the size that is planned."""
+    return picture.resize((placement.scaled_width, placement.scaled_height), Image.Resampling.LANCZOS)
 
-    scaled = picture.resize((placement.scaled_width, placement.scaled_height), Image.Resampling.LANCZOS)
+
+def cut_out(scaled: Image.Image, placement: Placement, *, flipped: bool = False) -> np.ndarray:
+    """The planned part of what ``scale`` made, mirrored afterwards where ``flipped`` -> uint8 (height, width, 3)."""
     left, top = placement.left, placement.top
     pixels = np.asarray(scaled.crop((left, top, left + placement.width, top + placement.height)))
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float().div(127.5).sub(1)
+    return np.ascontiguousarray(pixels[:, ::-1] if flipped else pixels)
+
+
+def as_pixels(cut: np.ndarray) -> torch.Tensor:
+    """What ``cut_out`` gives -> float32 (3, height, width) in [-1, 1]."""
+    import torch
+
+    return torch.from_numpy(cut.copy()).permute(2, 0, 1).float().div(127.5).sub(1)
+
+
+def place(picture: Image.Image, placement: Placement) -> torch.Tensor:
+    """Scale and crop as planned -> float32 (3, height, width) in [-1, 1]."""
+    return as_pixels(cut_out(scale(picture, placement), placement))
 
 
 @contextmanager
@@ -292,8 +306,9 @@ def _opened(file: Path) -> Generator[Image.Image]:
         ) from None
     except FileNotFoundError:
         raise PictureError(_fault(file, "picture-unreadable", "no such file", "check the folder")) from None
-    # Pillow's decoders raise all of these on bytes that are not what they should be.
-    except (OSError, ValueError, SyntaxError, EOFError, ArithmeticError, LookupError, TypeError, RuntimeError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise nearly anything on bytes that are not what they should be.
         reason = str(error).strip() or type(error).__name__
         cut = isinstance(error, EOFError) or "truncated" in reason.lower()
         code, what = ("picture-truncated", "truncated picture") if cut else ("picture-damaged", "damaged picture")
@@ -364,6 +379,13 @@ def _format(picture: Image.Image) -> str:
     return "JPEG" if picture.format == "MPO" else str(picture.format)
 
 
+def _frames(picture: Image.Image, form: str) -> int:
+    try:
+        return 1 if form == "JPEG" else getattr(picture, "n_frames", 1)
+    except Exception:  # Those behind the first may be damaged, and nobody asks for them.
+        return 1
+
+
 def _orientation(picture: Image.Image) -> int:
     try:
         value = picture.getexif().get(_ORIENTATION, 1)
@@ -418,9 +440,17 @@ def _alpha_facts(picture: Image.Image) -> tuple[Literal["none", "opaque", "used"
     count = unseen.histogram()[255]
     if not count:
         return "used", 0.0, False
-    levels = full.convert("RGB").histogram(unseen)
-    used = [[level for level in range(256) if levels[256 * band + level]] for band in range(3)]
+    levels = np.zeros(3 * 256, np.int64)
+    for box in _strips(full.size):
+        levels += full.crop(box).convert("RGB").histogram(unseen.crop(box))
+    used = [np.flatnonzero(band) for band in levels.reshape(3, 256)]
     return "used", count / (full.width * full.height), any(band[-1] - band[0] > 16 for band in used)
+
+
+def _strips(size: tuple[int, int]) -> Iterator[tuple[int, int, int, int]]:
+    """Boxes that make up a picture of ``size``, so that what is done to each needs little memory."""
+    for top in range(0, size[1], _STRIP):
+        yield 0, top, size[0], min(top + _STRIP, size[1])
 
 
 def _small(picture: Image.Image) -> Image.Image:
@@ -451,9 +481,8 @@ def _pixel_digest(picture: Image.Image) -> str:
     if picture.mode.startswith(("I", "F")):
         picture = _flatten(picture, "#ffffff")
     digest = hashlib.sha256(f"{picture.width}x{picture.height}".encode())
-    for top in range(0, picture.height, _STRIP):
-        strip = picture.crop((0, top, picture.width, min(top + _STRIP, picture.height)))
-        digest.update(_flatten(strip, "#ffffff").tobytes())
+    for box in _strips(picture.size):
+        digest.update(_flatten(picture.crop(box), "#ffffff").tobytes())
     return digest.hexdigest()
 
 

@@ -20,6 +20,7 @@ from ..errors import ConfigError
 GENERAL, DATASET, SUBSET = "[general]", "[[datasets]]", "[[datasets.subsets]]"
 
 
+Location = tuple[str | int, ...]
 S = TypeVar("S", DataSection, TrainSection)
 
 
@@ -107,6 +108,7 @@ _SET_KEYS = {
     "keep_tokens": "keep_tokens",
     "caption_tag_dropout_rate": "tag_dropout",
     "flip_aug": "flip",
+    "resolution": "resolution",
 }
 """kohya's key -> ours, of what each set has for itself."""
 _RUN_KEYS = {
@@ -142,10 +144,14 @@ def read_dataset_config(data: DataSection, train: TrainSection) -> tuple[DataSec
 class _Subset:
     """A subset with what it takes from its dataset and from ``[general]``."""
 
-    location: tuple[str | int, ...]
-    dataset: int
+    location: Location
     values: Mapping[str, Any]
+    places: Mapping[str, Location]
+    """Of each of ``values``, the table that it stands in."""
     section: SetSection
+
+    def place(self, key: str) -> Location:
+        return (*self.places.get(key, self.location), key)
 
 
 class _Reading:
@@ -166,7 +172,7 @@ class _Reading:
         told = {"data": dict(self._common_data(subsets)), "train": {}}
         for key, (section, name) in _RUN_KEYS.items():
             own = getattr(self._data if section == "data" else self._train, name)
-            for value in self._one_value(key, [(one.location, one.values.get(key, own)) for one in subsets]):
+            for value in self._one_value(key, [(one.place(key), one.values.get(key, own)) for one in subsets]):
                 if any(key in one.values for one in subsets):
                     told[section][name] = value
         for section, given in (("data", self._data), ("train", self._train)):
@@ -195,15 +201,13 @@ class _Reading:
 
     def _common_data(self, subsets: Sequence[_Subset]) -> Iterator[tuple[str, Any]]:
         """Keys and values of ``[data]``, less those that stand in ``_RUN_KEYS``."""
-        sides = {one.dataset: self._side(one) for one in subsets}
-        asked = {side for side in sides.values() if side is not None}
-        if len(set(sides.values())) == 1:
-            yield "sets", tuple(one.section for one in subsets)
-            if asked:
-                yield "resolution", asked.pop()
-        else:
-            yield "sets", tuple(one.section.model_copy(update={"resolution": sides[one.dataset]}) for one in subsets)
-        masks = [(one.location, self._mask(one)) for one in subsets]
+        sides = tuple(dict.fromkeys(one.section.resolution for one in subsets))
+        if len(sides) == 1 and sides[0] is not None:
+            yield "resolution", sides[0]
+        elif None not in sides and "resolution" in self._data.model_fields_set:
+            self.problems.append(f"{self._file}: every dataset has its resolution, so remove data.resolution")
+        yield "sets", tuple(one.section for one in subsets)
+        masks = [(one.place("alpha_mask"), self._mask(one)) for one in subsets]
         if any(mask for _, mask in masks):
             if any(mask == "files" for _, mask in masks):
                 # Where masks are files, a subset without any has pictures of which all counts.
@@ -212,7 +216,7 @@ class _Reading:
                 yield "mask", mask
 
     def _subsets(self, tables: Mapping[str, Any]) -> Iterator[_Subset]:
-        for key in tables.keys() - {"general", "datasets"}:
+        for key in sorted(tables.keys() - {"general", "datasets"}):
             self._tell((key,), f"unknown key {key}{nearest(key, ['general', 'datasets'])}")
         general, datasets = tables.get("general", {}), tables.get("datasets", [])
         if not isinstance(general, dict) or not _is_tables(datasets):
@@ -220,7 +224,7 @@ class _Reading:
             return
         general = self._checked(general, GENERAL, ("general",))
         for number, dataset in enumerate(datasets):
-            location = ("datasets", number)
+            location: Location = ("datasets", number)
             subsets = dataset.get("subsets", [])
             if not _is_tables(subsets):
                 self._tell((*location, "subsets"), f"expected tables {SUBSET}")
@@ -229,15 +233,17 @@ class _Reading:
             seen: set[tuple[str | None, str | None]] = set()
             for own_number, subset in enumerate(subsets):
                 at = (*location, "subsets", own_number)
-                values = {**general, **common, **self._checked(subset, SUBSET, at)}
-                section = self._set(values, at)
+                levels = ((("general",), general), (location, common), (at, self._checked(subset, SUBSET, at)))
+                values = {key: value for _, table in levels for key, value in table.items()}
+                places = {key: where for where, table in levels for key in table}
+                section = self._set(values, places, at)
                 if section is not None:
                     if (section.images, section.metadata) in seen:
                         self._tell(at, f"{section.images} is in this dataset already; remove one of them")
                     seen.add((section.images, section.metadata))
-                    yield _Subset(location=at, dataset=number, values=values, section=section)
+                    yield _Subset(location=at, values=values, places=places, section=section)
 
-    def _checked(self, table: Mapping[str, Any], level: str, location: tuple[str | int, ...]) -> dict[str, Any]:
+    def _checked(self, table: Mapping[str, Any], level: str, location: Location) -> dict[str, Any]:
         """The keys of ``table`` that can be followed, with values of the right kind."""
         kept = {}
         for name, value in table.items():
@@ -255,13 +261,18 @@ class _Reading:
                 self._tell(at, f"{name} = {value!r} cannot be followed; {key.instead}")
         return kept
 
-    def _set(self, values: Mapping[str, Any], location: tuple[str | int, ...]) -> SetSection | None:
+    def _set(self, values: Mapping[str, Any], places: Mapping[str, Location], location: Location) -> SetSection | None:
         told = {ours: values[key] for key, ours in _SET_KEYS.items() if key in values}
         if "images" not in told:
             if "metadata" not in told:
                 self._tell(location, "image_dir is missing")
                 return None
             told["images"] = str(Path(told["metadata"]).parent)
+        if isinstance(sides := told.get("resolution"), list):
+            told["resolution"] = sides[0] if len(sides) == 2 and sides[0] == sides[1] else None
+            if told["resolution"] is None:
+                problem = f"resolution = {sides!r} is no square; name the side of one, whose area the buckets have"
+                self._tell((*places["resolution"], "resolution"), problem)
         if "random_crop" in values:
             told["crop"] = "random" if values["random_crop"] else "center" if self._data.crop == "random" else None
         if values.get("is_reg"):
@@ -275,40 +286,30 @@ class _Reading:
             kohyas = {ours: key for key, ours in _SET_KEYS.items()}
             for entry in error.errors():
                 key = kohyas.get(str(entry["loc"][0]), str(entry["loc"][0]))
-                self._tell((*location, key), f"{key} = {entry.get('input')!r}: {entry['msg'].lower()}")
+                where = (*places.get(key, location), key)
+                self._tell(where, f"{key} = {entry.get('input')!r}: {entry['msg'].lower()}")
             return None
-
-    def _side(self, one: _Subset) -> int | None:
-        """The side of the square that ``resolution`` asks for; None where it is left to ``[data]``."""
-        value = one.values.get("resolution")
-        sides = value if isinstance(value, list) else [value, value]
-        if len(sides) != 2 or sides[0] != sides[1]:
-            self._tell(
-                (*one.location[:2], "resolution"),
-                f"resolution = {value!r} is no square; name the side of a square, whose area the buckets have",
-            )
-            return None
-        return sides[0]
 
     def _mask(self, one: _Subset) -> str | None:
         if one.section.masks is not None:
             return "files"
         return {True: "alpha", False: "none"}.get(one.values.get("alpha_mask"))
 
-    def _one_value(self, key: str, values: Sequence[tuple[tuple[str | int, ...], Any]]) -> Iterator[Any]:
+    def _one_value(self, key: str, values: Sequence[tuple[Location, Any]]) -> Iterator[Any]:
         """The value that all have alike; nothing, and a problem, where they differ."""
         different = list(dict.fromkeys(value for _, value in values))
         if len(different) > 1:
             at = next(location for location, value in values if value == different[1])
             listed = " and ".join(map(str, different))
-            self._tell(
-                (*at, key), f"{key} is {listed} in different subsets, but is one for the whole run; make them equal"
-            )
+            self._tell(at, f"{key} is {listed} in different subsets, but is one for the whole run; make them equal")
         else:
             yield different[0]
 
-    def _tell(self, location: tuple[str | int, ...], problem: str) -> None:
-        self.problems.append(f"{place(str(self._file), self._text, location)}: {problem}")
+    def _tell(self, location: Location, problem: str) -> None:
+        line = f"{place(str(self._file), self._text, location)}: {problem}"
+        # What stands in [general] is looked at with each subset.
+        if line not in self.problems:
+            self.problems.append(line)
 
 
 _KIND_NAMES: dict[type, str] = {

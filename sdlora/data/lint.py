@@ -20,8 +20,8 @@ from .picture_checks import Examined
 from .sources import Listing, Source
 
 _SEVERITIES = ("error", "warning", "note")
-_AHEAD = 256
-"""Pictures that are waited for at once."""
+_AHEAD = 64
+"""Pictures that are begun before the first of them is asked for; so many are finished when the user interrupts."""
 
 
 def examine_all(sources: Sequence[Source], progress: Progress) -> tuple[tuple[Examined, ...], tuple[Finding, ...]]:

@@ -103,7 +103,7 @@ def check_content(own: Examined, *, background: str, masked: bool) -> Iterator[F
             own,
             "picture-alpha",
             "note",
-            f"{facts.transparent:.0%} of it is clear, the rest may be partly so; it is put on {background}",
+            f"transparent in parts ({facts.transparent:.1%} of it is not seen at all), so it is put on {background}",
             'set data.alpha_background to another colour, or data.mask = "alpha" to leave the clear parts out of the loss',
         )
     if facts.hidden_colour:
@@ -111,7 +111,7 @@ def check_content(own: Examined, *, background: str, masked: bool) -> Iterator[F
             own,
             "picture-hidden-colour",
             "note",
-            f"colours under the {facts.transparent:.0%} of it that is clear, which programs that drop alpha would show",
+            f"colours under the {facts.transparent:.1%} of it that are clear, which programs that drop alpha would show",
             "save it without them if you use it elsewhere; here they are not seen",
         )
     if facts.spread < FLAT:

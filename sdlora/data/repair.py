@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -182,7 +183,7 @@ def _write_caption(source: Source, target: Path) -> Iterator[Repair]:
     captions = source.captions if source.caption_file is not None else ()
     if not any(captions):
         found = _beside(source)
-        lines = [] if found is None else _decoded(found).splitlines()
+        lines = [] if found is None else _decoded(found.read_bytes()).splitlines()
         captions = tuple(" ".join(line.split()) for line in lines if line.strip())
         if found is None or not captions:
             if source.caption_file is not None:
@@ -193,7 +194,7 @@ def _write_caption(source: Source, target: Path) -> Iterator[Repair]:
             "caption-encoding" if same else "caption-extension",
             f"caption of {found.name} written " + ("as UTF-8" if same else f"to {target.name}"),
         )
-    elif source.caption_file is not None and source.caption_file.stem != source.file.stem:
+    elif source.caption_file is not None and stem_of(source.caption_file.name) != stem_of(source.file.name):
         yield repair("caption-table", f"caption of {source.caption_file.name} written to {target.name}")
     trigger = source.rules.trigger
     if trigger and source.role == "train" and source.rules.trigger_as == "word":
@@ -208,12 +209,15 @@ def _beside(source: Source) -> Path | None:
     """A caption file of any kind that was not taken for its caption."""
     files = [source.caption_file] if source.caption_file is not None else []
     files += [source.file.with_suffix(extension) for extension in CAPTION_EXTENSIONS if extension != ".json"]
-    return next((file for file in files if file is not None and file.is_file() and file.stat().st_size), None)
+    return next((file for file in files if _has_text(file)), None)
 
 
-def _decoded(file: Path) -> str:
+def _has_text(file: Path) -> bool:
+    return file.is_file() and os.access(file, os.R_OK) and file.stat().st_size > 0
+
+
+def _decoded(data: bytes) -> str:
     """UTF-8 or UTF-16 where it is that, else Windows' western letters."""
-    data = file.read_bytes()
     for encoding in ("utf-8-sig", "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", "cp1252"):
         try:
             return data.decode(encoding)

@@ -17,6 +17,7 @@ from ..progress import Progress
 from .buckets import Placement
 from .images import PictureError, open_mask, open_picture
 from .picture_checks import Examined
+from .views import salient_crop
 
 SIDE = 192
 """Pixels; a larger bucket is made smaller to fit, a smaller one is shown pixel by pixel."""
@@ -63,8 +64,14 @@ def write_sheets(
 def picture_as_seen(
     own: Examined, placement: Placement, *, background: str, mask: Literal["none", "alpha", "files"]
 ) -> Image.Image:
-    """The picture scaled and cropped for its bucket, what its mask leaves out covered; at most ``SIDE`` pixels a side."""
-    picture = _cropped(open_picture(own.source.file, background), placement)
+    """The picture scaled and cropped for its bucket, what its mask leaves out covered; at most ``SIDE`` pixels a side.
+
+    Of crops that are drawn anew each time, the one in the middle.
+    """
+    picture = open_picture(own.source.file, background)
+    if own.source.crop == "salient":
+        placement = salient_crop(picture, placement)
+    picture = _cropped(picture, placement)
     try:
         weights = open_mask(own.source.file, own.source.mask, (own.facts.width, own.facts.height), mask)
     except PictureError:  # It is among the findings.

@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -17,8 +18,9 @@ from ..base.encode import Framing, encode_pixels
 from ..base.fingerprints import vae_fingerprint
 from ..base.load import Base
 from ..config import Config
+from ..data.buckets import Placement
 from ..data.cache import EncodedCache, Job, fill, latent_key
-from ..data.images import open_mask, open_picture, place
+from ..data.images import as_pixels, cut_out, open_mask, open_picture, scale
 from ..data.items import Item
 from ..data.masks import mask_on_grid
 from ..data.views import View
@@ -67,26 +69,18 @@ def encode_views(
     return cached
 
 
-def latent_jobs(base: Base, items: Sequence[Item], views: Sequence[View], config: Config) -> list[Job[Tensor]]:
-    """One for each view; what it loads is (3, h, w) float32 in [-1, 1]."""
+def latent_jobs(base: Base, items: Sequence[Item], views: Sequence[View], config: Config) -> list[Job[np.ndarray]]:
+    """One for each view; what it loads is uint8 (h, w, 3), without computing with torch, whose threads the encoder has."""
     vae = vae_fingerprint(base) if config.cache.disk else ""
 
     @lru_cache(maxsize=SCALED_PICTURES)
-    def scaled(item: int, width: int, height: int) -> _Once:
-        def make() -> Image.Image:
-            picture = open_picture(items[item].source.file, config.data.alpha_background)
-            return picture.resize((width, height), Image.Resampling.LANCZOS)
+    def scaled(item: int, placement: Placement) -> _Once:
+        return _Once(lambda: scale(open_picture(items[item].source.file, config.data.alpha_background), placement))
 
-        return _Once(make)
-
-    def loader(view: View) -> Callable[[], Tensor]:
-        spot = view.placement
-
-        def load() -> Tensor:
-            pixels = place(scaled(view.item, spot.scaled_width, spot.scaled_height)(), spot)
-            return pixels.flip(-1) if view.flipped else pixels
-
-        return load
+    def loader(view: View) -> Callable[[], np.ndarray]:
+        # Crops of the same scaled picture differ in nothing else.
+        whole = replace(view.placement, left=0, top=0)
+        return lambda: cut_out(scaled(view.item, whole)(), view.placement, flipped=view.flipped)
 
     return [
         Job(
@@ -118,11 +112,11 @@ class _Once:
             return self._made
 
 
-def encode_with(base: Base) -> Callable[[Tensor], Mapping[str, Tensor]]:
+def encode_with(base: Base) -> Callable[[np.ndarray], Mapping[str, Tensor]]:
     """What encodes what ``latent_jobs`` load: mean and standard deviation, (4, h, w) float32 at the latent scale."""
 
-    def encode(pixels: Tensor) -> Mapping[str, Tensor]:
-        posterior = encode_pixels(base, pixels[None])
+    def encode(cut: np.ndarray) -> Mapping[str, Tensor]:
+        posterior = encode_pixels(base, as_pixels(cut)[None])
         return {"mean": posterior.mean[0], "std": posterior.std[0]}
 
     return encode
