@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from .base.checkpoint import find_base
 from .base.load import Base, choose_device, load_base
 from .config import BaseSection, Config
 from .data.captions import with_trigger
+from .data.findings import raise_errors
 from .errors import SdloraError
 from .formats.thumbnail import add_thumbnail
 from .generation.grid import labelled_grid
@@ -22,6 +23,7 @@ from .generation.loras import FittedLora, LoraChoice, fit_loras
 from .generation.pipeline import Picture, PictureRequest, generate_pictures
 from .inspection.files import inspect_file
 from .inspection.report import Report
+from .linting import lint_config, summary_lines
 from .precision import choose_precision
 from .progress import progress_bar
 from .training.loop import TrainResult, run_training
@@ -36,15 +38,29 @@ class TrainReport:
     samples: Path | None
 
 
-def train(config: Config, *, restart: bool = False, show_progress: bool = True) -> TrainReport:
+def train(
+    config: Config,
+    *,
+    restart: bool = False,
+    show_progress: bool = True,
+    say: Callable[[str], None] = lambda line: None,
+) -> TrainReport:
     """Train a LoRA, or go on with it, and write the file that ``config.output.path`` names.
+
+    Args:
+        say: is told what is worth knowing of the pictures and captions, a line at a time, before a model is loaded.
 
     Raises:
         SdloraError: a fault of the input, found before a model is loaded wherever that is possible.
         Interrupted: Ctrl-C; the state is saved and the same call goes on from it.
     """
     with progress_bar(show_progress) as progress:
+        report = lint_config(config, progress=progress)
+        raise_errors(report.findings)
         plan = plan_run(config, progress)
+        if PartialState().is_main_process:
+            for line in (*summary_lines(report), *(str(own) for own in plan.findings if own not in report.findings)):
+                say(line)
         result = run_training(plan, restart=restart, progress=progress)
     prompts = config.output.samples
     if prompts is None:

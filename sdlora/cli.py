@@ -108,7 +108,7 @@ def train(
         from . import api
 
         _quiet_libraries()
-        report = api.train(config, restart=restart)
+        report = api.train(config, restart=restart, say=lambda line: typer.echo(line, err=True))
         result = report.result
         if as_json:
             keys = ("output", "steps", "seconds", "loss", "validation_loss", "resumed_from")

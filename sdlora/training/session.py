@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,11 +12,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..base.load import Base
-from ..base.tokens import token_count
 from ..config import Config
 from ..data.batches import draw, share
 from ..data.cache import open_cache
-from ..data.items import Item
 from ..data.views import View
 from ..lora.adapter import Adapter, choose_targets
 from ..progress import Progress
@@ -26,8 +23,6 @@ from .latents import CachedPicture, encode_views
 from .loss import denoising_loss
 from .optim import GuardedAdamW
 from .plan import RunPlan
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -114,7 +109,6 @@ class TrainingSession:
 def open_session(plan: RunPlan, base: Base, accelerator: Accelerator, progress: Progress) -> TrainingSession:
     """Encode the pictures and make a fresh adapter and optimizer for ``plan`` on the loaded ``base``."""
     config, training = plan.config, plan.training
-    _warn_of_overflow(base, training.items, config.data.max_token_length)
     views = (*training.views(config.train.steps), *training.validation)
     cache = open_cache(config.cache)
     pictures = encode_views(base, training.items, views, config, cache, progress)
@@ -145,15 +139,3 @@ def _new_adapter(base: Base, config: Config) -> tuple[Adapter, list[float]]:
         [group for group, _ in groups], rank=config.lora.rank, alpha=config.lora.alpha, seed=config.train.seed
     )
     return adapter, [rate for _, rate in groups]
-
-
-def _warn_of_overflow(base: Base, items: Sequence[Item], limit: int) -> None:
-    for item in items:
-        longest = max(token_count(base, text) for text in item.source.rules.longest(item.source.captions))
-        if longest > limit:
-            logger.warning(
-                "%s: the last %d tokens of its caption are not read (data.max_token_length is %d)",
-                item.source.file,
-                longest - limit,
-                limit,
-            )
