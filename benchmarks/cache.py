@@ -23,6 +23,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from sdlora.base.load import Base, choose_device, load_base
@@ -39,7 +40,7 @@ def compare(base: Base, plan: RunPlan, folder: Path, rounds: int) -> dict[str, o
     views = [view for shown in plan.training.shown for view in shown.all()]
     encode, cache = encode_with(base), EncodedCache(folder, 1e12)
 
-    def jobs() -> list[Job[torch.Tensor]]:
+    def jobs() -> list[Job[np.ndarray]]:
         """Made anew for each round, since they remember pictures that they have opened."""
         return latent_jobs(base, plan.items, views, plan.config)
 
@@ -49,7 +50,7 @@ def compare(base: Base, plan: RunPlan, folder: Path, rounds: int) -> dict[str, o
         for pixels in in_memory:
             encode(pixels)["mean"].cpu()
 
-    def cached(own: list[Job[torch.Tensor]]) -> None:
+    def cached(own: list[Job[np.ndarray]]) -> None:
         for _ in fill(cache, own, encode, progress=Silence(), task=""):
             pass
 
