@@ -32,7 +32,7 @@ from sdlora.data.cache import EncodedCache, Job, fill
 from sdlora.data.cache_files import prune
 from sdlora.precision import choose_precision
 from sdlora.progress import Silence
-from sdlora.training.latents import encode_with, latent_jobs
+from sdlora.training.latents import encode_with, encoders_for, latent_jobs
 from sdlora.training.plan import RunPlan, plan_run
 
 
@@ -51,7 +51,7 @@ def compare(base: Base, plan: RunPlan, folder: Path, rounds: int) -> dict[str, o
             encode(pixels)["mean"].cpu()
 
     def cached(own: list[Job[np.ndarray]]) -> None:
-        for _ in fill(cache, own, encode, progress=Silence(), task=""):
+        for _ in fill(cache, own, encode, progress=Silence(), task="", encoders=encoders_for(base, views)):
             pass
 
     def seconds(work: Callable[[], None]) -> float:

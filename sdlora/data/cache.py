@@ -165,12 +165,14 @@ def fill(
     progress: Progress,
     task: str,
     ahead: int = 8,
+    encoders: int = 1,
 ) -> Generator[dict[str, Tensor]]:
     """The tensors of every job, in order, on the CPU: out of the cache, or loaded, encoded and put there.
 
-    Threads look up and load while this one encodes; at most ``ahead`` jobs are begun and not yet handed on. Jobs are
-    encoded one by one, so that what comes out does not hang on its neighbours, and in any order within those ``ahead``,
-    so that processes that fill the cache with the same jobs together seldom do the same one twice.
+    Threads look up and load while this one encodes; at most ``ahead`` jobs are begun and not yet handed on. Where
+    ``encoders`` is more than 1, as many threads do all of a job each, with one core each. Jobs are encoded one by one,
+    so that what comes out does not hang on its neighbours, and in any order within those ``ahead``, so that processes
+    that fill the cache with the same jobs together seldom do the same one twice.
 
     Raises:
         Whatever a job's ``load`` or ``encode`` raises; what was encoded before is kept.
@@ -193,17 +195,21 @@ def fill(
 
         return finish
 
+    def complete(job: Job[Loaded]) -> Callable[[], dict[str, Tensor]]:
+        tensors = begin(job)()
+        return lambda: tensors
+
     progress.start(task, len(jobs))
     begun: dict[int, Future[Callable[[], dict[str, Tensor]]]] = {}
     finished: dict[int, dict[str, Tensor]] = {}
     unbegun = iter(enumerate(jobs))
     choose = Random()  # Not the module's own, which may be seeded alike in all processes.
-    pool = _loaders(min(ahead, os.cpu_count() or 1))
+    pool = _loaders(min(ahead, os.cpu_count() or 1) if encoders == 1 else encoders)
     try:
         for number in range(len(jobs)):
             while number not in finished:
                 for later, job in islice(unbegun, ahead - len(begun) - len(finished)):
-                    begun[later] = pool.submit(begin, job)
+                    begun[later] = pool.submit(begin if encoders == 1 else complete, job)
                 ready = [other for other, future in begun.items() if future.done()]
                 chosen = choose.choice(ready or [number])
                 finished[chosen] = begun.pop(chosen).result()()
