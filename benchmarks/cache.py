@@ -1,6 +1,6 @@
 """Encoding a folder of pictures into the cache, as a share of the rate of the bare VAE encoder.
 
-    python benchmarks/cache.py [--base mini] [--images datasets/blueprint] [--rounds 15]
+    python benchmarks/cache.py [--base mini] [--images datasets] [--rounds 15]
 
 The bare encoder gets pixels that are in memory already, one picture at a time. The cache starts with picture files: it
 decodes, scales and crops them, encodes, and writes every entry to an empty folder. ``again`` is the same pictures once
@@ -20,13 +20,14 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from sdlora.base.load import Base, choose_device, load_base
 from sdlora.config import load_config
-from sdlora.data.cache import EncodedCache, fill
+from sdlora.data.cache import EncodedCache, Job, fill
 from sdlora.data.cache_files import prune
 from sdlora.precision import choose_precision
 from sdlora.progress import Silence
@@ -36,16 +37,20 @@ from sdlora.training.plan import RunPlan, plan_run
 
 def compare(base: Base, plan: RunPlan, folder: Path, rounds: int) -> dict[str, object]:
     views = [view for shown in plan.training.shown for view in shown.all()]
-    jobs, encode = latent_jobs(base, plan.items, views, plan.config), encode_with(base)
-    cache, in_memory = EncodedCache(folder, 1e12), [job.load() for job in jobs]
+    encode, cache = encode_with(base), EncodedCache(folder, 1e12)
+
+    def jobs() -> list[Job[torch.Tensor]]:
+        """Made anew for each round, since they remember pictures that they have opened."""
+        return latent_jobs(base, plan.items, views, plan.config)
+
+    in_memory = [job.load() for job in jobs()]
 
     def bare() -> None:
         for pixels in in_memory:
             encode(pixels)["mean"].cpu()
 
-    def cached() -> None:
-        # Anew, since they remember the pictures that they opened.
-        for _ in fill(cache, latent_jobs(base, plan.items, views, plan.config), encode, progress=Silence(), task=""):
+    def cached(own: list[Job[torch.Tensor]]) -> None:
+        for _ in fill(cache, own, encode, progress=Silence(), task=""):
             pass
 
     def seconds(work: Callable[[], None]) -> float:
@@ -57,12 +62,13 @@ def compare(base: Base, plan: RunPlan, folder: Path, rounds: int) -> dict[str, o
     times: dict[str, list[float]] = {"bare": [], "cached": [], "again": []}
     for _ in range(rounds):
         prune(folder, 0)
-        for name, work in (("bare", bare), ("cached", cached), ("again", cached)):
+        first, second = partial(cached, jobs()), partial(cached, jobs())
+        for name, work in (("bare", bare), ("cached", first), ("again", second)):
             times[name].append(seconds(work))
     shares = sorted(one / other for one, other in zip(times["bare"], times["cached"], strict=True))
     return {
         "pictures": len(views),
-        "pixels": sorted({tuple(pixels.shape[1:]) for pixels in in_memory}),
+        "pixels": sorted({pixels.shape[:2] for pixels in in_memory}),
         "pictures_per_second": {name: round(len(views) / statistics.median(own), 1) for name, own in times.items()},
         "cached / bare": [round(share, 3) for share in (statistics.median(shares), shares[0], shares[-1])],
     }
@@ -71,7 +77,7 @@ def compare(base: Base, plan: RunPlan, folder: Path, rounds: int) -> dict[str, o
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="mini")
-    parser.add_argument("--images", default="datasets/blueprint")
+    parser.add_argument("--images", default="datasets")
     parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()
     values = [f"base.path={json.dumps(arguments.base)}", f"data.images={json.dumps(arguments.images)}"]

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -380,6 +381,23 @@ def test_fill_begins_no_more_than_it_may(cache: EncodedCache) -> None:
         time.sleep(0.002)
         assert len(loaded) <= given_on + 4
     assert given_on == 40
+
+
+def test_threads_that_load_have_one_core_each_and_the_encoder_keeps_its_own(cache: EncodedCache) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        jobs = [Job(key=key_of(i), load=torch.get_num_threads) for i in range(20)]
+
+        def encode(threads: int) -> dict[str, torch.Tensor]:
+            return {"load": torch.tensor(threads), "encode": torch.tensor(torch.get_num_threads())}
+
+        found = list(fill(cache, jobs, encode, progress=Silence(), task="Encoding"))
+        with ThreadPoolExecutor(1) as later:
+            assert later.submit(torch.get_num_threads).result() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert {(int(one["load"]), int(one["encode"])) for one in found} == {(1, 3)}
 
 
 @pytest.mark.parametrize("kept", [True, False])

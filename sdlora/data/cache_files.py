@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, BinaryIO, Literal, get_args
 
 from ..config import CacheSection
 from ..places import cache_folder
@@ -141,12 +141,19 @@ def write_entry(file: Path, data: bytes) -> None:
         OSError: the disk is full or cannot be written to; nothing is left behind.
     """
     partial = file.with_name(f".{uuid.uuid4().hex}.partial")
-    file.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with partial.open("xb") as stream:
+        with _created(partial) as stream:
             stream.write(data)
         os.replace(partial, file)
     except BaseException:
         with suppress(OSError):
             partial.unlink()
         raise
+
+
+def _created(file: Path) -> BinaryIO:
+    try:
+        return file.open("xb")
+    except FileNotFoundError:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        return file.open("xb")
