@@ -79,7 +79,7 @@ def caption_folder(
                 problems += error.problems
             progress.advance(note=target.name)
     except KeyboardInterrupt:
-        done = f"{len(written)} of {len(wanted)} captions are written"
+        done = f"{sum(target.exists() for target in wanted.values())} of {len(wanted)} captions are written"
         raise Interrupted(f"interrupted: {done}; the same command goes on") from None
     return CaptionReport(
         folder=str(folder),

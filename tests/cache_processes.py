@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from random import Random
 
@@ -24,6 +24,7 @@ from sdlora.progress import Silence
 PLACEMENT = Placement(width=64, height=64, scaled_width=64, scaled_height=64, left=0, top=0)
 
 
+@cache
 def key_of(number: int) -> CacheKey:
     return latent_key(
         pixels=str(number),
@@ -73,6 +74,8 @@ def kill_often(folder: Path, count: int, kills: int) -> None:
     Prints for each the numbers that it began to encode, and those of them that are in the cache afterwards.
     """
     random, told = Random(0), []
+    for number in range(count):
+        key_of(number)  # Once, not in each of the processes.
     for _ in range(kills):
         reader, writer = os.pipe()
         child = os.fork()
@@ -89,8 +92,8 @@ def kill_often(folder: Path, count: int, kills: int) -> None:
             begun += more
         os.close(reader)
         numbers = [int.from_bytes(begun[i : i + 4]) for i in range(0, len(begun), 4)]
-        cache = EncodedCache(folder, 1e9)
-        kept = [number for number in numbers if cache.get(key_of(number)) is not None]
+        left = EncodedCache(folder, 1e9)
+        kept = [number for number in numbers if left.get(key_of(number)) is not None]
         told.append({"killed": os.WIFSIGNALED(status), "begun": numbers, "kept": kept})
     print(json.dumps(told), flush=True)
 

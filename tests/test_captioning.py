@@ -239,7 +239,6 @@ def test_the_kind_of_a_folder(models: dict[str, Path], kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["blip", "florence"])
 def test_a_model_says_the_same_of_the_same_picture(models: dict[str, Path], kind: str) -> None:
-    """Held against the model's own greedy choice of first words, without our preprocessing or search."""
     captioner = open_captioner(models[kind], kind)  # ty: ignore[invalid-argument-type]
     colours = np.random.default_rng(1).integers(0, 256, (2, 30, 50, 3), dtype=np.uint8)
     said = [captioner.caption(Image.fromarray(own)) for own in (*colours, *colours)]
@@ -470,32 +469,49 @@ def test_wrong_uses_of_the_verb(
     assert contents(folder) == before
 
 
+SLOW_CAPTIONER = """
+import sys, time
+from pathlib import Path
+import typer
+from sdlora.captioning import caption_folder
+from sdlora.cli import _guard
+from sdlora.progress import Silence
+
+class Slow:
+    def caption(self, picture):
+        time.sleep(0.01)
+        return "word " * 200
+
+def run():
+    caption_folder(Path(sys.argv[1]), Slow, trigger="", extension=".txt", progress=Silence())
+
+try:
+    _guard(run)
+except typer.Exit as exit:
+    sys.exit(exit.exit_code)
+"""
+
+
 def test_ctrl_c_and_kill_leave_whole_captions_and_the_command_goes_on(tmp_path: Path) -> None:
     """Real processes with a stand-in for the model, interrupted and killed while they write."""
-    folder = write_pictures(tmp_path / "many", 60, sizes=((16, 16),))
+    folder = write_pictures(tmp_path / "many", 200, sizes=((16, 16),))
     for file in folder.glob("*.txt"):
         file.unlink()
-    code = (
-        "import sys, time; from pathlib import Path; from sdlora.captioning import caption_folder; "
-        "from sdlora.cli import _guard; from sdlora.progress import Silence; "
-        "Model = type('Model', (), {'caption': lambda self, picture: time.sleep(0.01) or 'word ' * 200}); "
-        "run = lambda: caption_folder(Path(sys.argv[1]), Model, trigger='', extension='.txt', progress=Silence()); "
-        "import typer; app = typer.Typer(); app.command()(lambda: _guard(run)); sys.argv[1:], kept = [], sys.argv[1:]; "
-        "run = lambda: caption_folder(Path(kept[0]), Model, trigger='', extension='.txt', progress=Silence()); app()"
-    )
     whole = " ".join(["word"] * 200) + "\n"
     written = 0
     for wanted in (signal.SIGINT, signal.SIGKILL):
-        process = subprocess.Popen([sys.executable, "-c", code, folder], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", SLOW_CAPTIONER, folder], cwd=ROOT, stderr=subprocess.PIPE, text=True
+        )
         while len(list(folder.glob("*.txt"))) < written + 5:
             assert process.poll() is None
             time.sleep(0.005)
         process.send_signal(wanted)
         _, error = process.communicate(timeout=30)
         written = len(list(folder.glob("*.txt")))
-        assert 0 < written < 60
+        assert 0 < written < 200
         if wanted == signal.SIGINT:
             assert process.returncode == 130
-            assert error.strip() == f"interrupted: {written} of 60 captions are written; the same command goes on"
+            assert error.strip() == f"interrupted: {written} of 200 captions are written; the same command goes on"
         assert {file.read_text() for file in folder.glob("*.txt")} == {whole}
-    assert len(run(folder).written) == 60 - written
+    assert len(run(folder).written) == 200 - written
