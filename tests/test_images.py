@@ -385,6 +385,7 @@ def direct_hash(grey: np.ndarray) -> np.ndarray:
 def test_perceptual_hash_is_the_cosine_transform() -> None:
     grey = np.random.default_rng(0).integers(0, 256, (2, 32, 32), dtype=np.uint8)
     ours = np.unpackbits(perceptual_hashes(grey.reshape(2, -1)).view(np.uint8), axis=1).astype(bool)
+    assert not ours[:, 0].any()
     for own, picture in zip(ours, grey, strict=True):
         assert (own != direct_hash(picture.astype(np.float64))).sum() <= 1
 
@@ -413,6 +414,30 @@ def test_near_duplicates_are_found_and_others_are_not(tmp_path: Path) -> None:
     assert pairs == {
         *(("0.png", "smaller.png"), ("1.png", "again.jpg"), ("2.png", "brighter.png"), ("3.png", "cropped.png")),
     }
+
+
+def test_what_is_alike_by_its_hash_alone_is_no_duplicate(tmp_path: Path) -> None:
+    # Coefficients on the same sides of their median, but of other sizes: one hash, two pictures.
+    waves = np.cos(np.pi * (2 * np.arange(32)[None] + 1) * np.arange(32)[:, None] / 64)
+    waves *= np.where(np.arange(32)[:, None] == 0, 1, np.sqrt(2)) / np.sqrt(32)
+    rng = np.random.default_rng(0)
+
+    def drawn(signs: np.ndarray) -> np.ndarray:
+        sizes = np.zeros((32, 32))
+        sizes[:16, :16] = signs * (0.2 + rng.exponential(1, (16, 16)) ** 2)
+        picture = waves.T @ sizes @ waves
+        return (128 + picture / np.abs(picture).max() * 120).round().astype(np.uint8)
+
+    signs = np.where(rng.permutation(256).reshape(16, 16) < 128, -1, 1)
+    other, one = drawn(signs), drawn(signs)
+    again = (one + rng.integers(-2, 3, one.shape)).clip(0, 255).astype(np.uint8)
+    facts = []
+    for number, levels in enumerate((other, one, again)):
+        Image.fromarray(levels).save(tmp_path / f"{number}.png")
+        facts.append(examine(tmp_path / f"{number}.png"))
+    hashes = perceptual_hashes(np.stack([np.frombuffer(own.thumbnail, np.uint8) for own in facts]))
+    assert np.bitwise_count(hashes[0] ^ hashes[2]).sum() < 64
+    assert [(pair.first, pair.second) for pair in near_pairs(facts)] == [(1, 2)]
 
 
 def test_a_film_makes_as_many_pairs_as_frames(tmp_path: Path) -> None:

@@ -160,6 +160,7 @@ def faulty_captions(folder: Path) -> list[tuple[str, str]]:
     caption("overflow", "zorb, " + "antidisestablishmentarianism " * 100)
     caption("long", "zorb, " + "a red apple on a table " * 20)
     caption("brackets", "zorb, (a thing:1.2")
+    caption("turned brackets", "zorb, a thing) of (some kind")
     caption("braces", "zorb, a {red|blue} thing")
     caption("garbled", "zorb, ein BÃ¤r")
     caption("underscores", "zorb, long_hair in the wind")
@@ -182,6 +183,7 @@ def faulty_captions(folder: Path) -> list[tuple[str, str]]:
         ("caption-overflow", "overflow.txt"),
         ("caption-long", "long.txt"),
         ("caption-brackets", "brackets.txt"),
+        ("caption-brackets", "turned brackets.txt"),
         ("caption-braces", "braces.txt"),
         ("caption-garbled", "garbled.txt"),
         ("caption-underscores", "underscores.txt"),
@@ -398,12 +400,20 @@ def test_regularisation_pictures_need_no_trigger(tmp_path: Path) -> None:
     clean(tmp_path / "style")
     for number in range(6):
         add(tmp_path / "class", f"class{number}.png", caption=f"a picture of kind {number}")
-    sets = [f'images = "{tmp_path / name}"\nrole = "{role}"' for name, role in (("style", "train"), ("class", "x"))]
-    (tmp_path / "run.toml").write_text(sets_toml(sets[0], sets[1].replace('"x"', '"regularisation"')))
+    clean(tmp_path / "held out", 0)
+    for number in range(5):
+        add(tmp_path / "held out", f"held{number}.png", noise(f"held{number}", 96, 160))
+    sets = [
+        f'images = "{tmp_path / "style"}"',
+        f'images = "{tmp_path / "class"}"\nrole = "regularisation"\ntrigger = "art"',
+        f'images = "{tmp_path / "held out"}"\nrole = "validation"\ntrigger = "art"',
+    ]
+    (tmp_path / "run.toml").write_text(sets_toml(*sets))
     report = linted(tmp_path / "run.toml")
-    assert report.findings == ()
-    assert summary_lines(report) == ["12 pictures, 6 for regularisation: nothing to complain of"]
+    assert summary_lines(report) == ["17 pictures, 6 for regularisation, 5 for validation: nothing to complain of"]
     assert sum(count for _, count in report.tags) == 6
+    # Nothing is trained on validation pictures, so no bucket holds them.
+    assert [(own.width, own.height, own.count) for own in report.buckets] == [(128, 128, 12)]
 
 
 def test_each_set_has_its_own_resolution(tmp_path: Path) -> None:
