@@ -474,7 +474,7 @@ import sys, time
 from pathlib import Path
 import typer
 from sdlora.captioning import caption_folder
-from sdlora.cli import _guard
+from sdlora.cli.app import guard
 from sdlora.progress import Silence
 
 class Slow:
@@ -486,7 +486,7 @@ def run():
     caption_folder(Path(sys.argv[1]), Slow, trigger="", extension=".txt", progress=Silence())
 
 try:
-    _guard(run)
+    guard(run)
 except typer.Exit as exit:
     sys.exit(exit.exit_code)
 """

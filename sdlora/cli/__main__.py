@@ -1,0 +1,5 @@
+"""``python -m sdlora.cli``."""
+
+from . import main
+
+main()

@@ -1,0 +1,74 @@
+"""The command itself, and what its verbs share."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from .. import __version__
+from ..errors import Interrupted, SdloraError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Train style LoRAs for Stable Diffusion, generate pictures with several at once, inspect LoRA files.",
+)
+
+BaseOption = Annotated[
+    str, typer.Option("--base", metavar="BASE", help="'mini', a checkpoint file, or a diffusers folder.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")]
+
+
+def guard(run: Callable[[], None]) -> None:
+    """Run a verb; an error of the input becomes a line for each fault and exit code 1, an interruption 130."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    try:
+        run()
+    except SdloraError as error:
+        for problem in error.problems:
+            typer.echo(f"error: {problem}", err=True)
+        raise typer.Exit(1) from None
+    except (Interrupted, KeyboardInterrupt) as error:
+        typer.echo(str(error) or "interrupted", err=True)
+        raise typer.Exit(130) from None
+
+
+def emit(value: dict[str, Any]) -> None:
+    """Print ``value`` as the one JSON object of ``--json``."""
+    typer.echo(json.dumps(value, ensure_ascii=False, default=str))
+
+
+def quiet_libraries() -> None:
+    """Keep bars and warnings of diffusers and transformers off the terminal."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(f"sdlora {__version__}")
+        raise typer.Exit()
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """``128x160`` -> width and height in pixels."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d{1,5})[xX](\d{1,5})", text)
+    if match is None:
+        raise typer.BadParameter(f"{text!r}: expected WIDTHxHEIGHT, for example 128x160", param_hint="--size")
+    return int(match[1]), int(match[2])
