@@ -17,9 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-from sdlora.data import images
+from sdlora.data import decoding
+from sdlora.data.decoding import PictureError
 from sdlora.data.duplicates import exact_groups, near_pairs, perceptual_hashes
-from sdlora.data.images import PictureError, examine, open_mask, open_picture, write_upright
+from sdlora.data.images import open_mask, open_picture, write_upright
+from sdlora.data.picture_facts import examine
 
 ALWAYS = {"png": {}, "jpg": {"quality": 95}, "webp": {"lossless": True}, "bmp": {}, "tiff": {}, "gif": {}, "avif": {}}
 LOSSLESS = ("png", "webp", "bmp", "tiff")
@@ -64,7 +66,7 @@ def test_every_format_is_read(tmp_path: Path, kind: str) -> None:
     quadrants().save(file, **ALWAYS[kind])
     facts = examine(file)
     assert (facts.width, facts.height, facts.frames, facts.alpha, facts.orientation) == (60, 40, 1, "none", 1)
-    assert file.suffix in images.SUFFIXES[facts.format]
+    assert file.suffix in decoding.SUFFIXES[facts.format]
     expected = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)]
     assert np.abs(np.array(corners(open_picture(file))) - expected).max() <= (0 if kind in LOSSLESS else 12)
 
@@ -92,14 +94,14 @@ def test_a_missing_package_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head: bytes, module: str, package: str
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    images._has_plugin.cache_clear()
+    decoding._has_plugin.cache_clear()
     # By content: phones send HEIF files that are called .jpg.
     file = tmp_path / "x.jpg"
     file.write_bytes(head + bytes(100))
     with pytest.raises(PictureError, match=f"pip install {package}$") as caught:
         examine(file)
     assert caught.value.finding.code == "picture-needs-package"
-    images._has_plugin.cache_clear()
+    decoding._has_plugin.cache_clear()
 
 
 @pytest.mark.parametrize("kind", ["png", "jpg", "webp", "tiff", "avif"])
@@ -245,7 +247,7 @@ def test_a_cut_file_is_never_taken_for_a_whole_one(
     tmp_path_factory: pytest.TempPathFactory, kind: str, share: float
 ) -> None:
     whole = io.BytesIO()
-    noise(200, 150).save(whole, images.Image.registered_extensions()[f".{kind}"], **ALWAYS[kind])
+    noise(200, 150).save(whole, Image.registered_extensions()[f".{kind}"], **ALWAYS[kind])
     file = tmp_path_factory.mktemp("cut") / f"x.{kind}"
     file.write_bytes(whole.getvalue()[: int(len(whole.getvalue()) * share)])
     assert fault_of(file) in ("picture-truncated", "picture-damaged", "picture-unknown")
@@ -277,7 +279,7 @@ def test_no_bytes_bring_a_reader_down(
         form = ("GIF", "PNG", "WEBP", "TIFF")[len(data) % 4]
         quadrants().save(whole, form, save_all=True, append_images=[noise(60, 40, 1), noise(60, 40, 2)])
     else:
-        quadrants().save(whole, images.Image.registered_extensions()[f".{kind}"])
+        quadrants().save(whole, Image.registered_extensions()[f".{kind}"])
     start = int(at * len(whole.getvalue()))
     file = tmp_path_factory.mktemp("odd") / "x"
     file.write_bytes(whole.getvalue()[:start] + data + whole.getvalue()[start + len(data) :])

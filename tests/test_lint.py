@@ -22,7 +22,7 @@ from PIL import Image, ImageCms
 import sdlora as sdlora_package
 from sdlora.base.words import clip_words, words_in
 from sdlora.config import load_config
-from sdlora.data import images
+from sdlora.data import decoding
 from sdlora.data.images import open_picture
 from sdlora.data.items import load_items
 from sdlora.data.repair import _decoded as decoded_caption
@@ -227,7 +227,7 @@ def told(report: LintReport) -> Counter[tuple[str, str | None]]:
 
 def test_one_of_each_fault_is_found_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
-    images._has_plugin.cache_clear()
+    decoding._has_plugin.cache_clear()
     expected: Counter[tuple[str, str | None]] = Counter()
     sets = []
 
@@ -265,7 +265,7 @@ def test_one_of_each_fault_is_found_and_nothing_else(tmp_path: Path, monkeypatch
         assert finding.remedy
         assert finding.message[0].lower() == finding.message[0] or finding.message.startswith(("A ", "CMYK", "EXIF"))
         assert "\n" not in str(finding)
-    images._has_plugin.cache_clear()
+    decoding._has_plugin.cache_clear()
 
 
 def test_what_forbids_training_is_what_lint_calls_an_error(tmp_path: Path) -> None:

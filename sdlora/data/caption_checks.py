@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from .caption_files import MAX_WORDS
-from .captions import has_word
+from .captions import has_word, split_tags
 from .findings import Finding, Severity, shown
 from .folders import stem_of
 from .sources import Source
@@ -46,11 +46,6 @@ def place_of(source: Source) -> str:
     return shown(source.caption_file if own and source.caption_file else source.file)
 
 
-def tags_in(caption: str) -> list[str]:
-    """The parts between commas, without white space around them and without empty ones."""
-    return [tag.strip() for tag in caption.split(",") if tag.strip()]
-
-
 def tag_counts(sources: Sequence[Source]) -> tuple[tuple[str, int], ...]:
     """How many training pictures have each tag, the trigger left out; frequent ones first."""
     counts: Counter[str] = Counter()
@@ -61,7 +56,7 @@ def tag_counts(sources: Sequence[Source]) -> tuple[tuple[str, int], ...]:
 
 
 def _tags_but_trigger(source: Source, text: str) -> list[str]:
-    return [tag for tag in tags_in(text) if tag.lower() != source.rules.trigger.lower()]
+    return [tag for tag in split_tags(text) if tag.lower() != source.rules.trigger.lower()]
 
 
 def check_length(source: Source, vocabulary: Vocabulary, limit: int) -> Iterator[Finding]:
@@ -127,7 +122,7 @@ def check_spelling(source: Source) -> Iterator[Finding]:
     repeated = [
         tag
         for caption in source.captions
-        for tag, times in Counter(tag.lower() for tag in tags_in(caption)).items()
+        for tag, times in Counter(tag.lower() for tag in split_tags(caption)).items()
         if times > 1
     ]
     if repeated:

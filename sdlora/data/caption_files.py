@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import DataSection, SetSection
+from .decoding import EXTENSIONS
 from .findings import Severity
 from .folders import Folder, Picture, Report, extension_of, stem_of
-from .images import EXTENSIONS
 from .tables import Row, is_table
 
 CAPTION_EXTENSIONS = (".txt", ".caption", ".cap", ".tags", ".json")

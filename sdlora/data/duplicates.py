@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .images import THUMBNAIL_SIDE, PictureFacts
+from .picture_facts import THUMBNAIL_SIDE, PictureFacts
 
 HASH_BITS = 256
 NEAR_BITS = 64

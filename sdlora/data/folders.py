@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from .decoding import EXTENSIONS
 from .findings import Finding, Severity, shown
-from .images import EXTENSIONS
 
 NOT_SEARCHED = frozenset({"mask", "__MACOSX", "__pycache__"})
 """Folders that hold no pictures to train on; neither do those whose name begins with a dot."""

@@ -16,8 +16,9 @@ from typing import Literal
 from PIL import Image
 
 from ..progress import Progress, Silence
+from .decoding import PictureError
 from .findings import Finding
-from .images import PictureError, open_mask, open_picture
+from .images import open_mask, open_picture
 from .sources import Listing, Source
 
 MaskKind = Literal["none", "alpha", "files"]

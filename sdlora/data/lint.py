@@ -14,9 +14,10 @@ from . import caption_checks as captions
 from . import picture_checks as pictures
 from .buckets import Placement
 from .caption_checks import Vocabulary
+from .decoding import PictureError
 from .findings import Finding, shown
-from .images import PictureError, PictureFacts, examine
 from .picture_checks import Examined
+from .picture_facts import PictureFacts, examine
 from .sources import Listing, Source
 
 _SEVERITIES = ("error", "warning", "note")

@@ -6,8 +6,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from .decoding import EXTENSIONS
 from .folders import MASK_LABEL, Folder, Picture, Report, extension_of, stem_of
-from .images import EXTENSIONS
 
 
 def find_masks(

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .buckets import Placement
+from .decoding import SUFFIXES, PictureError
 from .duplicates import FLAT, exact_groups, near_pairs
 from .findings import Finding, Severity, shown
-from .images import SUFFIXES, PictureError, PictureFacts, open_mask
+from .images import open_mask
+from .picture_facts import PictureFacts
 from .sources import Source
 
 DARK = 8.0

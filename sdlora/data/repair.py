@@ -14,10 +14,11 @@ from ..errors import DataError
 from ..progress import Progress
 from .caption_files import CAPTION_EXTENSIONS
 from .captions import with_trigger
+from .decoding import SUFFIXES
 from .duplicates import exact_groups
 from .findings import shown
 from .folders import stem_of
-from .images import SUFFIXES, write_upright
+from .images import write_upright
 from .picture_checks import Examined
 from .sources import Source
 

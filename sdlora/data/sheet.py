@@ -15,7 +15,8 @@ from PIL import Image, ImageDraw, ImageFont
 from ..errors import DataError
 from ..progress import Progress
 from .buckets import Placement
-from .images import PictureError, open_mask, open_picture
+from .decoding import PictureError
+from .images import open_mask, open_picture
 from .picture_checks import Examined
 from .views import salient_crop
 

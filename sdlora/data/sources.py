@@ -11,9 +11,9 @@ from typing import Literal
 from ..config import Config, DataSection, OutputSection, SetSection
 from .caption_files import CaptionFinder
 from .captions import CaptionRules
+from .decoding import EXTENSIONS
 from .findings import Finding
 from .folders import Picture, Report, extension_of, list_folders, shown
-from .images import EXTENSIONS
 from .kohya_toml import read_dataset_config
 from .mask_files import find_masks
 from .tables import TableRows

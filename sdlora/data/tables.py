@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .decoding import EXTENSIONS
 from .findings import Finding
 from .folders import Folder, Picture, Report, extension_of, shown
-from .images import EXTENSIONS
 
 NAME_KEYS = ("file_name", "image_path")
 """Of the picture's file: the imagefolder's, and kohya's in .jsonl."""

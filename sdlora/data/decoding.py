@@ -1,0 +1,199 @@
+"""Files that hold pictures: which can be read, opened with every fault told as one, and turned upright."""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+import zlib
+from collections.abc import Generator
+from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from PIL import Image, UnidentifiedImageError
+
+from ..errors import DataError
+from .findings import Finding, shown
+
+if TYPE_CHECKING:
+    pass
+
+EXTENSIONS = frozenset(
+    {
+        *(".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif"),
+        *(".avif", ".heic", ".heif", ".hif", ".jxl"),
+    }
+)
+SUFFIXES = {
+    "PNG": (".png",),
+    "JPEG": (".jpg", ".jpeg", ".jfif"),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "TIFF": (".tif", ".tiff"),
+    "GIF": (".gif",),
+    "AVIF": (".avif",),
+    "HEIF": (".heic", ".heif", ".hif"),
+    "JXL": (".jxl",),
+}
+"""Pillow's name of a format -> how its files end, the usual spelling first. What is not here is not read."""
+MAX_PIXELS = 178_956_970
+"""What has more is a decompression bomb to Pillow, which does not open it."""
+_PLUGINS = {"HEIF": ("pillow_heif", "pillow-heif"), "JXL": ("pillow_jxl", "pillow-jxl-plugin")}
+_HEIF_BRANDS = {b"heic", b"heix", b"hevc", b"heim", b"heis", b"hevm", b"hevs", b"mif1", b"msf1"}
+ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what undoes it; 1 is upright."""
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PIECE = 1 << 20
+"""Bytes that are read at once."""
+_WARNINGS = threading.RLock()
+
+
+class PictureError(DataError):
+    """A picture that cannot be used; ``finding`` tells it apart from others."""
+
+    def __init__(self, finding: Finding):
+        self.finding = finding
+        super().__init__(str(finding))
+
+
+@contextmanager
+def opened(file: Path) -> Generator[Image.Image]:
+    """The open picture; what goes wrong within the block is told as a ``PictureError``."""
+    try:
+        with file.open("rb") as stream:
+            head = stream.read(32)
+            if not head:
+                raise PictureError(_fault(file, "picture-empty", "empty file (0 bytes)", "replace or remove it"))
+            if head.startswith(_PNG):
+                _check_sums(stream)
+        _load_plugin(file, head)
+        # The filters of warnings are the process's, not the thread's: one thread at a time may change them.
+        with _WARNINGS, warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            picture = Image.open(file, formats=_formats())
+        with picture:
+            yield picture
+    except PictureError:
+        raise
+    except Image.DecompressionBombError:
+        raise PictureError(
+            _fault(file, "picture-too-large", f"more than {MAX_PIXELS:,} pixels", "make it smaller")
+        ) from None
+    except UnidentifiedImageError:
+        raise PictureError(
+            _fault(
+                file,
+                "picture-unknown",
+                "not a picture, or of a kind that cannot be read",
+                "replace or remove it",
+            )
+        ) from None
+    except PermissionError as error:
+        raise PictureError(
+            _fault(file, "picture-unreadable", f"cannot be read: {error.strerror}", "allow reading it")
+        ) from None
+    except FileNotFoundError:
+        raise PictureError(_fault(file, "picture-unreadable", "no such file", "check the folder")) from None
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise nearly anything on bytes that are not what they should be.
+        reason = str(error).strip() or type(error).__name__
+        cut = isinstance(error, EOFError) or "truncated" in reason.lower()
+        code, what = ("picture-truncated", "truncated picture") if cut else ("picture-damaged", "damaged picture")
+        raise PictureError(_fault(file, code, f"{what} ({reason})", "replace or remove it")) from None
+
+
+def _fault(file: Path, code: str, message: str, remedy: str) -> Finding:
+    return Finding(code=code, severity="error", file=shown(file), message=message, remedy=remedy)
+
+
+def _load_plugin(file: Path, head: bytes) -> None:
+    form = None
+    if head[4:8] == b"ftyp" and head[8:12] in _HEIF_BRANDS and b"avif" not in head:
+        form = "HEIF"
+    elif head.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
+        form = "JXL"
+    if form is None or _has_plugin(form):
+        return
+    package = _PLUGINS[form][1]
+    raise PictureError(
+        _fault(
+            file,
+            "picture-needs-package",
+            f"a {form} picture, which Pillow reads with {package}",
+            f"pip install {package}",
+        )
+    )
+
+
+def _check_sums(stream: BinaryIO) -> None:
+    """Hold the chunks of a PNG that every reader needs against their checksums; where one is cut short, Pillow tells.
+
+    Pillow does not look at them: to it, a byte that changed on the disk is a streak in the picture.
+    """
+    stream.seek(len(_PNG))
+    while len(head := stream.read(8)) == 8:
+        left, name = int.from_bytes(head[:4]), head[4:]
+        if not name[:1].isupper():
+            stream.seek(left + 4, os.SEEK_CUR)
+            continue
+        found = zlib.crc32(name)
+        while left and (data := stream.read(min(left, _PIECE))):
+            found = zlib.crc32(data, found)
+            left -= len(data)
+        told = stream.read(4)
+        if left == 0 and len(told) == 4 and found != int.from_bytes(told):
+            raise ValueError(f"the checksum of its {name.decode('latin-1')} chunk is wrong")
+
+
+@cache
+def _has_plugin(form: str) -> bool:
+    try:
+        module = import_module(_PLUGINS[form][0])
+    except ImportError:
+        return False
+    if form == "HEIF":
+        module.register_heif_opener()
+    return True
+
+
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in (*SUFFIXES, "MPO") if name in Image.OPEN)
+
+
+def format_of(picture: Image.Image) -> str:
+    """Phones write JPEG files with further pictures behind the first, which Pillow calls MPO."""
+    return "JPEG" if picture.format == "MPO" else str(picture.format)
+
+
+def orientation_of(picture: Image.Image) -> int:
+    """EXIF's, 1 (upright) to 8."""
+    try:
+        value = picture.getexif().get(ORIENTATION, 1)
+    except Exception:  # A damaged EXIF block raises nearly anything, and says nothing about the pixels.
+        return 1
+    return value if value in _UPRIGHT else 1
+
+
+def turned(picture: Image.Image, orientation: int) -> Image.Image:
+    """``picture`` upright."""
+    method = _UPRIGHT.get(orientation)
+    return picture if method is None else picture.transpose(method)
+
+
+def has_alpha(picture: Image.Image) -> bool:
+    """Whether it has a channel, or a colour, that is transparent."""
+    return "A" in picture.getbands() or "transparency" in picture.info
