@@ -193,7 +193,7 @@ def tagger_pixels(picture: Image.Image, side: int) -> np.ndarray:
 
 def _onnx_session(file: Path) -> Any:
     try:
-        import onnxruntime  # ty: ignore[import-not-found]
+        import onnxruntime
     except ImportError as fault:
         absent = isinstance(fault, ModuleNotFoundError) and fault.name == "onnxruntime"
         reason = "is not installed (pip install 'sdlora[caption]')" if absent else f"cannot be imported: {fault}"

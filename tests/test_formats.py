@@ -353,6 +353,8 @@ def test_levels_of_metadata() -> None:
 def test_trigger_words_of_a_foreign_file() -> None:
     metadata = {"ss_num_train_images": "2", "ss_tag_frequency": json.dumps({"a": {"sks": 2, "cat": 1}})}
     assert trigger_words(metadata) == ("sks",)
+    repeated = metadata | {"ss_num_train_images": "20", "ss_dataset_dirs": '{"a": {"n_repeats": 10, "img_count": 2}}'}
+    assert trigger_words(repeated) == ("sks",)
     assert trigger_words({"ss_num_train_images": "2", "ss_tag_frequency": "{"}) == ()
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ..places import cache_folder
 from ..progress import Progress, Silence
 from .safetensors_file import write_whole
 
@@ -65,7 +65,7 @@ def file_hashes(path: Path, progress: Progress | None = None) -> FileHashes:
     status = path.stat()
     key = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]
     stamp = f"{status.st_size} {status.st_mtime_ns}"
-    memory = _cache_folder() / "hashes" / f"{key}.json"
+    memory = cache_folder() / "hashes" / f"{key}.json"
     try:
         entry = json.loads(memory.read_text(encoding="utf-8"))
         if entry.pop("stamp") == stamp:
@@ -85,7 +85,3 @@ def file_hashes(path: Path, progress: Progress | None = None) -> FileHashes:
 def legacy_hash(data: bytes) -> str:
     """``sshs_legacy_hash`` and AutoV1 of bytes: 64 KiB from 1 MiB on; shorter files all give ``e3b0c442``."""
     return hashlib.sha256(data[_SLICE_START : _SLICE_START + _SLICE_LENGTH]).hexdigest()[:8]
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdlora"

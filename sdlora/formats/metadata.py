@@ -268,11 +268,20 @@ def trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
     phrase = metadata.get("modelspec.trigger_phrase", "").strip()
     if phrase:
         return tuple(word.strip() for word in phrase.split(",") if word.strip())
+    total = _pictures(metadata)
+    return tuple(tag for tag, count in stated_tags(metadata).items() if total and count >= total)
+
+
+def _pictures(metadata: Mapping[str, str]) -> int:
+    """How many there were, repeats not counted, as tags are counted; 0 where nothing tells."""
     try:
-        total = int(metadata["ss_num_train_images"])
+        return sum(int(folder["img_count"]) for folder in json.loads(metadata["ss_dataset_dirs"]).values())
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
+        pass
+    try:
+        return int(metadata["ss_num_train_images"])
     except (KeyError, ValueError):
-        return ()
-    return tuple(tag for tag, count in stated_tags(metadata).items() if count >= total)
+        return 0
 
 
 def safe_title(name: str) -> str:

@@ -44,6 +44,10 @@ class Contexts:
             return Conditioning.stack([self._rows(caption) for caption in captions])
         return encode_prompts(self._base, [self._tokens(caption) for caption in captions])
 
+    def close(self) -> None:
+        """Bring the cache under its cap, which what was encoded here may have taken it over."""
+        self._cache.close()
+
     def _tokenized(self, caption: str) -> PromptTokens:
         tokens = padded(self._base, tokenize(self._base, plain(caption), limit=self._limit), self.chunks)
         return tuple(Tokens(ids=own.ids[: self.chunks], weights=own.weights[: self.chunks]) for own in tokens)

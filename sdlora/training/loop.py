@@ -77,6 +77,7 @@ def run_training(plan: RunPlan, *, restart: bool, progress: Progress) -> TrainRe
     with session.attached():
         loss = train_steps(session, first, started_at, folder, progress)
         held_out = validation_loss(session, progress)
+    session.contexts.close()
 
     if accelerator.is_main_process:
         weights = session.adapter.weights()
