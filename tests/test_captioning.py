@@ -479,7 +479,7 @@ from sdlora.progress import Silence
 
 class Slow:
     def caption(self, picture):
-        time.sleep(0.01)
+        time.sleep(0.05)
         return "word " * 200
 
 def run():
