@@ -202,6 +202,20 @@ def test_what_cannot_be_used_is_listed(tmp_path: Path) -> None:
         assert part in text
 
 
+@pytest.mark.parametrize("padding", range(8))
+def test_tensors_may_begin_at_any_byte(padding: int, tmp_path: Path) -> None:
+    """Not every writer pads its header."""
+    down, up = torch.randn(3, 5), torch.randn(4, 3)
+    header, payload = serialise({"lora_unet_a.lora_down.weight": down, "lora_unet_a.lora_up.weight": up}, {})
+    text = header[8:].rstrip() + b" " * padding
+    (tmp_path / "x.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + payload)
+    tensors = read_lora(tmp_path / "x.safetensors").modules["lora_unet_a"].tensors()
+    assert torch.equal(tensors["lora_down.weight"], down)
+    assert torch.equal(tensors["lora_up.weight"], up)
+    tensors["lora_up.weight"].zero_()
+    assert (tmp_path / "x.safetensors").read_bytes().endswith(payload)
+
+
 @given(
     values=st.lists(st.floats(width=16), min_size=1, max_size=6),
     dtype=st.sampled_from(["float16", "bfloat16", "float32", "float64", "float8_e4m3fn", "float8_e5m2"]),

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor
 
 from ..base.family import FAMILIES, SD1, SD2, SDXL, Family
@@ -19,7 +17,7 @@ from ..errors import LoraFileError
 from ..lora.change import Change
 from .keys import part_of
 from .lora_tensors import build_change, group_by_module
-from .tensor_files import TensorFile, open_tensor_file
+from .tensor_files import TensorFile, mapped_tensors, open_tensor_file
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 MAX_TENSORS = 50_000
@@ -128,14 +126,14 @@ def _read(file: TensorFile, alpha_of: Callable[[str], float | None]) -> LoraFile
         raise LoraFileError(f"{path}: holds no LoRA: none of its {len(file.tensors)} tensors is named like one")
     modules: dict[str, Change] = {}
     unusable: dict[str, str] = {}
-    with _tensors_of(file) as tensor:
-        for key, roles in sorted(grouped.items()):
-            short = key.removeprefix("base_model.model.")
-            try:
-                modules[short] = build_change({r: tensor(n) for r, n in roles.items()}, alpha=alpha_of(short))
-            except (ValueError, RuntimeError) as fault:
-                unusable[short] = str(fault)
-        embeddings = {name: tensor(name) for name in sorted(bundled)}
+    tensor = mapped_tensors(file)
+    for key, roles in sorted(grouped.items()):
+        short = key.removeprefix("base_model.model.")
+        try:
+            modules[short] = build_change({r: tensor(n) for r, n in roles.items()}, alpha=alpha_of(short))
+        except (ValueError, RuntimeError) as fault:
+            unusable[short] = str(fault)
+    embeddings = {name: tensor(name) for name in sorted(bundled)}
     if not modules:
         module, reason = next(iter(unusable.items()))
         raise LoraFileError(f"{path}: none of its {len(unusable)} modules can be used: {module} {reason}, to name one")
@@ -151,15 +149,6 @@ def _read(file: TensorFile, alpha_of: Callable[[str], float | None]) -> LoraFile
         unusable=unusable,
         foreign=tuple(foreign),
     )
-
-
-@contextmanager
-def _tensors_of(file: TensorFile) -> Generator[Callable[[str], Tensor]]:
-    if file.pickled is not None:
-        yield file.pickled.__getitem__
-        return
-    with safe_open(file.path, framework="pt") as reader:
-        yield reader.get_tensor
 
 
 def _read_adapter_folder(folder: Path) -> LoraFile:

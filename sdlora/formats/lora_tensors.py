@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -44,7 +45,8 @@ _NO_CHANGES = {
     "set_weight": "puts another weight in the place of the base's (set_weight), which no strength can scale",
     "reshape_weight": "is for a weight of another shape than the base's (reshape_weight)",
 }
-_BY_LENGTH = sorted(_SUFFIXES.items(), key=lambda entry: -len(entry[0]))
+_PARTS = 3
+"""Of a suffix, between dots, at most."""
 
 
 def group_by_module(names: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
@@ -52,9 +54,9 @@ def group_by_module(names: Iterable[str]) -> tuple[dict[str, dict[str, str]], li
     grouped: dict[str, dict[str, str]] = {}
     foreign, plain = [], []
     for name in names:
-        suffix, role = next(((s, r) for s, r in _BY_LENGTH if name.endswith(s)), ("", ""))
-        if role:
-            grouped.setdefault(name.removesuffix(suffix), {})[role] = name
+        suffix = _suffix_of(name)
+        if suffix:
+            grouped.setdefault(name.removesuffix(suffix), {})[_SUFFIXES[suffix]] = name
         else:
             (plain if name.endswith(".weight") else foreign).append(name)
     for name in plain:
@@ -65,6 +67,16 @@ def group_by_module(names: Iterable[str]) -> tuple[dict[str, dict[str, str]], li
         else:
             foreign.append(name)
     return grouped, foreign
+
+
+def _suffix_of(name: str) -> str:
+    """The longest of ``_SUFFIXES`` at the end of ``name``; "" where there is none."""
+    ends = name.rsplit(".", _PARTS)[1:]
+    for first in range(len(ends)):
+        suffix = "." + ".".join(ends[first:])
+        if suffix in _SUFFIXES:
+            return suffix
+    return next((suffix for suffix in ("_lora.down.weight", "_lora.up.weight") if name.endswith(suffix)), "")
 
 
 def build_change(tensors: Mapping[str, Tensor], *, alpha: float | None) -> Change:
@@ -92,6 +104,12 @@ _WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Bytes of a number -> whole numbers of that size."""
 
 
+@cache
+def _infinity(dtype: torch.dtype) -> int:
+    """Its bits, read as a whole number."""
+    return int(torch.tensor(math.inf, dtype=dtype).view(_WHOLE[dtype.itemsize]))
+
+
 def _is_finite(tensor: Tensor) -> bool:
     """By bits: read as whole numbers, infinity and NaN lie above the finite numbers of their sign.
 
@@ -100,9 +118,8 @@ def _is_finite(tensor: Tensor) -> bool:
     if not tensor.numel():
         return True
     tensor = tensor.contiguous() if tensor.itemsize > 1 else tensor.float()
-    whole = _WHOLE[tensor.itemsize]
-    infinity = int(torch.tensor(math.inf, dtype=tensor.dtype).view(whole))
-    bits = tensor.view(-1).view(whole).numpy()
+    infinity = _infinity(tensor.dtype)
+    bits = tensor.view(-1).view(_WHOLE[tensor.itemsize]).numpy()
     sign = 1 << (8 * tensor.itemsize - 1)
     return bits.max() < infinity and int(bits.view(f"u{tensor.itemsize}").max()) < sign + infinity
 

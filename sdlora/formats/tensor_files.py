@@ -5,10 +5,11 @@ Safetensors, and pickles as far as ``torch.load(weights_only=True)`` trusts them
 
 from __future__ import annotations
 
+import mmap
 import pickle
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +95,30 @@ def _open_pickle(path: Path, error: type[SdloraError], *, is_zip: bool) -> Tenso
     step = content.get("global_step") if isinstance(content, dict) else None
     metadata = {"global_step": str(step)} if isinstance(step, int) else {}
     return TensorFile(path=path, tensors=infos, metadata=metadata, payload_start=0, pickled=tensors)
+
+
+def mapped_tensors(file: TensorFile) -> Callable[[str], Tensor]:
+    """Name -> tensor, on the CPU, whose numbers come from the disk when they are looked at; writing changes no file.
+
+    A fraction of the time that safetensors' own reader takes for the thousands of small tensors of a LoRA.
+
+    Raises:
+        OSError: the file cannot be mapped.
+    """
+    if file.pickled is not None:
+        return file.pickled.__getitem__
+    with file.path.open("rb") as opened:
+        mapping = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+
+    def tensor(name: str) -> Tensor:
+        info = file.tensors[name]
+        count = (info.end - info.start) // info.dtype.itemsize
+        if not count:
+            return torch.empty(info.shape, dtype=info.dtype)
+        offset = file.payload_start + info.start
+        return torch.frombuffer(mapping, dtype=info.dtype, count=count, offset=offset).view(info.shape)
+
+    return tensor
 
 
 @dataclass(frozen=True, kw_only=True)
