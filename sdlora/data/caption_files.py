@@ -16,7 +16,7 @@ CAPTION_EXTENSIONS = (".txt", ".caption", ".cap", ".tags", ".json")
 """What caption files end in, of this trainer and others."""
 UNREAD_EXTENSIONS = frozenset(
     {
-        *(".psd", ".xcf", ".kra", ".svg", ".tga", ".exr", ".hdr", ".dds", ".jp2", ".heic", ".heif", ".avif", ".jxl"),
+        *(".psd", ".xcf", ".kra", ".svg", ".tga", ".exr", ".hdr", ".dds", ".jp2"),
         *(".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".mp4", ".webm", ".mov", ".mkv", ".avi"),
     }
 )
@@ -181,7 +181,7 @@ class CaptionFinder:
             for name in folder.files:
                 file, stem, extension = folder.path / name, stem_of(name), extension_of(name)
                 beside = {extension_of(other) for other in folder.by_stem[stem]}
-                if extension in UNREAD_EXTENSIONS and extension not in EXTENSIONS:
+                if extension in UNREAD_EXTENSIONS:
                     message = f"{extension} is not read, so this is not used"
                     self._report.tell("picture-format", file, message, "save it as PNG, or move it away", "warning")
                 elif file in self._claimed or is_table(name):
