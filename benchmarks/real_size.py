@@ -33,7 +33,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from sdlora.api import generate, train
+from sdlora.api import train
 from sdlora.base.checkpoint import find_base
 from sdlora.base.family import FAMILIES
 from sdlora.base.load import choose_device, load_base
@@ -41,6 +41,7 @@ from sdlora.base.single_file import ldm_tensors
 from sdlora.base.sniff import sniff
 from sdlora.config import load_config
 from sdlora.precision import choose_precision
+from sdlora.studio import generate
 from tests.published import our_names, published
 
 

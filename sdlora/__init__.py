@@ -8,12 +8,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .api import generate, generate_strip, inspect, train
+    from .api import inspect, train
     from .civitai import export_civitai
     from .config import BaseSection, Config, load_config
     from .conversion import convert
     from .errors import SdloraError
     from .linting import lint_dataset
+    from .studio import generate, generate_strip
 
 __version__ = "0.1.0"
 
@@ -23,8 +24,8 @@ _HOMES = {
     "SdloraError": "errors",
     "convert": "conversion",
     "export_civitai": "civitai",
-    "generate": "api",
-    "generate_strip": "api",
+    "generate": "studio",
+    "generate_strip": "studio",
     "inspect": "api",
     "lint_dataset": "linting",
     "load_config": "config",

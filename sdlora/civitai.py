@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .api import generate
 from .base.family import Family
 from .conversion import convert
 from .errors import LoraFileError
@@ -23,6 +22,7 @@ from .formats.readers import lost_elsewhere
 from .generation.infotext import save_png
 from .generation.loras import LoraChoice
 from .model_card import model_card, sidecar
+from .studio import generate
 
 PREVIEWS = 4
 

@@ -470,16 +470,19 @@ def test_wrong_uses_of_the_verb(
 
 
 SLOW_CAPTIONER = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 import typer
 from sdlora.captioning import caption_folder
 from sdlora.cli.app import guard
 from sdlora.progress import Silence
 
+# Where the tests run as a shell's background job, Ctrl-C is ignored from the start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 class Slow:
     def caption(self, picture):
-        time.sleep(0.05)
+        time.sleep(0.02)
         return "word " * 200
 
 def run():

@@ -279,7 +279,7 @@ def test_wrong_pairs_are_refused_before_anything_is_loaded(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("sdlora.api.load_base", refuse)
+    monkeypatch.setattr("sdlora.base.load.load_base", refuse)
     with pytest.raises(CompatibilityError) as caught:
         ours(tiny_files[base], "euler", loras=[str(loras[lora])])
     (sentence,) = caught.value.problems

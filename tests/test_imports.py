@@ -20,7 +20,7 @@ RANKS = {
     "base.parts": 4, "base.sniff": 5,
     "base.single_file": 4, "base.checkpoint": 6, "base.load": 7, "base.tokens": 8, "base.encode": 9, "base.fingerprints": 9,
     "training": 10, "generation": 10, "inspection": 10, "linting": 10, "conversion": 10, "quickstart": 10, "model_card": 10,
-    "captioners": 9, "captioning": 10, "api": 11, "civitai": 12, "cli": 13,
+    "captioners": 9, "captioning": 10, "studio": 11, "api": 12, "civitai": 12, "cli": 13,
 }  # fmt: skip
 """A module may import what has a lower rank, and its own folder."""
 

@@ -8,6 +8,9 @@ import os
 # busy; threads that sleep at once halve the speed of small steps. So they spin for some 50 microseconds, then sleep.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# Read when diffusers and transformers are imported, which happens late: what they warn of is told in our own words.
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from . import running, drawing, datasets, looking  # isort: skip  (the order of --help)
 from .app import app

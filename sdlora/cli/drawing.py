@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .app import BaseOption, JsonOption, app, emit, guard, parse_size, quiet_libraries
+from .app import BaseOption, JsonOption, app, emit, guard, parse_size
 
 
 @app.command()
@@ -60,20 +60,19 @@ def generate(
             clip_skip=clip_skip,
             attention=attention,
         )
-        from .. import api
+        from .. import studio
         from ..generation.infotext import save_png
 
-        quiet_libraries()
         options: dict[str, Any] = {"negative": negative, "seed": seed, "steps": steps, "cfg": cfg}
         options |= {"size": shape, "sampler": sampler, "precision": precision, "base": section, "loras": lora or ()}
         target = out or Path("out")
         single = target.suffix == ".png"
         if strip:
-            image, parameters = api.generate_strip(prompt, scale=2, **options)
+            image, parameters = studio.generate_strip(prompt, scale=2, **options)
             files = [target if single else target / f"{_slug(prompt[0])}-strip.png"]
             save_png(image, files[0], parameters)
         else:
-            pictures = api.generate(prompt, count=count, **options)
+            pictures = studio.generate(prompt, count=count, **options)
             files = []
             for number, picture in enumerate(pictures):
                 name = f"{_slug(picture.request.prompt)}-{picture.request.seed}.png"
@@ -113,7 +112,6 @@ def export(
         shape = parse_size(size)
         from ..civitai import export_civitai
 
-        quiet_libraries()
         package = export_civitai(
             lora,
             civitai,

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from .app import JsonOption, app, emit, guard, quiet_libraries
+from .app import JsonOption, app, emit, guard
 
 
 @app.command()
@@ -42,7 +42,6 @@ def train(
         config = load_config(file, given)
         from .. import api
 
-        quiet_libraries()
         report = api.train(config, restart=restart, say=lambda line: typer.echo(line, err=True))
         result = report.result
         if as_json:
