@@ -56,14 +56,9 @@ class Base:
     text_encoders: tuple[TextEncoder, ...]
     vae: AutoencoderKL
     schedule: NoiseSchedule
-
-    @property
-    def device(self) -> torch.device:
-        return self.unet.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.unet.dtype
+    device: torch.device
+    dtype: torch.dtype
+    """Of the UNet and the text encoders. Kept here: asked for either, diffusers looks through all of a model."""
 
     def modules(self) -> dict[str, nn.Module]:
         """Canonical name -> module, of the UNet and the text encoders, containers too."""
@@ -111,6 +106,8 @@ def load_base(checkpoint: BaseCheckpoint, *, device: torch.device, dtype: torch.
             torch.bfloat16 if dtype == torch.bfloat16 else torch.float32,
         ),
         schedule=NoiseSchedule.of(checkpoint.schedule).to(device),
+        device=device,
+        dtype=dtype,
     )
     use_attention(base.unet, checkpoint.attention)
     return base
