@@ -90,7 +90,9 @@ TAGS_SHOWN = 12
 def as_text(report: Report) -> str:
     """For people; what is longer than a screen is cut, and ``to_json`` has it whole."""
     lines = [f"{report.file}: {report.kind}, {report.family or 'unknown family'}, {report.dialect} names"]
-    lines += [f"  {label:<8} {text}" for label, text in _facts(report) if text]
+    facts = [(label, text) for label, text in _facts(report) if text]
+    width = max(8, *(len(label) for label, _ in facts))
+    lines += [f"  {label:<{width}} {text}" for label, text in facts]
     lines += [f"  note: {note}" for note in report.notes]
     lines += [f"  problem: {problem}" for problem in report.problems[:LINES_OF_PROBLEMS]]
     if (more := len(report.problems) - LINES_OF_PROBLEMS) > 0:
