@@ -304,6 +304,17 @@ PATHS = (
 SET_PATHS = ("images", "metadata", "masks")
 
 
+def default_settings() -> dict[str, str]:
+    """``section.key`` -> its default as JSON, of every key that has one."""
+    found: dict[str, str] = {}
+    for section, field in Config.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            keys = {key: own for key, own in kind.model_fields.items() if not own.is_required()}
+            found |= {f"{section}.{key}": json.dumps(own.default) for key, own in keys.items()}
+    return found
+
+
 def load_config(file: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
     """Read ``file`` and apply ``section.key=value`` overrides.
 

@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 
 import sdlora
+from sdlora.config import default_settings
 from sdlora.errors import ResumeError
 from sdlora.formats.hashes import hash_file
-from sdlora.formats.metadata_file import read_metadata
+from sdlora.formats.metadata_file import read_metadata, write_metadata
 
 
 def trained(tiny_base: Path, pictures: Path, out: Path, *settings: str) -> sdlora.Config:
@@ -40,6 +41,23 @@ def test_a_full_file_bears_a_thumbnail_and_hashes_that_hold(tiny_base: Path, pic
     assert sdlora.inspect(out).problems == ()
     assert sdlora.train(config, show_progress=False).result.loss is None
     assert out.read_bytes() == data
+
+
+def test_a_setting_that_an_earlier_version_did_not_know_had_its_default(
+    tiny_base: Path, pictures: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "x.safetensors"
+    config = trained(tiny_base, pictures, out, "output.samples=[]")
+    metadata = read_metadata(out)
+    run = json.loads(metadata["sdlora_run"])
+    assert default_settings().items() & run["config"].items() >= {("data.flip", "false"), ("lora.rank", "16")}
+    del run["config"]["data.flip"]
+    write_metadata(out, out, metadata | {"sdlora_run": json.dumps(run)})
+    assert sdlora.train(config, show_progress=False).result.loss is None
+    del run["config"]["train.steps"]
+    write_metadata(out, out, metadata | {"sdlora_run": json.dumps(run)})
+    with pytest.raises(ResumeError, match=r"train\.steps was 600, is now 2"):
+        sdlora.train(config, show_progress=False)
 
 
 @pytest.mark.parametrize("level", ["minimal", "none"])

@@ -37,7 +37,9 @@ class Item:
     width: int
     height: int
     digest: str
-    """SHA-256 over its pixels, composited on the background, and over its mask."""
+    """SHA-256 over its pixels, composited on the background."""
+    mask_digest: str | None
+    """Over what weights its loss; None where nothing does."""
     has_alpha: bool
 
 
@@ -80,7 +82,8 @@ def dataset_digest(items: Sequence[Item]) -> str:
         told = dataclasses.asdict(item.source)
         for key in ("file", "caption_file", "mask"):
             del told[key]
-        digest.update(json.dumps([item.digest, item.width, item.height, told], sort_keys=True).encode() + b"\n")
+        shown = [item.digest, item.mask_digest, item.width, item.height, told]
+        digest.update(json.dumps(shown, sort_keys=True).encode() + b"\n")
     return digest.hexdigest()
 
 
@@ -89,6 +92,7 @@ class _Decoded:
     width: int
     height: int
     digest: str
+    mask_digest: str | None
     has_alpha: bool
 
 
@@ -103,6 +107,10 @@ def _decode(file: Path, mask: Path | None, background: str, kind: MaskKind) -> _
     digest = hashlib.sha256(repr(picture.size).encode())
     for top in range(0, picture.height, STRIP):
         digest.update(picture.crop((0, top, picture.width, min(top + STRIP, picture.height))).tobytes())
-    if weights is not None:
-        digest.update(weights.tobytes())
-    return _Decoded(width=picture.width, height=picture.height, digest=digest.hexdigest(), has_alpha=has_alpha)
+    return _Decoded(
+        width=picture.width,
+        height=picture.height,
+        digest=digest.hexdigest(),
+        mask_digest=None if weights is None else hashlib.sha256(weights.tobytes()).hexdigest(),
+        has_alpha=has_alpha,
+    )

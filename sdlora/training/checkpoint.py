@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from ..base.checkpoint import BaseCheckpoint
-from ..config import Config
+from ..config import Config, default_settings
 from ..errors import ResumeError
 from ..formats.safetensors_file import read_header, serialise, write_whole
 
@@ -42,11 +42,15 @@ class RunIdentity:
         return cls(config=settings, dataset=dataset, base=base.fingerprint)
 
     def differences(self, other: RunIdentity) -> list[str]:
-        """One phrase for each thing in which ``other``, the earlier run, differs."""
+        """One phrase for each thing in which ``other``, the earlier run, differs.
+
+        A key that an earlier version did not know counts as having had its default.
+        """
+        earlier = {**default_settings(), **other.config}
         found = [
-            f"{key} was {other.config.get(key)}, is now {self.config.get(key)}"
+            f"{key} was {earlier.get(key)}, is now {self.config.get(key)}"
             for key in sorted(self.config.keys() | other.config.keys())
-            if self.config.get(key) != other.config.get(key)
+            if self.config.get(key) != earlier.get(key)
         ]
         if self.dataset != other.dataset:
             found.append("the pictures or captions have changed")
