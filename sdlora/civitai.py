@@ -141,7 +141,5 @@ def _pack(file: LoraFile, family: Family, packed: Path, base: str | None) -> int
         shutil.copyfile(file.path, packed)
     metadata = read_metadata(packed)
     clean = redacted(metadata)
-    payload = file_hashes(packed).payload_sha256
-    hashed = {"sshs_model_hash": f"{payload}", "sshs_legacy_hash": "", "modelspec.hash_sha256": f"0x{payload}"}
-    write_metadata(packed, packed, with_family(clean, family) | {"ss_output_name": packed.stem} | hashed)
+    write_metadata(packed, packed, with_family(clean, family) | {"ss_output_name": packed.stem}, hashes=True)
     return sum(metadata[key] != clean[key] for key in metadata)

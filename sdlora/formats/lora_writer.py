@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -16,9 +15,9 @@ from ..errors import LoraFileError
 from ..lora.change import Change
 from ..lora.kinds import Decomposed
 from ..lora.weights import LowRank
-from .hashes import legacy_hash
 from .keys import PARTS, kohya_keys
 from .lora_file import read_lora
+from .metadata_file import with_hashes
 from .readers import lost_elsewhere
 from .safetensors_file import encode_header, lay_out, write_whole
 
@@ -57,15 +56,9 @@ def write_lora(
         described = {"format": "pt", "lora_adapter_metadata": _adapter_metadata(modules)}
     tensors = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     described = {**(metadata or {}), **described}
-    training = {key: value for key, value in described.items() if key.startswith("ss_")}
     table, payload = lay_out(tensors)
-    digest = hashlib.sha256(payload).hexdigest()
     if metadata is not None:
-        described |= {
-            "sshs_model_hash": digest,
-            "sshs_legacy_hash": legacy_hash(encode_header(table, training) + payload),
-            "modelspec.hash_sha256": f"0x{digest}",
-        }
+        described = with_hashes(described, table, payload)
     write_whole(path, encode_header(table, described), payload)
     again = read_lora(path)
     if len(again.modules) != len(modules) or again.problems:

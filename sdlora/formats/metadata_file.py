@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from typing import Any
 
 from ..errors import LoraFileError
 from .hashes import legacy_hash
-from .safetensors_file import encode_header, read_header, write_whole
+from .safetensors_file import TensorInfo, encode_header, read_header, write_whole
 from .safetensors_file import read_metadata as safetensors_metadata
 
 _WHOLE_PATH = re.compile(r"\s*(?:[A-Za-z]:[\\/]|[\\/]|~[\\/]).*[^\s]", re.DOTALL)
@@ -23,11 +24,28 @@ def read_metadata(path: Path) -> dict[str, str]:
     return dict(sorted(safetensors_metadata(path, LoraFileError).items()))
 
 
-def write_metadata(source: Path, target: Path, metadata: Mapping[str, str]) -> None:
+def with_hashes(metadata: Mapping[str, str], tensors: Mapping[str, TensorInfo], payload: bytes) -> dict[str, str]:
+    """``metadata`` with the hashes over ``payload`` that other tools look for; ``tensors`` is its table."""
+    digest = hashlib.sha256(payload).hexdigest()
+    return {
+        **metadata,
+        "sshs_model_hash": digest,
+        "sshs_legacy_hash": _legacy_hash(metadata, tensors, payload),
+        "modelspec.hash_sha256": f"0x{digest}",
+    }
+
+
+def _legacy_hash(metadata: Mapping[str, str], tensors: Mapping[str, TensorInfo], payload: bytes) -> str:
+    """Kohya takes it over a file that holds the ``ss_*`` keys alone."""
+    training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
+    return legacy_hash(encode_header(tensors, training) + payload)
+
+
+def write_metadata(source: Path, target: Path, metadata: Mapping[str, str], *, hashes: bool = False) -> None:
     """Write ``source`` to ``target``, which may be the same, with other metadata and the same bytes behind the header.
 
-    So every hash that is over the tensors stays. ``sshs_legacy_hash``, which kohya takes over a file that holds the ``ss_*``
-    keys alone, is told anew where it was told before.
+    So every hash that is over the tensors stays. ``sshs_legacy_hash`` is told anew where it was told before; with ``hashes``
+    all of them are told, whatever was.
 
     Raises:
         LoraFileError: ``source`` is missing, damaged or not safetensors.
@@ -35,9 +53,10 @@ def write_metadata(source: Path, target: Path, metadata: Mapping[str, str]) -> N
     header = read_header(source, LoraFileError)
     payload = source.read_bytes()[header.payload_start :]
     metadata = dict(metadata)
-    if "sshs_legacy_hash" in metadata:
-        training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
-        metadata["sshs_legacy_hash"] = legacy_hash(encode_header(header.tensors, training) + payload)
+    if hashes:
+        metadata = with_hashes(metadata, header.tensors, payload)
+    elif "sshs_legacy_hash" in metadata:
+        metadata["sshs_legacy_hash"] = _legacy_hash(metadata, header.tensors, payload)
     write_whole(target, encode_header(header.tensors, metadata), payload)
 
 
