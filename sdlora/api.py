@@ -12,6 +12,7 @@ from .config import Config
 from .data.captions import with_trigger
 from .data.findings import raise_errors
 from .formats.thumbnail import add_thumbnail
+from .generation.grid import labelled_grid
 from .generation.infotext import save_png
 from .inspection.files import inspect_file
 from .inspection.report import Report
@@ -66,7 +67,6 @@ def train(
         prompts = tuple(dict.fromkeys(source.rules.plain(source.captions) for source in sources))[:4]
     if not prompts or result.loss is None or not PartialState().is_main_process:
         return TrainReport(result=result, samples=None)
-    from .generation.grid import labelled_grid
     from .studio import generate
 
     gc.collect()  # Models hold themselves in cycles: without this the run's base would lie beside the samples' base.

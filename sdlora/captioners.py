@@ -94,7 +94,7 @@ def open_captioner(folder: Path, kind: CaptionerKind) -> Captioner:
             folder, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
     except Exception as error:  # The library raises many kinds for a folder that is not what it says.
-        raise CaptionerError(f"{folder}: the model cannot be loaded: {_first_line(error)}") from None
+        raise CaptionerError(f"{folder}: the model cannot be loaded: {first_line(error)}") from None
     # What is missing would be filled with random numbers.
     if missing := sorted(report["missing_keys"]):
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
@@ -201,8 +201,9 @@ def _onnx_session(file: Path) -> Any:
     try:
         return onnxruntime.InferenceSession(str(file), providers=onnxruntime.get_available_providers())
     except Exception as error:  # Its own kinds, which derive from nothing else.
-        raise CaptionerError(f"{file}: the model cannot be loaded: {_first_line(error)}") from None
+        raise CaptionerError(f"{file}: the model cannot be loaded: {first_line(error)}") from None
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What a library says went wrong, without the lines behind the first; its kind where it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

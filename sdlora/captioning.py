@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .captioners import Captioner
+from .captioners import Captioner, first_line
 from .config import DataSection
 from .data.caption_files import CAPTION_EXTENSIONS
 from .data.captions import with_trigger
@@ -125,8 +125,7 @@ def _caption_of(captioner: Captioner, file: Path) -> str:
     except SdloraError:
         raise
     except Exception as error:  # Whatever a model's library raises.
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise CaptionerError(f"{shown(file)}: the model fails on it: {reason}") from None
+        raise CaptionerError(f"{shown(file)}: the model fails on it: {first_line(error)}") from None
     if not text:
         raise DataError(f"{shown(file)}: the model has nothing to say of it; write its caption yourself")
     return text

@@ -103,7 +103,7 @@ def item(number: int, *, size: tuple[int, int] = (100, 100), role: Role = "train
         "repeats": 1, "loss_weight": 1.0, "role": role, "resolution": (), "crop": "center", "flip": False,
     }  # fmt: skip
     source = Source(**(fields | more))  # ty: ignore[invalid-argument-type]
-    return Item(source=source, width=size[0], height=size[1], digest=str(number), mask_digest=None, has_alpha=False)
+    return Item(source=source, width=size[0], height=size[1], digest=str(number), mask_digest=None)
 
 
 def training_set(items: list[Item], *, batch_size: int = 3, seed: int = 7, **settings: object) -> TrainingSet:

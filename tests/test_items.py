@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from sdlora.config import DataSection, SetSection
+from sdlora.data.images import open_alpha
 from sdlora.data.items import dataset_digest, load_items
 from sdlora.data.sources import find_sources
 from tests.conftest import write_pictures
@@ -29,7 +30,7 @@ def test_items_are_decoded_upright_and_in_order(tmp_path: Path) -> None:
     sizes = [(40, 20), (30, 60)] * 5
     sizes[4:6] = [(20, 40), (5, 7)]
     assert [(item.width, item.height) for item in items] == sizes[:9]
-    assert [item.has_alpha for item in items] == [i == 5 for i in range(9)]
+    assert [open_alpha(item.source.file) is not None for item in items] == [i == 5 for i in range(9)]
 
 
 def test_a_picture_that_cannot_be_decoded_is_a_finding_and_no_item(tmp_path: Path) -> None:

@@ -46,17 +46,6 @@ def emit(value: dict[str, Any]) -> None:
     typer.echo(json.dumps(value, ensure_ascii=False, default=str))
 
 
-def quiet_libraries() -> None:
-    """Keep bars and warnings of diffusers and transformers off the terminal."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    diffusers_logging.set_verbosity_error()
-    transformers_logging.set_verbosity_error()
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-
-
 @app.callback(invoke_without_command=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:

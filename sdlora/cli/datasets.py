@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import ConfigError, DataError
-from .app import JsonOption, app, emit, guard, quiet_libraries
+from .app import JsonOption, app, emit, guard
 
 if TYPE_CHECKING:
     from ..captioners import Captioner
@@ -104,7 +104,7 @@ def caption(
         from ..progress import progress_bar
 
         def load() -> Captioner:
-            quiet_libraries()
+            _quiet_libraries()
             return open_captioner(model, found)
 
         with progress_bar() as progress:
@@ -185,3 +185,14 @@ def _existing(folder: Path | None) -> Path | None:
     if folder is not None and not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder")
     return folder
+
+
+def _quiet_libraries() -> None:
+    """Keep bars and warnings of diffusers and transformers off the terminal."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()

@@ -110,7 +110,9 @@ def scale(picture: Image.Image, placement: Placement) -> Image.Image:
 
 
 def cut_out(scaled: Image.Image, placement: Placement, *, flipped: bool = False) -> np.ndarray:
-    """The planned part of what ``scale`` made, mirrored afterwards where ``flipped`` -> uint8 (height, width, 3)."""
+    """The planned part of what ``scale`` made, mirrored afterwards where ``flipped`` -> uint8 (height, width, 3),
+    of a grey picture (height, width).
+    """
     left, top = placement.left, placement.top
     pixels = np.asarray(scaled.crop((left, top, left + placement.width, top + placement.height)))
     return np.ascontiguousarray(pixels[:, ::-1] if flipped else pixels)

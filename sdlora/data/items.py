@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from PIL import Image
-
 from ..progress import Progress, Silence
 from .decoding import PictureError
 from .findings import Finding
@@ -40,7 +38,6 @@ class Item:
     """SHA-256 over its pixels, composited on the background."""
     mask_digest: str | None
     """Over what weights its loss; None where nothing does."""
-    has_alpha: bool
 
 
 def load_items(
@@ -93,7 +90,6 @@ class _Decoded:
     height: int
     digest: str
     mask_digest: str | None
-    has_alpha: bool
 
 
 def _decode(file: Path, mask: Path | None, background: str, kind: MaskKind) -> _Decoded | Finding:
@@ -102,8 +98,6 @@ def _decode(file: Path, mask: Path | None, background: str, kind: MaskKind) -> _
         weights = open_mask(file, mask, picture.size, kind)
     except PictureError as error:
         return error.finding
-    with Image.open(file) as stored:
-        has_alpha = "A" in stored.getbands() or "transparency" in stored.info
     digest = hashlib.sha256(repr(picture.size).encode())
     for top in range(0, picture.height, STRIP):
         digest.update(picture.crop((0, top, picture.width, min(top + STRIP, picture.height))).tobytes())
@@ -112,5 +106,4 @@ def _decode(file: Path, mask: Path | None, background: str, kind: MaskKind) -> _
         height=picture.height,
         digest=digest.hexdigest(),
         mask_digest=None if weights is None else hashlib.sha256(weights.tobytes()).hexdigest(),
-        has_alpha=has_alpha,
     )

@@ -16,7 +16,7 @@ from ..errors import DataError
 from ..progress import Progress
 from .buckets import Placement
 from .decoding import PictureError
-from .images import open_mask, open_picture
+from .images import cut_out, open_mask, open_picture, scale
 from .picture_checks import Examined
 from .views import salient_crop
 
@@ -85,9 +85,7 @@ def picture_as_seen(
 
 
 def _cropped(picture: Image.Image, placement: Placement) -> Image.Image:
-    scaled = picture.resize((placement.scaled_width, placement.scaled_height), Image.Resampling.LANCZOS)
-    left, top = placement.left, placement.top
-    return scaled.crop((left, top, left + placement.width, top + placement.height))
+    return Image.fromarray(cut_out(scale(picture, placement), placement))
 
 
 def _drawn(

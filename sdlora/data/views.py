@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from .buckets import Placement
+from .images import scale
 
 CROPS = 5
 """Positions that a random crop has, at most: few enough that each is encoded once."""
@@ -81,8 +82,7 @@ def salient_crop(picture: Image.Image, placement: Placement) -> Placement:
     down = placement.scaled_height - placement.height
     if not (across or down):
         return placement
-    scaled = picture.convert("L").resize((placement.scaled_width, placement.scaled_height), Image.Resampling.LANCZOS)
-    brightness = np.asarray(scaled, np.int64)
+    brightness = np.asarray(scale(picture.convert("L"), placement), np.int64)
     energy = np.zeros_like(brightness)
     energy[:, 1:] += np.diff(brightness, axis=1) ** 2
     energy[1:] += np.diff(brightness, axis=0) ** 2

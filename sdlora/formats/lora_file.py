@@ -50,6 +50,11 @@ class LoraFile:
     """Names of the tensors that mean nothing here."""
 
     @property
+    def weights(self) -> Path:
+        """The file that holds the tensors, also where ``path`` is the folder of a PEFT adapter."""
+        return self.path / PEFT_WEIGHTS if self.path.is_dir() else self.path
+
+    @property
     def problems(self) -> tuple[str, ...]:
         foreign = [f"tensor {name} is of a kind that cannot be applied" for name in self.foreign]
         return (*foreign, *(f"module {module} {reason}" for module, reason in self.unusable.items()))

@@ -12,7 +12,7 @@ from ..base.checkpoint import BaseCheckpoint
 from ..errors import CompatibilityError, LoraFileError
 from ..formats.hashes import file_hashes
 from ..formats.keys import part_of, resolve
-from ..formats.lora_file import PEFT_WEIGHTS, LoraFile, read_lora
+from ..formats.lora_file import LoraFile, read_lora
 from ..formats.tensor_files import PICKLES
 from ..lora.change import Change
 
@@ -126,9 +126,8 @@ def _fit(base: BaseCheckpoint, shapes: Mapping[str, tuple[int, ...]], file: Lora
             "%s: %d of %d modules matched in the base %s; missing: %s (such as %s)",
             *(file.path, matched, total, base.name, ", ".join(parts), found.unmatched[0]),
         )
-    weights = file.path / PEFT_WEIGHTS if file.path.is_dir() else file.path
     return FittedLora(
         file=file,
         modules={name: file.modules[key] for key, name in found.matched.items()},
-        autov3=file_hashes(weights).autov3,
+        autov3=file_hashes(file.weights).autov3,
     )

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from ..formats.hashes import FileHashes, hash_file
 from ..formats.keys import PARTS, part_of
-from ..formats.lora_file import PEFT_WEIGHTS, LoraFile
+from ..formats.lora_file import LoraFile
 from ..formats.metadata import stated_tags, trigger_words
 from ..lora.change import Change
 from .report import LoraPart, Report, Spread
@@ -21,7 +21,7 @@ _UNTOUCHED = {
 
 def lora_report(lora: LoraFile) -> Report:
     """Report on a LoRA that has been read."""
-    hashes = hash_file(lora.path / PEFT_WEIGHTS if lora.path.is_dir() else lora.path, lora.payload_start)
+    hashes = hash_file(lora.weights, lora.payload_start)
     norms = {key: change.norm() for key, change in lora.modules.items()}
     by_part: dict[str, list[str]] = {}
     for key in lora.modules:
