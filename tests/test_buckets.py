@@ -7,7 +7,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -144,6 +144,7 @@ def test_the_default_loses_no_more_of_any_picture(settings: tuple[int, int, int,
     settings=st.sampled_from(SETTINGS),
     no_upscale=st.booleans(),
 )
+@example(width=294, height=2352, settings=(768, 320, 1536, 8), no_upscale=True)
 def test_the_bucket_lies_within_the_scaled_picture(
     rule: str, width: int, height: int, settings: tuple[int, int, int, int], no_upscale: bool
 ) -> None:
@@ -159,7 +160,12 @@ def test_the_bucket_lies_within_the_scaled_picture(
     elif min(width, height) >= own.step and max(width, height) <= 8 * min(width, height):
         assert spot.scaled_width <= width
         assert spot.scaled_height <= height
-        assert spot.width * spot.height <= own.resolution**2
+        area, aspect = own.resolution**2, width / height
+        if width * height > area:
+            # kohya's trainer rounds the ideal side to whole pixels, and the other side after it, before it cuts to steps.
+            wide, high = math.sqrt(area * aspect) + 0.5, math.sqrt(area / aspect) + 0.5
+            area = max(wide * (wide / aspect + 0.5), high * (high * aspect + 0.5))
+        assert spot.width * spot.height <= area
 
 
 @given(st.integers(64, 2048), st.sampled_from([8, 32, 64]))

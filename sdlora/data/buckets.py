@@ -43,7 +43,8 @@ class BucketRules:
     """How pictures are put into buckets at one resolution."""
 
     resolution: int
-    """A bucket has at most the area of a square with this side."""
+    """A bucket has at most the area of a square with this side; where pictures are only shrunk, but for half a pixel that
+    kohya's trainer rounds up."""
     min_size: int
     max_size: int
     """Of a bucket's sides, in multiples of ``step``. Where nothing is enlarged they do not count, as in kohya's trainer."""
