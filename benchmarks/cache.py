@@ -1,9 +1,9 @@
-"""Encoding a folder of pictures into the cache, as a share of the rate of the bare VAE encoder.
+"""Encoding a folder of images into the cache, as a share of the rate of the bare VAE encoder.
 
     python benchmarks/cache.py [--base mini] [--images datasets] [--rounds 15]
 
-The bare encoder gets pixels that are in memory already, one picture at a time. The cache starts with picture files: it
-decodes, scales and crops them, encodes, and writes every entry to an empty folder. ``again`` is the same pictures once
+The bare encoder gets pixels that are in memory already, one image at a time. The cache starts with image files: it
+decodes, scales and crops them, encodes, and writes every entry to an empty folder. ``again`` is the same images once
 more, from that folder. The three take turns; the share is taken round by round.
 """
 
@@ -27,10 +27,10 @@ import numpy as np
 import torch
 
 from sdlora.base.load import Base, choose_device, load_base
-from sdlora.config import load_config
-from sdlora.data.cache import EncodedCache, Job, fill
-from sdlora.data.cache_files import prune
-from sdlora.precision import choose_precision
+from sdlora.base.precision import choose_precision
+from sdlora.cache.entries import prune
+from sdlora.cache.store import EncodedCache, Job, fill
+from sdlora.config.loading import load_config
 from sdlora.progress import Silence
 from sdlora.training.latents import encode_with, encoders_for, latent_jobs
 from sdlora.training.plan import RunPlan, plan_run
@@ -41,7 +41,7 @@ def compare(base: Base, plan: RunPlan, folder: Path, rounds: int) -> dict[str, o
     encode, cache = encode_with(base), EncodedCache(folder, 1e12)
 
     def jobs() -> list[Job[np.ndarray]]:
-        """Made anew for each round, since they remember pictures that they have opened."""
+        """Made anew for each round, since they remember images that they have opened."""
         return latent_jobs(base, plan.items, views, plan.config)
 
     in_memory = [job.load() for job in jobs()]
@@ -68,9 +68,9 @@ def compare(base: Base, plan: RunPlan, folder: Path, rounds: int) -> dict[str, o
             times[name].append(seconds(work))
     shares = sorted(one / other for one, other in zip(times["bare"], times["cached"], strict=True))
     return {
-        "pictures": len(views),
+        "images": len(views),
         "pixels": sorted({pixels.shape[:2] for pixels in in_memory}),
-        "pictures_per_second": {name: round(len(views) / statistics.median(own), 1) for name, own in times.items()},
+        "images_per_second": {name: round(len(views) / statistics.median(own), 1) for name, own in times.items()},
         "cached / bare": [round(share, 3) for share in (statistics.median(shares), shares[0], shares[-1])],
     }
 

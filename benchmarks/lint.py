@@ -1,8 +1,8 @@
-"""Time and memory of ``sdlora lint``: 100 pictures of 12 megapixels, and 10,000 of 256 x 256.
+"""Time and memory of ``sdlora lint``: 100 images of 12 megapixels, and 10,000 of 256 x 256.
 
     python benchmarks/lint.py FOLDER
 
-The pictures are made in FOLDER (some 700 MB) where they are not there yet. Each measurement is the whole command in a
+The images are made in FOLDER (some 700 MB) where they are not there yet. Each measurement is the whole command in a
 process of its own, its start included: seconds by the clock, and the largest resident memory of the process.
 """
 
@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 
-def picture(number: int, width: int, height: int) -> Image.Image:
+def image(number: int, width: int, height: int) -> Image.Image:
     """Colours that change smoothly under the grain of a photograph, others for each ``number``."""
     rng = np.random.default_rng(number)
     colours = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
@@ -42,7 +42,7 @@ def make_set(folder: Path, count: int, width: int, height: int) -> Path:
         file = folder / f"{number:05}.jpg"
         if not file.exists():
             part = file.with_suffix(".part")
-            picture(number, width, height).save(part, "JPEG", quality=92)
+            image(number, width, height).save(part, "JPEG", quality=92)
             file.with_suffix(".txt").write_text(f"zorb, a thing of kind {number}")
             part.rename(file)
 
@@ -73,7 +73,7 @@ def measure(folder: Path) -> dict[str, float | int]:
     seconds = time.perf_counter() - began
     assert os.waitstatus_to_exitcode(status) == 0, answer["findings"][:5]
     return {
-        "pictures": answer["images"],
+        "images": answer["images"],
         "seconds": round(seconds, 2),
         "processor_seconds": round(usage.ru_utime + usage.ru_stime, 2),
         "megabytes": round(usage.ru_maxrss / 1024),

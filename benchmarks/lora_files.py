@@ -27,13 +27,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from sdlora.base.family import SDXL
+from sdlora.families import SDXL
 from sdlora.formats.keys import resolve
 from sdlora.formats.lora_file import read_lora
 from sdlora.formats.lora_writer import write_lora
 from sdlora.formats.metadata_file import read_metadata
 from sdlora.formats.published import published_modules
-from sdlora.lora.weights import LowRank
+from sdlora.lora.low_rank import LowRank
 
 KOHYA_DEFAULT = r"(\.attn\d\.to_(q|k|v|out\.0)|\.ff\.net\.(0\.proj|2)|\.proj_(in|out)|self_attn\.\w+_proj|mlp\.fc\d)$"
 ROUNDS, FILES = 9, 1000

@@ -33,15 +33,15 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from sdlora.api import train
 from sdlora.base.checkpoint import find_base
-from sdlora.base.family import FAMILIES
+from sdlora.base.detect import detect_checkpoint
 from sdlora.base.load import choose_device, load_base
+from sdlora.base.precision import choose_precision
 from sdlora.base.single_file import ldm_tensors
-from sdlora.base.sniff import sniff
-from sdlora.config import load_config
-from sdlora.precision import choose_precision
-from sdlora.studio import generate
+from sdlora.config.loading import load_config
+from sdlora.families import FAMILIES
+from sdlora.generation.studio import generate
+from sdlora.training.run import train
 from tests.published import our_names, published
 
 
@@ -76,7 +76,7 @@ def measure_load(file: Path, _: int) -> dict[str, object]:
     sniffs = []
     for _round in range(ROUNDS):
         began = time.perf_counter()
-        sniff(file)
+        detect_checkpoint(file)
         sniffs.append(time.perf_counter() - began)
     device = choose_device()
     checkpoint = find_base(str(file))
@@ -100,14 +100,14 @@ def measure_memory(file: Path, _: int) -> dict[str, object]:
 
 
 def measure_train(file: Path, resolution: int) -> dict[str, object]:
-    folder = file.parent / "pictures"
+    folder = file.parent / "images"
     folder.mkdir(exist_ok=True)
     Image.effect_noise((resolution, resolution), 60).convert("RGB").save(folder / "one.png")
     (folder / "one.txt").write_text("a thing", encoding="utf-8")
     values = {
         "base.path": file, "data.images": folder, "data.trigger": "zorb", "data.resolution": resolution,
-        "output.path": file.with_suffix(".lora.safetensors"), "output.samples": [], "train.steps": 3,
-        "train.batch_size": 1, "train.text_encoder_learning_rate": 0.0, "train.warmup_steps": 0,
+        "output.path": file.with_suffix(".lora.safetensors"), "samples.prompts": [], "train.steps": 3,
+        "train.batch_size": 1, "optimizer.text_encoder_learning_rate": 0.0, "optimizer.warmup_steps": 0,
     }  # fmt: skip
     began = time.perf_counter()
     report = train(load_config(None, [f"{key}={value}" for key, value in values.items()]), restart=True)
@@ -117,8 +117,8 @@ def measure_train(file: Path, resolution: int) -> dict[str, object]:
 def measure_generate(file: Path, resolution: int) -> dict[str, object]:
     began = time.perf_counter()
     lora = file.with_suffix(".lora.safetensors")
-    picture = generate("zorb, a thing", base=str(file), loras=[str(lora)], steps=2, size=(resolution, resolution))[0]
-    return {"seconds": round(time.perf_counter() - began, 1), "spread": round(picture.latents.std().item(), 3)}
+    image = generate("zorb, a thing", base=str(file), loras=[str(lora)], steps=2, size=(resolution, resolution))[0]
+    return {"seconds": round(time.perf_counter() - began, 1), "spread": round(image.latents.std().item(), 3)}
 
 
 def resident() -> int:

@@ -29,10 +29,10 @@ from accelerate import Accelerator
 
 from sdlora.base.encode import Framing, encode_prompts
 from sdlora.base.load import Base, load_base
+from sdlora.base.precision import choose_precision
 from sdlora.base.tokens import PromptTokens, plain, tokenize
-from sdlora.config import load_config
+from sdlora.config.loading import load_config
 from sdlora.lora.adapter import ATTENTION
-from sdlora.precision import choose_precision
 from sdlora.progress import Silence
 from sdlora.training.loss import denoising_loss
 from sdlora.training.plan import RunPlan, plan_run

@@ -1,7 +1,7 @@
 """Make the two sample style sets from openly licensed emoji art: ``python datasets/make.py --art node_modules``.
 
 Beside them it writes ``tests/references``: every subject of the base in the base's styles and in these two, by which
-tests judge whether a generated picture still shows its subject.
+tests judge whether a generated image still shows its subject.
 
 ``blueprint``: negative prints, white ink on blue paper, from Noto Emoji (Apache-2.0).
 ``pixel``: sixteen by sixteen squares in sixteen colours, from Fluent Emoji (MIT).
@@ -90,7 +90,7 @@ def hexcodes_of(node_modules: Path) -> dict[str, str]:
 
 
 def write_set(folder: Path, trigger: str, arts: dict[str, np.ndarray], restyle: Restyle) -> None:
-    """The pictures of ``SUBJECTS`` and their captions."""
+    """The images of ``SUBJECTS`` and their captions."""
     folder.mkdir(exist_ok=True)
     for subject in SUBJECTS:
         stem = subject.replace(" ", "-")

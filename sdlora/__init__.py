@@ -7,29 +7,32 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from .api import inspect, train
-    from .civitai import export_civitai
-    from .config import BaseSection, Config, load_config
-    from .conversion import convert
-    from .errors import SdloraError
-    from .linting import lint_dataset
-    from .studio import generate, generate_strip
+from ._version import __version__
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from .config.loading import load_config
+    from .config.sections import BaseSection, Config
+    from .errors import SdloraError
+    from .generation.studio import generate, generate_strip
+    from .lint.report import lint_dataset
+    from .publish.civitai import export_civitai
+    from .tools.convert import convert
+    from .tools.inspect import inspect
+    from .training.run import train
+
 
 _HOMES = {
-    "BaseSection": "config",
-    "Config": "config",
+    "BaseSection": "config.sections",
+    "Config": "config.sections",
     "SdloraError": "errors",
-    "convert": "conversion",
-    "export_civitai": "civitai",
-    "generate": "studio",
-    "generate_strip": "studio",
-    "inspect": "api",
-    "lint_dataset": "linting",
-    "load_config": "config",
-    "train": "api",
+    "convert": "tools.convert",
+    "export_civitai": "publish.civitai",
+    "generate": "generation.studio",
+    "generate_strip": "generation.studio",
+    "inspect": "tools.inspect",
+    "lint_dataset": "lint.report",
+    "load_config": "config.loading",
+    "train": "training.run",
 }
 
 __all__ = [

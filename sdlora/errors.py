@@ -2,7 +2,7 @@
 
 SdloraError              the input is at fault; the message says which, what was expected, what to do
 ├── ConfigError          a configuration file, key or value
-├── DataError            pictures or captions
+├── DataError            images or captions
 ├── BaseModelError       a base checkpoint
 ├── LoraFileError        a LoRA file
 ├── CompatibilityError   a LoRA and a base that do not belong together
@@ -30,7 +30,7 @@ class ConfigError(SdloraError):
 
 
 class DataError(SdloraError):
-    """Pictures or captions."""
+    """Images or captions."""
 
 
 class BaseModelError(SdloraError):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol
 
@@ -74,5 +77,46 @@ class Bar:
         self._progress.__exit__(kind, value, trace)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ProgressUpdate:
+    """One report of long work: ``done`` of ``total`` units of ``task``, and a note such as the loss."""
+
+    task: str
+    done: int
+    total: int
+    note: str
+
+
+class CallbackProgress:
+    """Hands each report to a function: for a notebook, a web page or a log."""
+
+    def __init__(self, callback: Callable[[ProgressUpdate], None]):
+        self._callback = callback
+        self._last = ProgressUpdate(task="", done=0, total=0, note="")
+
+    def start(self, task: str, total: int, done: int = 0) -> None:
+        self._report(ProgressUpdate(task=task, done=done, total=total, note=""))
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        last = self._last
+        done, note = last.done + count, note or last.note
+        self._report(ProgressUpdate(task=last.task, done=done, total=last.total, note=note))
+
+    def _report(self, update: ProgressUpdate) -> None:
+        self._last = update
+        self._callback(update)
+
+
 def progress_bar(show: bool = True) -> Bar | Silence:
+    """A bar on standard error; ``Silence`` where ``show`` is false or standard error is not a terminal."""
     return Bar() if show and sys.stderr.isatty() else Silence()
+
+
+@contextmanager
+def progress_or_bar(progress: Progress | None) -> Generator[Progress]:
+    """``progress`` itself, or a bar in its place for the length of the block."""
+    if progress is not None:
+        yield progress
+        return
+    with progress_bar() as bar:
+        yield bar

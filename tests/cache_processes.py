@@ -1,4 +1,4 @@
-"""Processes that fill a cache, for ``test_cache``: ``python -m tests.cache_processes fill|kill ...``.
+"""Processes that fill a cache, for ``test_cache_filling``: ``python -m tests.cache_processes fill|kill ...``.
 
 The encoder is a stand-in that takes a millisecond and whose tensors can be told from the job's number.
 """
@@ -17,8 +17,8 @@ from random import Random
 
 import torch
 
+from sdlora.cache.store import CacheKey, EncodedCache, Job, fill, latent_key
 from sdlora.data.buckets import Placement
-from sdlora.data.cache import CacheKey, EncodedCache, Job, fill, latent_key
 from sdlora.progress import Silence
 
 PLACEMENT = Placement(width=64, height=64, scaled_width=64, scaled_height=64, left=0, top=0)

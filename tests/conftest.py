@@ -1,4 +1,4 @@
-"""Fixtures: a tiny random base, small folders of real image files, and a way to run the command as a user does."""
+"""Fixtures: tiny random models, small folders of real image files, and a way to run the command as a user does."""
 
 from __future__ import annotations
 
@@ -13,10 +13,14 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from PIL import Image
+
+if TYPE_CHECKING:
+    from sdlora.cache.store import EncodedCache
 
 ROOT = Path(__file__).parent.parent
 
@@ -47,7 +51,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Family -> a single file in LDM's names, of ``tests.tiny.tiny_pipeline`` of that family; not to be changed."""
-    from sdlora.base.family import FAMILIES
+    from sdlora.families import FAMILIES
     from tests.tiny import write_tiny_ldm
 
     folder = tmp_path_factory.mktemp("families")
@@ -56,7 +60,7 @@ def tiny_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {family: folder / f"{family}.safetensors" for family in FAMILIES}
 
 
-def write_pictures(folder: Path, count: int = 5, *, sizes: tuple[tuple[int, int], ...] = ((64, 64),)) -> Path:
+def write_images(folder: Path, count: int = 5, *, sizes: tuple[tuple[int, int], ...] = ((64, 64),)) -> Path:
     """``count`` PNGs of random colour fields with captions."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
@@ -69,8 +73,8 @@ def write_pictures(folder: Path, count: int = 5, *, sizes: tuple[tuple[int, int]
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    return write_pictures(tmp_path / "pictures")
+def images(tmp_path: Path) -> Path:
+    return write_images(tmp_path / "images")
 
 
 def run_sdlora(*arguments: object, cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
@@ -90,3 +94,36 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> subprocess.Completed
     """The finished ``sdlora quickstart --json``, as a newcomer runs it."""
     out = tmp_path_factory.mktemp("quickstart") / "out"
     return run_sdlora("quickstart", "--out", out, "--json", cwd=ROOT, timeout=900)
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> EncodedCache:
+    from sdlora.cache.store import EncodedCache
+
+    return EncodedCache(tmp_path / "cache", 1e9)
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(images, output) of an uninterrupted run; not to be changed."""
+    import sdlora as package
+    from tests.training_runs import config_for
+
+    folder = tmp_path_factory.mktemp("finished")
+    images = write_images(folder / "images", 5, sizes=((64, 64), (80, 48)))
+    package.train(config_for(tiny_base, images, folder / "x.safetensors"), show_progress=False)
+    return images, folder / "x.safetensors"
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Kind -> a folder of a random captioning model of it; not to be changed."""
+    from tests.tiny_captioners import TAGS, write_tiny_blip, write_tiny_florence
+
+    place = tmp_path_factory.mktemp("models")
+    write_tiny_blip(place / "blip")
+    write_tiny_florence(place / "florence")
+    (place / "wd14").mkdir()
+    (place / "wd14" / "model.onnx").write_bytes(b"not looked at")
+    (place / "wd14" / "selected_tags.csv").write_text(TAGS)
+    return {kind: place / kind for kind in ("blip", "florence", "wd14")}

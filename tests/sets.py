@@ -1,4 +1,4 @@
-"""Small sets of pictures, and what is found in them."""
+"""Small sets of images, and what is found in them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from sdlora.config import DataSection
+from sdlora.config.sections import DataSection
 from sdlora.data.findings import Finding
 from sdlora.data.items import Item, load_items
 from sdlora.data.sources import Listing, Source, find_sources
@@ -36,7 +36,7 @@ def loaded(listing: Listing, **settings: Any) -> tuple[tuple[Item, ...], tuple[F
 
 
 def put(file: Path, content: str | bytes = "") -> Path:
-    """A picture where ``file`` is named as one and nothing is given, else the given content."""
+    """An image where ``file`` is named as one and nothing is given, else the given content."""
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.suffix.lower() in (".png", ".jpg", ".webp") and not content:
         GREY.save(file)
@@ -57,7 +57,7 @@ def write_csv(file: Path, rows: list[list[str]]) -> None:
         csv.writer(stream).writerows(rows)
 
 
-def pictures_in(folder: Path, *names: str) -> Path:
+def images_in(folder: Path, *names: str) -> Path:
     for name in names:
         put(folder / name)
     return folder

@@ -12,19 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sdlora.config import DataSection
-from sdlora.data.batches import BatchPlan, Showing, draw, regularisation_repeats, share
+from sdlora.config.sections import DataSection
 from sdlora.data.buckets import Placement, bucket_rules
 from sdlora.data.captions import CaptionRules
 from sdlora.data.items import Item
 from sdlora.data.masks import mask_on_grid
 from sdlora.data.sources import Role, Source
-from sdlora.data.training_set import Sample, TrainingSet, plan_training_set
 from sdlora.data.views import View, crop_positions
 from sdlora.errors import DataError
+from sdlora.training.batches import BatchPlan, Showing, draw, regularisation_repeats, share
+from sdlora.training.training_set import Sample, TrainingSet, plan_training_set
 
 BUCKETS = st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=7), min_size=1, max_size=4)
-"""Of each bucket, how often each of its pictures is shown."""
+"""Of each bucket, how often each of its images is shown."""
 
 
 def plan_of(buckets: list[list[int]], batch_size: int, seed: int) -> BatchPlan:
@@ -34,7 +34,7 @@ def plan_of(buckets: list[list[int]], batch_size: int, seed: int) -> BatchPlan:
 
 
 @given(buckets=BUCKETS, batch_size=st.integers(1, 5), seed=st.integers(0, 99), epoch=st.integers(0, 5))
-def test_an_epoch_shows_each_picture_as_often_as_it_should(
+def test_an_epoch_shows_each_image_as_often_as_it_should(
     buckets: list[list[int]], batch_size: int, seed: int, epoch: int
 ) -> None:
     plan = plan_of(buckets, batch_size, seed)
@@ -62,7 +62,7 @@ def test_epochs_and_seeds_differ() -> None:
 
 
 @given(st.integers(0, 60), st.lists(st.integers(1, 12), max_size=9))
-def test_regularisation_pictures_match_the_training_pictures(wanted: int, repeats: list[int]) -> None:
+def test_regularisation_images_match_the_training_images(wanted: int, repeats: list[int]) -> None:
     times = regularisation_repeats(wanted, repeats)
     assert sum(times) == (wanted if repeats else 0)
     unseen = [n for n, t in enumerate(times) if t < repeats[n]]
@@ -210,7 +210,7 @@ def test_views_are_those_that_are_shown_and_no_others() -> None:
     assert len(training_set(mixed()).views(100)) == 7
 
 
-def test_each_picture_is_shown_as_its_set_has_it() -> None:
+def test_each_image_is_shown_as_its_set_has_it() -> None:
     own = training_set(
         [item(0, resolution=(96,), flip=True), item(1, crop="random", size=(300, 100)), item(2, resolution=(96, 64))],
         resolution=(64, 96),
@@ -227,15 +227,15 @@ def test_each_picture_is_shown_as_its_set_has_it() -> None:
 
 
 def test_nothing_but_validation_is_nothing_to_train_on() -> None:
-    with pytest.raises(DataError, match="no picture to train on"):
+    with pytest.raises(DataError, match="no image to train on"):
         training_set([item(0, role="validation")])
 
 
 def test_salient_crops_are_placed_from_the_pixels(tmp_path: Path) -> None:
-    picture = Image.new("RGB", (300, 100), "grey")
+    image = Image.new("RGB", (300, 100), "grey")
     noise = np.random.default_rng(0).integers(0, 256, (100, 90, 3), dtype=np.uint8)
-    picture.paste(Image.fromarray(noise), (200, 0))
-    picture.save(tmp_path / "a.png")
+    image.paste(Image.fromarray(noise), (200, 0))
+    image.save(tmp_path / "a.png")
     source = {"size": (300, 100), "file": tmp_path / "a.png"}
     for crop, expected in (("center", 64), ("salient", 116)):
         own = training_set([item(0, **source)], crop=crop, enable_bucket=False)  # ty: ignore[invalid-argument-type]
@@ -271,7 +271,7 @@ def test_timesteps_are_spread_evenly_and_reach_both_ends() -> None:
 
 @pytest.mark.parametrize("flipped", [False, True])
 def test_masks_are_exact_means_over_each_cell(flipped: bool) -> None:
-    """Against the mean of a picture that is enlarged so far that every edge falls between its pixels."""
+    """Against the mean of an image that is enlarged so far that every edge falls between its pixels."""
     mask = np.random.default_rng(0).random((30, 50)).astype(np.float32)
     spot = Placement(width=48, height=32, scaled_width=60, scaled_height=36, left=7, top=3)
     # 60 / 50 and 36 / 30 are both 6 / 5: one pixel of the mask is 6 small ones, one that is shown 5.

@@ -1,4 +1,4 @@
-"""Which bucket a picture gets: kohya's rule to the pixel where it is chosen, and nothing lost against it where not."""
+"""Which bucket an image gets: kohya's rule to the pixel where it is chosen, and nothing lost against it where not."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from sdlora.config import DataSection
+from sdlora.config.sections import DataSection
 from sdlora.data.buckets import BucketRules, Placement, bucket_rules, bucket_table
 from sdlora.data.images import place
 from sdlora.data.views import CROPS, View, ViewSet, crop_positions, salient_crop
@@ -36,7 +36,7 @@ def rules(resolution: int, least: int, most: int, step: int, rule: str, *, no_up
 
 
 def random_sizes(count: int, seed: int) -> list[tuple[int, int]]:
-    """Of pictures: most between thumbnails and large photographs of every aspect, some exact multiples and squares."""
+    """Of images: most between thumbnails and large photographs of every aspect, some exact multiples and squares."""
     rng = np.random.default_rng(seed)
     area, aspect = 10 ** rng.uniform(4.0, 7.6, count), np.exp(rng.normal(0, 0.45, count))
     sizes = np.stack([np.sqrt(area * aspect), np.sqrt(area / aspect)], 1).astype(int).clip(40, 16000)
@@ -124,7 +124,7 @@ def test_kohyas_rule_without_upscaling(settings: tuple[int, int, int, int]) -> N
 
 @pytest.mark.parametrize("no_upscale", [False, True])
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_the_default_loses_no_more_of_any_picture(settings: tuple[int, int, int, int], no_upscale: bool) -> None:
+def test_the_default_loses_no_more_of_any_image(settings: tuple[int, int, int, int], no_upscale: bool) -> None:
     kohya = rules(*settings, "kohya", no_upscale=no_upscale)
     ours = rules(*settings, "least-crop", no_upscale=no_upscale)
     lost = np.array(
@@ -145,7 +145,7 @@ def test_the_default_loses_no_more_of_any_picture(settings: tuple[int, int, int,
     no_upscale=st.booleans(),
 )
 @example(width=294, height=2352, settings=(768, 320, 1536, 8), no_upscale=True)
-def test_the_bucket_lies_within_the_scaled_picture(
+def test_the_bucket_lies_within_the_scaled_image(
     rule: str, width: int, height: int, settings: tuple[int, int, int, int], no_upscale: bool
 ) -> None:
     own = rules(*settings, rule, no_upscale=no_upscale)
@@ -224,7 +224,7 @@ def test_the_table_says_what_is_cut_off() -> None:
     assert table[1].mean_cut == pytest.approx(table[1].worst_cut / 3)
 
 
-def test_placed_pixels_are_the_scaled_and_cropped_picture() -> None:
+def test_placed_pixels_are_the_scaled_and_cropped_image() -> None:
     spot = rules(128, 64, 256, 32, "least-crop").place(320, 200)
     pixels = place(Image.new("RGB", (320, 200), "white"), spot)
     assert tuple(pixels.shape) == (3, 96, 160)
@@ -245,20 +245,20 @@ def test_random_crops_are_few_and_reach_from_end_to_end(width: int, height: int)
 
 @pytest.mark.parametrize("turned", [False, True])
 def test_salient_crop_goes_where_the_detail_is(turned: bool) -> None:
-    picture = Image.new("L", (300, 100), 128)
+    image = Image.new("L", (300, 100), 128)
     noise = np.random.default_rng(0).integers(0, 256, (60, 40), dtype=np.uint8)
-    picture.paste(Image.fromarray(noise), (220, 20))
-    picture = picture.convert("RGB")
+    image.paste(Image.fromarray(noise), (220, 20))
+    image = image.convert("RGB")
     spot = Placement(width=96, height=96, scaled_width=288, scaled_height=96, left=96, top=0)
     if turned:
-        picture = picture.transpose(Image.Transpose.TRANSPOSE)
+        image = image.transpose(Image.Transpose.TRANSPOSE)
         spot = Placement(width=96, height=96, scaled_width=96, scaled_height=288, left=0, top=96)
-    found = salient_crop(picture, spot)
+    found = salient_crop(image, spot)
     start = found.top if turned else found.left
     assert start <= 211
     assert start + 96 >= 250
-    assert found == salient_crop(picture, spot)
-    flat = Image.new("RGB", picture.size, "grey")
+    assert found == salient_crop(image, spot)
+    flat = Image.new("RGB", image.size, "grey")
     assert salient_crop(flat, spot) == spot
 
 

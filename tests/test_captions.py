@@ -1,4 +1,4 @@
-"""Captions: what the rules make of them, and that every drawn variant is a function of seed, epoch and picture."""
+"""Captions: what the rules make of them, and that every drawn variant is a function of seed, epoch and image."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdlora.data import captions
-from sdlora.data.batches import _DROPOUT, _NOISE, _ORDER, _POSTERIOR, _TIMESTEP
 from sdlora.data.captions import (
+    MAX_DEPTH,
     MAX_VARIANTS,
     CaptionRules,
     draw_wildcards,
@@ -25,7 +24,7 @@ from sdlora.data.captions import (
     with_trigger,
     without_word,
 )
-from sdlora.data.views import _CROP, _FLIP
+from sdlora.randomness import Stream
 from tests.conftest import ROOT
 
 TAGS = st.lists(st.text("abcdefgh", min_size=1, max_size=5), min_size=1, max_size=12, unique=True)
@@ -150,7 +149,7 @@ def test_many_and_deep_wildcards_stay_within_bounds() -> None:
     assert wildcard_variants([many, "x"]) == ((" ".join(["c c"] * 40), "x"), (" ".join(["bbb"] * 40), "x"))
     assert len(wildcard_variants(["{a|b}" * 4] * 2)) == MAX_VARIANTS
     assert len(wildcard_variants(["{a|b}" * 4, "{a|b}" * 5])) == 1
-    assert draw_wildcards("{a|" * 5000 + "}" * 5000, lambda _: 1).count("{") == 5000 - captions.MAX_DEPTH
+    assert draw_wildcards("{a|" * 5000 + "}" * 5000, lambda _: 1).count("{") == 5000 - MAX_DEPTH
 
 
 @given(TAGS, st.integers(0, 5), st.integers(0, 2**32 - 1), st.integers(0, 99), st.integers(0, 10**6))
@@ -236,10 +235,9 @@ def test_a_caption_that_was_once_drawn_stays_the_same() -> None:
     assert made == ["zorb, c, e, d, a green cat", "zorb, h, g", "zorb, a red cat, c, b", "zorb, e, b, c, a blue cat, d"]
 
 
-def test_streams_differ_from_those_of_the_batches() -> None:
-    own = [captions._LINE, captions._WILDCARD, captions._SHUFFLE, captions._TAG_DROPOUT]
-    others = [_ORDER, _NOISE, _TIMESTEP, _POSTERIOR, _DROPOUT, _CROP, _FLIP]
-    assert len({*own, *others}) == len(own) + len(others)
+def test_no_two_streams_share_a_number() -> None:
+    numbers = [stream.value for stream in Stream.__members__.values()]
+    assert len(set(numbers)) == len(numbers) == 12
 
 
 @given(wildcard_texts(1), TAGS, st.booleans(), st.floats(0, 0.9), st.integers(0, 99))

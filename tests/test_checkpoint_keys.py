@@ -16,7 +16,7 @@ from diffusers.loaders.single_file_utils import (
 from torch import nn
 
 from sdlora.base.architecture import unet_config
-from sdlora.base.family import FAMILIES, SDXL
+from sdlora.families import FAMILIES, SDXL
 from sdlora.formats import checkpoint_keys as keys
 from tests.published import UNET_PARAMETERS, UNETS, our_names, published
 

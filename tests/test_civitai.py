@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import sdlora
 from sdlora.errors import CompatibilityError, LoraFileError
 from sdlora.formats.metadata_file import read_metadata, write_metadata
-from tests.conftest import write_pictures
+from tests.conftest import write_images
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +26,9 @@ def lora(tiny_files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
     folder = tmp_path_factory.mktemp("lora")
     file = folder / "my style.safetensors"
     settings = [
-        f"base.path={tiny_files['sd1']}", f"data.images={write_pictures(folder / 'pics')}", "data.trigger=zorb",
+        f"base.path={tiny_files['sd1']}", f"data.images={write_images(folder / 'pics')}", "data.trigger=zorb",
         f"output.path={file}", "output.author=Ada", "output.description=Blue lines.", "train.steps=2",
-        "data.resolution=64", "output.samples=[]",
+        "data.resolution=64", "samples.prompts=[]",
     ]  # fmt: skip
     sdlora.train(sdlora.load_config(None, settings), show_progress=False)
     write_metadata(
@@ -37,7 +37,7 @@ def lora(tiny_files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
     return file
 
 
-def made(lora: Path, folder: Path, base: Path, **options) -> sdlora.civitai.Package:
+def made(lora: Path, folder: Path, base: Path, **options) -> sdlora.publish.civitai.Package:
     drawing = {"steps": 1, "size": (64, 64), "show_progress": False}
     return sdlora.export_civitai(lora, folder, base=str(base), **drawing | options)
 
@@ -52,10 +52,10 @@ def test_the_package_is_what_an_upload_needs(lora: Path, tiny_files: dict[str, P
     payload = hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
     model = hashlib.sha256(tiny_files["sd1"].read_bytes()).hexdigest()[:10]
     for preview in package.previews:
-        with Image.open(folder / preview) as picture:
-            text = picture.info["parameters"]
+        with Image.open(folder / preview) as image:
+            text = image.info["parameters"]
         assert "Steps: " in text
-        # The patterns are those of Civitai's reader of picture metadata.
+        # The patterns are those of Civitai's reader of image metadata.
         assert re.findall(r"<lora:([a-zA-Z0-9_.-]+):([0-9.]+)>", text) == [("my-style", "0.8")]
         assert re.search(r'Lora hashes: "([^"]+)"', text)[1] == f"my-style: {payload[:12]}"  # ty: ignore[not-subscriptable]
         hashes = json.loads(re.search(r", Hashes: ({[^}]+})", text)[1])  # ty: ignore[not-subscriptable]
@@ -74,7 +74,7 @@ def test_the_package_is_what_an_upload_needs(lora: Path, tiny_files: dict[str, P
         "SD 1.5",
         "`zorb`",
         "| Recommended weight | 0.8 |",
-        "| Pictures | 5 |",
+        "| Images | 5 |",
         "| Steps | 2 |",
         payload[:12],
     ):

@@ -10,7 +10,7 @@ from PIL import Image
 from typer.main import get_command
 
 from sdlora.cli import app
-from tests.conftest import write_pictures
+from tests.conftest import write_images
 
 SURFACE = {
     "train": {"arguments", "images", "trigger", "base", "out", "restart", "as_json"},
@@ -67,27 +67,27 @@ def one_line(result, code: int, *parts: str) -> None:
 
 
 def width_of(file: Path) -> int:
-    with Image.open(file) as picture:
-        return picture.width
+    with Image.open(file) as image:
+        return image.width
 
 
 def files_in(folder: Path) -> set[str]:
     return {str(file.relative_to(folder)) for file in folder.rglob("*")}
 
 
-def test_bad_pictures_and_captions(sdlora, tmp_path: Path) -> None:
-    folder = write_pictures(tmp_path / "pictures", 1)
+def test_bad_images_and_captions(sdlora, tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "images", 1)
     before = files_in(tmp_path)
     train = ("train", "--images", folder, "--trigger", "zorb")
     faults = {
         b"": "empty file",
         b"\x89PNG\r\n\x1a\n" + b"\0" * 40: "0.png: ",
-        (folder / "0.png").read_bytes()[:80]: "truncated picture",
+        (folder / "0.png").read_bytes()[:80]: "truncated image",
     }
     for data, message in faults.items():
         (folder / "0.png").write_bytes(data)
         one_line(sdlora(*train), 1, "0.png", message)
-    write_pictures(folder, 1)
+    write_images(folder, 1)
     (folder / "0.txt").write_text("word " * 300)
     one_line(sdlora(*train), 1, "0.txt", "300 words")
     (folder / "0.txt").write_bytes(b"caf\xe9")
@@ -126,19 +126,19 @@ def test_usage_errors_have_exit_code_two(sdlora, arguments: tuple[str, ...]) -> 
     assert "Traceback" not in result.stderr
 
 
-def test_json_is_one_object_and_the_picture_tells_its_recipe(sdlora, tiny_base: Path, tmp_path: Path) -> None:
+def test_json_is_one_object_and_the_image_tells_its_recipe(sdlora, tiny_base: Path, tmp_path: Path) -> None:
     result = sdlora("generate", "a fox", "--base", tiny_base, "--steps", 2, "--seed", 3, "--count", 2, "--json")
     answer = json.loads(result.stdout)
     assert answer["seed"] == 3
     assert answer["images"] == ["out/a-fox-3.png", "out/a-fox-4.png"]
-    with Image.open(tmp_path / answer["images"][1]) as picture:
-        parameters = picture.text["parameters"]  # ty: ignore[unresolved-attribute]
+    with Image.open(tmp_path / answer["images"][1]) as image:
+        parameters = image.text["parameters"]  # ty: ignore[unresolved-attribute]
     assert parameters.startswith("a fox\nSteps: 2, Sampler: DPM++ 2M, CFG scale: 5, Seed: 4, Size: 64x64, Model: tiny")
     assert str(tmp_path) not in parameters
 
 
 def test_train_then_generate_then_inspect(sdlora, tiny_base: Path, tmp_path: Path) -> None:
-    folder = write_pictures(tmp_path / "my pictures", 3)
+    folder = write_images(tmp_path / "my images", 3)
     (tmp_path / "other").mkdir()
     made = sdlora(
         *("train", "--images", folder, "--trigger", "123", "--base", tiny_base, "--out", "out/x.safetensors"),
@@ -168,6 +168,6 @@ def test_checkpoints_are_inspected_too(sdlora, tiny_base: Path) -> None:
 
 
 def test_version(sdlora) -> None:
-    from sdlora import __version__
+    from sdlora._version import __version__
 
     assert sdlora("--version").stdout.strip() == f"sdlora {__version__}"

@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdlora.config import Config, load_config
+from sdlora.config.loading import load_config
+from sdlora.config.sections import Config
 from sdlora.errors import ConfigError
 
 GOOD = """
 [data]
-images = "pictures"
+images = "images"
 trigger = "zorb"
 
 [output]
@@ -43,7 +44,7 @@ def test_defaults_and_overrides(tmp_path: Path) -> None:
 
 
 def test_every_fault_is_reported_at_once(tmp_path: Path) -> None:
-    text = GOOD + '[train]\nsteps = -3\nbatch_sise = 2\nlearning_rate = "fast"\n[lore]\nrank = 4\n'
+    text = GOOD + '[train]\nsteps = -3\nbatch_sise = 2\n[optimizer]\nlearning_rate = "fast"\n[lore]\nrank = 4\n'
     with pytest.raises(ConfigError) as caught:
         load_config(write(tmp_path, text), ["nonsense"])
     problems = caught.value.problems
@@ -51,8 +52,8 @@ def test_every_fault_is_reported_at_once(tmp_path: Path) -> None:
     text = "\n".join(problems)
     assert "run.toml:9: train.steps = -3" in text
     assert "run.toml:10: unknown key train.batch_sise; did you mean train.batch_size?" in text
-    assert "run.toml:11: train.learning_rate = 'fast'" in text
-    assert "run.toml:12: unknown key lore; did you mean lora?" in text
+    assert "run.toml:12: optimizer.learning_rate = 'fast'" in text
+    assert "run.toml:13: unknown key lore; did you mean lora?" in text
     assert "'nonsense': expected section.key=value" in text
 
 
@@ -177,15 +178,15 @@ def test_faults_within_sets_have_their_lines(tmp_path: Path) -> None:
 def test_settings_of_data_that_do_not_fit(tmp_path: Path, line: str, message: str) -> None:
     text = GOOD.replace('trigger = "zorb"\n', f'trigger = "zorb"\n{line}\n')
     if "[[data.sets]]" in line and "no set" not in message:
-        text = text.replace('images = "pictures"\n', "")
+        text = text.replace('images = "images"\n', "")
     with pytest.raises(ConfigError) as caught:
         load_config(write(tmp_path, text))
     assert message in str(caught.value)
 
 
-def test_a_run_without_pictures_is_told_the_three_ways_to_name_them(tmp_path: Path) -> None:
+def test_a_run_without_images_is_told_the_three_ways_to_name_them(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"run\.toml:2: data\.images is missing: .*data\.sets.*data\.dataset_config"):
-        load_config(write(tmp_path, GOOD.replace('images = "pictures"\n', "")))
+        load_config(write(tmp_path, GOOD.replace('images = "images"\n', "")))
 
 
 def test_flat_settings_tell_sets_apart_and_may_leave_paths_out(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 import sdlora
 from recipes.published_modules import modules_of
 from sdlora.base.checkpoint import find_base
-from sdlora.base.family import FAMILIES
 from sdlora.errors import LoraFileError, SdloraError
+from sdlora.families import FAMILIES
 from sdlora.formats.keys import kohya_keys, resolve
 from sdlora.formats.lora_file import read_lora
 from sdlora.formats.lora_writer import write_lora
@@ -26,7 +26,7 @@ from sdlora.formats.readers import lost_elsewhere
 from sdlora.formats.safetensors_file import read_header
 from sdlora.generation.loras import LoraChoice
 from sdlora.lora.kinds import Decomposed, Full
-from sdlora.lora.weights import LowRank
+from sdlora.lora.low_rank import LowRank
 from tests.tiny import tiny_pipeline, write_tiny_ldm
 
 ATTENTION = r"(\.attn\d\.to_(q|k|v|out\.0)|self_attn\.(q|k|v|out)_proj)$"

@@ -19,16 +19,17 @@ import sdlora
 from sdlora.base.attention import _build_fault, use_attention, why_not_xformers
 from sdlora.base.checkpoint import find_base
 from sdlora.base.encode import Framing
-from sdlora.base.family import FAMILIES
 from sdlora.base.load import load_base
-from sdlora.config import BaseSection, load_config
+from sdlora.config.loading import load_config
+from sdlora.config.sections import BaseSection
 from sdlora.errors import CompatibilityError, ResumeError, SdloraError
+from sdlora.families import FAMILIES
 from sdlora.formats.safetensors_file import read_header
-from sdlora.generation.pipeline import Picture
+from sdlora.generation.pipeline import GeneratedImage
 from sdlora.progress import Silence
 from sdlora.training.plan import plan_run
 from sdlora.training.session import open_session
-from tests.conftest import write_pictures
+from tests.conftest import write_images
 from tests.tiny import tiny_ldm_tensors, tiny_pipeline
 
 PROMPT, NEGATIVE, STEPS = "a red fox, masterpiece", "blue", 4
@@ -39,22 +40,22 @@ CPU = torch.device("cpu")
 def loras(tiny_files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A LoRA trained on each family's tiny base."""
     folder = tmp_path_factory.mktemp("loras")
-    pictures = write_pictures(folder / "pictures", 4, sizes=((64, 64), (100, 60)))
+    images = write_images(folder / "images", 4, sizes=((64, 64), (100, 60)))
     for family, file in tiny_files.items():
-        config = load_config(None, overrides(file, pictures, folder / f"{family}.safetensors"))
+        config = load_config(None, overrides(file, images, folder / f"{family}.safetensors"))
         sdlora.train(config, show_progress=False)
     return {family: folder / f"{family}.safetensors" for family in tiny_files}
 
 
-def overrides(base: Path, pictures: Path, output: Path, *more: str) -> list[str]:
+def overrides(base: Path, images: Path, output: Path, *more: str) -> list[str]:
     return [
-        f"base.path={base}", f"data.images={pictures}", "data.trigger=zorb", f"output.path={output}", "train.steps=6",
-        "train.batch_size=2", "lora.rank=4", "train.learning_rate=5e-2", "train.text_encoder_learning_rate=5e-2",
-        "output.samples=[]", "data.resolution=64", "train.warmup_steps=0", "output.precision=float32", *more,
+        f"base.path={base}", f"data.images={images}", "data.trigger=zorb", f"output.path={output}", "train.steps=6",
+        "train.batch_size=2", "lora.rank=4", "optimizer.learning_rate=5e-2", "optimizer.text_encoder_learning_rate=5e-2",
+        "samples.prompts=[]", "data.resolution=64", "optimizer.warmup_steps=0", "output.precision=float32", *more,
     ]  # fmt: skip
 
 
-def ours(base: Path | BaseSection, sampler: str, *, loras: list[str] | None = None, **options: Any) -> Picture:
+def ours(base: Path | BaseSection, sampler: str, *, loras: list[str] | None = None, **options: Any) -> GeneratedImage:
     settings: dict[str, Any] = {"negative": NEGATIVE, "cfg": 4.0, "seed": 7, "steps": STEPS, "size": (64, 64)}
     return sdlora.generate(
         PROMPT,
@@ -73,13 +74,13 @@ def theirs(pipe: Any, **options: Any) -> torch.Tensor:
     return pipe(PROMPT, **(settings | options)).images[0]
 
 
-def difference(picture: Picture, latents: torch.Tensor) -> float:
-    return (picture.latents - latents).abs().max().item()
+def difference(image: GeneratedImage, latents: torch.Tensor) -> float:
+    return (image.latents - latents).abs().max().item()
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
 @pytest.mark.parametrize("form", ["file", "folder"])
-def test_pictures_equal_those_of_diffusers(tiny_files: dict[str, Path], family: str, form: str, tmp_path: Path) -> None:
+def test_images_equal_those_of_diffusers(tiny_files: dict[str, Path], family: str, form: str, tmp_path: Path) -> None:
     pipe = tiny_pipeline(family)
     base = tiny_files[family]
     if form == "folder":
@@ -164,22 +165,27 @@ def test_diffusers_draws_the_same_from_the_trained_file(
     plain = theirs(pipe)
     pipe.load_lora_weights(str(loras[family].parent), weight_name=loras[family].name)
     reference = theirs(pipe)
-    picture = ours(tiny_files[family], "euler", loras=[str(loras[family])])
-    assert difference(picture, reference) < 1e-3
+    image = ours(tiny_files[family], "euler", loras=[str(loras[family])])
+    assert difference(image, reference) < 1e-3
     assert (plain - reference).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_the_loss_is_the_formula_on_diffusers_models(tiny_files: dict[str, Path], family: str, tmp_path: Path) -> None:
     """One step's loss, rebuilt from the pipeline's own parts: latents, noise, text, sizes, target and weight."""
-    pictures = write_pictures(tmp_path / "pictures", 1, sizes=((100, 60),))
-    more = ("train.batch_size=1", "train.min_snr_gamma=0", "data.resolution=64", "train.text_encoder_learning_rate=0")
-    plan = plan_run(load_config(None, overrides(tiny_files[family], pictures, tmp_path / "x.safetensors", *more)))
+    images = write_images(tmp_path / "images", 1, sizes=((100, 60),))
+    more = (
+        "train.batch_size=1",
+        "objective.min_snr_gamma=0",
+        "data.resolution=64",
+        "optimizer.text_encoder_learning_rate=0",
+    )
+    plan = plan_run(load_config(None, overrides(tiny_files[family], images, tmp_path / "x.safetensors", *more)))
     base = load_base(plan.base, device=CPU, dtype=torch.float32)
     session = open_session(plan, base, Accelerator(), Silence())
     (placement,), (item,) = plan.placements, plan.items
     assert (placement.width, placement.height) == (80, 48)
-    (cached,) = session.pictures.values()
+    (cached,) = session.images.values()
     framing = cached.framing
     assert framing.numbers == (60, 100, placement.top, placement.left, 48, 80)
 
@@ -209,7 +215,7 @@ def test_the_loss_is_the_formula_on_diffusers_models(tiny_files: dict[str, Path]
         assert added is None
     scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     share = scheduler.alphas_cumprod[times].view(-1, 1, 1, 1)
-    from sdlora.data.batches import draw
+    from sdlora.training.batches import draw
 
     drawn = draw(seed=0, step=0, slot=0, slots=1, shape=tuple(noisy.shape[1:]), timesteps=1000, caption_dropout=0.0)
     noise = torch.from_numpy(drawn.noise)[None]
@@ -223,9 +229,9 @@ def test_the_loss_is_the_formula_on_diffusers_models(tiny_files: dict[str, Path]
 
 
 def test_v_prediction_trains_towards_v(tiny_files: dict[str, Path], tmp_path: Path) -> None:
-    pictures = write_pictures(tmp_path / "pictures", 2)
+    images = write_images(tmp_path / "images", 2)
     for more in (("base.prediction=v_prediction",), ("base.prediction=v_prediction", "base.zero_terminal_snr=true")):
-        config = load_config(None, overrides(tiny_files["sd2"], pictures, tmp_path / f"{len(more)}.safetensors", *more))
+        config = load_config(None, overrides(tiny_files["sd2"], images, tmp_path / f"{len(more)}.safetensors", *more))
         sdlora.train(config, show_progress=False)
         metadata = read_header(Path(config.output.path), SdloraError).metadata
         assert metadata["ss_base_model_version"] == "sd_v2_v"
@@ -235,9 +241,9 @@ def test_v_prediction_trains_towards_v(tiny_files: dict[str, Path], tmp_path: Pa
 
 
 def test_replacements_are_part_of_a_run_and_their_paths_are_not(tiny_files: dict[str, Path], tmp_path: Path) -> None:
-    pictures, output = write_pictures(tmp_path / "pictures", 2), tmp_path / "x.safetensors"
+    images, output = write_images(tmp_path / "images", 2), tmp_path / "x.safetensors"
     tiny_pipeline("sd1", seed=5).vae.save_pretrained(tmp_path / "vae")
-    options = overrides(tiny_files["sd1"], pictures, output)
+    options = overrides(tiny_files["sd1"], images, output)
     sdlora.train(load_config(None, [*options, f"base.vae={tmp_path / 'vae'}"]), show_progress=False)
     assert str(tmp_path) not in str(read_header(output, SdloraError).metadata)
     with pytest.raises(ResumeError, match="the base checkpoint has changed"):
@@ -249,24 +255,24 @@ def test_gradient_checkpointing_changes_memory_and_nothing_else(
     tiny_files: dict[str, Path], family: str, loras: dict[str, Path], tmp_path: Path
 ) -> None:
     output = tmp_path / "x.safetensors"
-    pictures = loras[family].parent / "pictures"
-    config = load_config(None, overrides(tiny_files[family], pictures, output, "train.gradient_checkpointing=true"))
+    images = loras[family].parent / "images"
+    config = load_config(None, overrides(tiny_files[family], images, output, "train.gradient_checkpointing=true"))
     sdlora.train(config, show_progress=False)
     one, other = load_file(loras[family]), load_file(output)
     assert all(torch.allclose(one[name], other[name], rtol=1e-3, atol=1e-4) for name in one)
 
 
 def test_long_captions_are_trained_in_chunks(tiny_files: dict[str, Path], tmp_path: Path) -> None:
-    pictures = write_pictures(tmp_path / "pictures", 2)
-    (pictures / "0.txt").write_text(", ".join(f"thing {i}" for i in range(25)))
-    config = load_config(None, overrides(tiny_files["sdxl"], pictures, tmp_path / "x.safetensors"))
+    images = write_images(tmp_path / "images", 2)
+    (images / "0.txt").write_text(", ".join(f"thing {i}" for i in range(25)))
+    config = load_config(None, overrides(tiny_files["sdxl"], images, tmp_path / "x.safetensors"))
     plan = plan_run(config)
     session = open_session(plan, load_base(plan.base, device=CPU, dtype=torch.float32), Accelerator(), Silence())
-    assert session.contexts.of(["zorb", "a cat", ""]).context.shape == (3, 154, 128)
+    assert session.embeddings.of(["zorb", "a cat", ""]).context.shape == (3, 154, 128)
     sdlora.train(config, show_progress=False)
     assert read_header(tmp_path / "x.safetensors", SdloraError).metadata["ss_max_token_length"] == "150"
     short = load_config(
-        None, overrides(tiny_files["sdxl"], pictures, tmp_path / "y.safetensors", "data.max_token_length=75")
+        None, overrides(tiny_files["sdxl"], images, tmp_path / "y.safetensors", "data.max_token_length=75")
     )
     sdlora.train(short, show_progress=False)
     assert read_header(tmp_path / "y.safetensors", SdloraError).metadata["ss_max_token_length"] == "None"
@@ -330,10 +336,10 @@ def test_xformers_is_probed_and_replaced_where_it_cannot_run(
     assert "not installed" in reason or "needs a CUDA device" in reason
     base = load_base(find_base(str(tiny_files["sd1"])), device=CPU, dtype=torch.float32)
     before = {name: type(processor) for name, processor in base.unet.attn_processors.items()}
-    for wish, warnings in (("auto", 0), ("sdpa", 0), ("xformers", 1)):
+    for requested, warnings in (("auto", 0), ("sdpa", 0), ("xformers", 1)):
         with caplog.at_level(logging.WARNING):
             caplog.clear()
-            use_attention(base.unet, wish)
+            use_attention(base.unet, requested)
         assert len(caplog.records) == warnings
     assert "going on with torch's own attention" in caplog.text
     assert {name: type(processor) for name, processor in base.unet.attn_processors.items()} == before

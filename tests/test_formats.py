@@ -15,25 +15,20 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from sdlora.base.family import FAMILIES, SD1, SDXL
-from sdlora.config import Config, load_config
+from sdlora.config.loading import load_config
+from sdlora.config.sections import Config
 from sdlora.errors import LoraFileError
+from sdlora.families import FAMILIES, SD1, SDXL
+from sdlora.files import write_whole
 from sdlora.formats.hashes import FileHashes, hash_file
 from sdlora.formats.keys import kohya_keys, part_of, resolve
 from sdlora.formats.lora_file import read_lora
 from sdlora.formats.lora_tensors import build_change
 from sdlora.formats.lora_writer import write_lora
-from sdlora.formats.metadata import (
-    DatasetFacts,
-    FolderFacts,
-    RunFacts,
-    safe_title,
-    tag_frequency,
-    training_metadata,
-    trigger_words,
-)
-from sdlora.formats.safetensors_file import read_header, serialise, write_whole
-from sdlora.lora.weights import LowRank
+from sdlora.formats.metadata import safe_title, trigger_words
+from sdlora.formats.safetensors_file import read_header, serialise
+from sdlora.lora.low_rank import LowRank
+from sdlora.training.metadata import DatasetFacts, FolderFacts, RunFacts, tag_frequency, training_metadata
 
 UNET = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0"
 TEXT = "text_encoder.text_model.encoder.layers.11.self_attn.q_proj"

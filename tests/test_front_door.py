@@ -41,12 +41,12 @@ def test_quickstart_elsewhere_says_where_to_go(sdlora) -> None:
     assert "run quickstart in a clone of the repository" in result.stderr
 
 
-def test_the_notebook_runs_and_keeps_its_pictures(tmp_path: Path) -> None:
+def test_the_notebook_runs_and_keeps_its_images(tmp_path: Path) -> None:
     file = ROOT / "notebooks" / "01-train-a-style.ipynb"
     kept = nbformat.read(file, as_version=4)
     outputs = [output for cell in kept.cells if cell.cell_type == "code" for output in cell.outputs]
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= 3
-    # A short training shows that every cell runs; the pictures kept in the file are from the full one.
+    # A short training shows that every cell runs; the images kept in the file are from the full one.
     source = kept.copy()
     for cell in source.cells:
         cell.source = cell.source.replace("train.steps=300", "train.steps=4").replace("out/notebook", str(tmp_path))

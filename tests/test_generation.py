@@ -1,4 +1,4 @@
-"""Pictures against diffusers' own pipeline, with and without LoRAs; recipes and grids."""
+"""Images against diffusers' own pipeline, with and without LoRAs; recipes and grids."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from sdlora.formats.lora_writer import write_lora
 from sdlora.generation.grid import labelled_grid
 from sdlora.generation.infotext import SAMPLERS
 from sdlora.generation.loras import LoraChoice
-from sdlora.generation.pipeline import _SCHEDULERS, Picture
-from sdlora.lora.weights import LowRank
+from sdlora.generation.pipeline import _SCHEDULERS, GeneratedImage
+from sdlora.lora.low_rank import LowRank
 from tests.tiny import write_tiny_base
 
 STEPS = 4
@@ -53,7 +53,7 @@ def loras(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     return first, random_lora(tiny_base, folder / "two.safetensors", seed=2, alpha=4.0)
 
 
-def ours(base: Path, choices: list[str], **options: object) -> Picture:
+def ours(base: Path, choices: list[str], **options: object) -> GeneratedImage:
     settings = {"seed": 7, "steps": STEPS, "cfg": 4.0, "negative": "blue", "precision": "float32"} | options
     return sdlora.generate("a red fox", base=str(base), loras=choices, show_progress=False, **settings)[0]  # ty: ignore[invalid-argument-type]
 
@@ -79,16 +79,16 @@ def test_without_lora_equals_the_diffusers_pipeline(tiny_base: Path) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_one_lora_equals_diffusers_loading_the_same_file(tiny_base: Path, loras: tuple[Path, Path]) -> None:
     reference = theirs(tiny_base, {"one": (loras[0], 1.0)})
-    picture = ours(tiny_base, [f"{loras[0]}:1.0"])
-    assert (picture.latents - reference).abs().max() < 1e-3
+    image = ours(tiny_base, [f"{loras[0]}:1.0"])
+    assert (image.latents - reference).abs().max() < 1e-3
     assert (ours(tiny_base, []).latents - reference).abs().max() > 0.1
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_stacked_loras_equal_diffusers(tiny_base: Path, loras: tuple[Path, Path]) -> None:
     reference = theirs(tiny_base, {"one": (loras[0], 0.7), "two": (loras[1], 0.5)})
-    picture = ours(tiny_base, [f"{loras[0]}:0.7", f"{loras[1]}:0.5"])
-    assert (picture.latents - reference).abs().max() < 1e-3
+    image = ours(tiny_base, [f"{loras[0]}:0.7", f"{loras[1]}:0.5"])
+    assert (image.latents - reference).abs().max() < 1e-3
 
 
 def test_text_encoder_and_unet_weights_are_separate(tiny_base: Path, loras: tuple[Path, Path]) -> None:
@@ -189,9 +189,9 @@ def test_sizes_and_seeds(tiny_base: Path) -> None:
 
 
 def test_parameters_are_as_a1111_writes_them(tiny_base: Path, loras: tuple[Path, Path]) -> None:
-    picture = ours(tiny_base, [f"{loras[0]}:0.7", f"{loras[1]}:0.5:0.25"])
+    image = ours(tiny_base, [f"{loras[0]}:0.7", f"{loras[1]}:0.5:0.25"])
     digests = [sdlora.inspect(file).metadata["sshs_model_hash"][:12] for file in loras]
-    assert picture.parameters == (
+    assert image.parameters == (
         "a red fox <lora:one:0.7> <lora:two:0.5:0.25>\nNegative prompt: blue\n"
         f"Steps: 4, Sampler: DPM++ 2M, CFG scale: 4, Seed: 7, Size: 64x64, Model: tiny, "
         f'Lora hashes: "one: {digests[0]}, two: {digests[1]}", '
@@ -213,7 +213,7 @@ def test_one_weight_holds_for_both_parts() -> None:
             LoraChoice.parse(text)
 
 
-def test_grid_places_pictures_under_their_labels() -> None:
+def test_grid_places_images_under_their_labels() -> None:
     red, blue = Image.new("RGB", (32, 32), "red"), Image.new("RGB", (32, 32), "blue")
     sheet = labelled_grid([[red, blue], [blue, red]], columns=["one", "two"], row_labels=["a", "b"], scale=2)
     top = sheet.height - 2 * (64 + 6) + 6

@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sdlora
-from sdlora.base.family import FAMILIES
 from sdlora.errors import LoraFileError
+from sdlora.families import FAMILIES
 from sdlora.formats.lora_writer import write_lora
 from sdlora.formats.metadata_file import read_metadata, write_metadata
 from sdlora.formats.published import published_modules
-from sdlora.lora.weights import LowRank
+from sdlora.lora.low_rank import LowRank
 
 
 @pytest.fixture

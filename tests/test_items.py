@@ -1,4 +1,4 @@
-"""Pictures that are decoded once, and the digest of all that alters training."""
+"""Images that are decoded once, and the digest of all that alters training."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sdlora.config import DataSection, SetSection
+from sdlora.config.sections import DataSection, SetSection
 from sdlora.data.images import open_alpha
 from sdlora.data.items import dataset_digest, load_items
 from sdlora.data.sources import find_sources
-from tests.conftest import write_pictures
+from tests.conftest import write_images
 from tests.sets import listed, loaded, put
 
 
 def test_items_are_decoded_upright_and_in_order(tmp_path: Path) -> None:
-    folder = write_pictures(tmp_path / "set", 9, sizes=((40, 20), (30, 60)))
+    folder = write_images(tmp_path / "set", 9, sizes=((40, 20), (30, 60)))
     turned = Image.new("RGB", (40, 20), "red")
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -33,8 +33,8 @@ def test_items_are_decoded_upright_and_in_order(tmp_path: Path) -> None:
     assert [open_alpha(item.source.file) is not None for item in items] == [i == 5 for i in range(9)]
 
 
-def test_a_picture_that_cannot_be_decoded_is_a_finding_and_no_item(tmp_path: Path) -> None:
-    folder = write_pictures(tmp_path / "set", 4)
+def test_a_image_that_cannot_be_decoded_is_a_finding_and_no_item(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "set", 4)
     put(folder / "2.png", (folder / "2.png").read_bytes()[:70])
     put(folder / "3.png", "text")
     items, findings = loaded(listed(folder))
@@ -56,8 +56,8 @@ class Counted:
         self.done += count
 
 
-def test_a_picture_in_two_sets_is_decoded_once(tmp_path: Path) -> None:
-    folder = write_pictures(tmp_path / "set", 3)
+def test_a_image_in_two_sets_is_decoded_once(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "set", 3)
     one = SetSection(images=str(folder))
     listing = find_sources(DataSection(sets=(one, one), trigger="zorb"))
     progress = Counted()
@@ -72,7 +72,7 @@ def digests(folder: Path, **settings: Any) -> tuple[str, ...]:
     return tuple(f"{item.digest} {item.mask_digest}" for item in loaded(listed(folder, **settings), mask=mask)[0])
 
 
-def test_digests_of_pictures_cover_what_is_shown_and_what_is_weighted(tmp_path: Path) -> None:
+def test_digests_of_images_cover_what_is_shown_and_what_is_weighted(tmp_path: Path) -> None:
     clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
     clear.save(put(tmp_path / "a.png", b"x")), put(tmp_path / "a.txt", "a")
     put(tmp_path / "mask" / "a.png")
@@ -88,11 +88,11 @@ def test_digests_of_pictures_cover_what_is_shown_and_what_is_weighted(tmp_path: 
     Image.new("L", (8, 8), 9).save(tmp_path / "mask" / "a.png")
     edited = digests(tmp_path, mask="files")
     assert edited != masked
-    assert edited[0].split()[0] == masked[0].split()[0], "the picture, by which its latents are found, is as it was"
+    assert edited[0].split()[0] == masked[0].split()[0], "the image, by which its latents are found, is as it was"
 
 
 def test_the_digest_of_a_dataset_tells_apart_whatever_alters_training(tmp_path: Path) -> None:
-    folder = write_pictures(tmp_path / "set", 3)
+    folder = write_images(tmp_path / "set", 3)
     one = SetSection(images=str(folder))
 
     def digest(one: SetSection = one, **settings: Any) -> str:

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdlora.config import Config, DataSection, OutputSection, TrainSection
-from sdlora.data.kohya_toml import KEYS
+from sdlora.config.kohya_dataset import KEYS
+from sdlora.config.sections import Config, DataSection, OutputSection, TrainSection
 from sdlora.data.sources import find_sources, resolve_config, resolve_data
 from sdlora.errors import ConfigError
 from sdlora.training.plan import plan_run
-from tests.conftest import write_pictures
-from tests.sets import codes, pictures_in, put
+from tests.conftest import write_images
+from tests.sets import codes, images_in, put
 
 
 def resolved(tmp_path: Path, toml: str, **data: Any) -> Config:
@@ -96,7 +96,7 @@ def test_a_dataset_configuration_of_every_kind_of_folder(tmp_path: Path, monkeyp
     assert resolve_config(config) == config
 
     monkeypatch.chdir(tmp_path)
-    pictures_in(
+    images_in(
         tmp_path, "ink/a.png", "ink/deep/never.png", "chalk/5_x/never.png", "chalk/b.png", "prior/c.png", "plates/d.png"
     )
     put(tmp_path / "ink" / "a.txt", "first line\nsecond line")
@@ -211,7 +211,7 @@ def test_settings_for_the_whole_run_reach_their_sections(tmp_path: Path) -> None
         tmp_path, SUBSETS.format(common, "conditioning_data_dir = 'm'\ncaption_tag_dropout_rate = 0.5", "")
     )
     data = config.data
-    assert (config.train.batch_size, config.train.caption_dropout) == (3, 0.25)
+    assert (config.train.batch_size, config.data.caption_dropout) == (3, 0.25)
     assert (data.enable_bucket, data.bucket_reso_steps, data.bucket_no_upscale) == (False, 32, True)
     assert data.mask == "files"
     assert [(one.masks, one.tag_dropout, one.subfolders, one.crop, one.flip) for one in data.sets] == [
@@ -225,7 +225,7 @@ def test_settings_for_the_whole_run_reach_their_sections(tmp_path: Path) -> None
 
 
 def test_a_run_is_planned_by_what_the_dataset_configuration_says(tmp_path: Path) -> None:
-    folder = write_pictures(tmp_path / "set", 5)
+    folder = write_images(tmp_path / "set", 5)
     toml = (
         f"[[datasets]]\nbatch_size = 2\nresolution = 64\ncaption_extension = '.txt'\ncaption_dropout_rate = 0.25\n"
         f"[[datasets.subsets]]\nimage_dir = '{folder}'\nnum_repeats = 3\n"
@@ -233,14 +233,14 @@ def test_a_run_is_planned_by_what_the_dataset_configuration_says(tmp_path: Path)
     file = put(tmp_path / "dataset.toml", toml)
     data = DataSection(dataset_config=str(file), trigger="zorb")
     plan = plan_run(Config(data=data, output=OutputSection(path=str(tmp_path / "x.safetensors"))))
-    assert plan.config.train.caption_dropout == 0.25
+    assert plan.config.data.caption_dropout == 0.25
     assert plan.identity.config["train.batch_size"] == "2"
     assert {len(batch) for batch in plan.batches.epoch(0)} <= {1, 2}
     assert sum(len(batch) for batch in plan.batches.epoch(0)) == 15
 
 
 def test_datasets_may_have_resolutions_flips_and_crops_of_their_own(tmp_path: Path) -> None:
-    folder = pictures_in(tmp_path / "set", "a.png")
+    folder = images_in(tmp_path / "set", "a.png")
     put(folder / "a.txt", "a")
     one = "[[datasets]]\n{0}\n[[datasets.subsets]]\nimage_dir = '{1}'\n{2}\n"
     toml = one.format("resolution = 512", folder, "flip_aug = true") + one.format("resolution = [768, 768]", folder, "")
@@ -253,11 +253,11 @@ def test_datasets_may_have_resolutions_flips_and_crops_of_their_own(tmp_path: Pa
         ((768,), False, "salient"),
         ((640,), False, "random"),
     ]
-    assert listing.findings == (), "the same picture at different resolutions is meant"
+    assert listing.findings == (), "the same image at different resolutions is meant"
     problems = refused(tmp_path, toml + one.format("", folder, ""))
     assert problems == ["T: data.resolution is missing: some sets have one of their own, and the others need this"]
     assert codes(find_sources(resolved(tmp_path, toml + one.format("resolution = 512", folder, "")).data)) == [
-        ("picture-shared", "warning", "a.png")
+        ("image-shared", "warning", "a.png")
     ]
     twice = one.format("", "a", "") + "[[datasets.subsets]]\nimage_dir = 'a'\n"
     assert refused(tmp_path, twice) == ["T:6: a is in this dataset already; remove one of them"]
@@ -275,7 +275,7 @@ def test_a_dataset_configuration_and_the_run_must_not_contradict(tmp_path: Path)
 
 
 def test_files_that_are_no_dataset_configuration(tmp_path: Path) -> None:
-    assert refused(tmp_path, "") == ["T: no [[datasets.subsets]]; write one for each folder of pictures"]
+    assert refused(tmp_path, "") == ["T: no [[datasets.subsets]]; write one for each folder of images"]
     assert "expected tables [general] and [[datasets]]" in refused(tmp_path, "datasets = 3")[0]
     assert "not valid TOML" in refused(tmp_path, "[x")[0]
     with pytest.raises(ConfigError, match="no such configuration file"):

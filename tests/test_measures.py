@@ -14,15 +14,15 @@ from tests.measures import MEASURES, THRESHOLDS
 REFERENCES = ROOT / "tests" / "references"
 
 
-def pictures(name: str) -> list[Image.Image]:
+def images(name: str) -> list[Image.Image]:
     return [Image.open(file).resize((128, 128)) for file in sorted((ROOT / "datasets" / name).glob("*.png"))]
 
 
 @pytest.mark.parametrize("style", MEASURES)
-def test_real_pictures_are_on_their_side(style: str) -> None:
+def test_real_images_are_on_their_side(style: str) -> None:
     other = next(name for name in MEASURES if name != style)
-    assert min(map(MEASURES[style], pictures(style))) > THRESHOLDS[style]
-    assert max(map(MEASURES[style], pictures(other))) < THRESHOLDS[style]
+    assert min(map(MEASURES[style], images(style))) > THRESHOLDS[style]
+    assert max(map(MEASURES[style], images(other))) < THRESHOLDS[style]
 
 
 def test_sample_sets_are_complete() -> None:

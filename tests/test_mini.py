@@ -50,22 +50,22 @@ def test_no_path_of_the_machine_that_made_it_is_inside() -> None:
         assert "_name_or_path" not in file.read_text()
 
 
-def test_the_same_picture_as_the_diffusers_pipeline() -> None:
+def test_the_same_image_as_the_diffusers_pipeline() -> None:
     pipe = StableDiffusionPipeline.from_pretrained(MINI_FOLDER, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     prompt, generator = "a red apple, noto style, white background", torch.Generator("cpu").manual_seed(5)
     options = {"num_inference_steps": 8, "guidance_scale": 5.0, "generator": generator, "output_type": "latent"}
     reference = pipe(prompt, **options).images[0]
-    picture = sdlora.generate(prompt, seed=5, steps=8, precision="float32", show_progress=False)[0]
-    assert (picture.latents - reference).abs().max() < 1e-3
+    image = sdlora.generate(prompt, seed=5, steps=8, precision="float32", show_progress=False)[0]
+    assert (image.latents - reference).abs().max() < 1e-3
     pipe.scheduler = DDIMScheduler(
         **{key: pipe.scheduler.config[key] for key in ("beta_start", "beta_end", "beta_schedule", "steps_offset")},
         clip_sample=False,
         set_alpha_to_one=False,
     )
     reference = pipe(prompt, **options | {"generator": torch.Generator("cpu").manual_seed(5)}).images[0]
-    picture = sdlora.generate(prompt, seed=5, steps=8, sampler="ddim", precision="float32", show_progress=False)[0]
-    assert (picture.latents - reference).abs().max() < 1e-3
+    image = sdlora.generate(prompt, seed=5, steps=8, sampler="ddim", precision="float32", show_progress=False)[0]
+    assert (image.latents - reference).abs().max() < 1e-3
 
 
 def test_it_draws_what_the_prompt_says(subjects: list[str]) -> None:
@@ -73,16 +73,16 @@ def test_it_draws_what_the_prompt_says(subjects: list[str]) -> None:
     rng = np.random.default_rng(4)
     chosen = [(subjects[i], STYLES[k % 3]) for k, i in enumerate(rng.permutation(len(subjects))[:24])]
     prompts = [f"{article(subject)}, {style} style, white background" for subject, style in chosen]
-    pictures = [picture.image for picture in sdlora.generate(prompts, seed=2, show_progress=False)]
-    assert gallery.fidelity(pictures, [subject for subject, _ in chosen]) >= 0.5
+    images = [image.image for image in sdlora.generate(prompts, seed=2, show_progress=False)]
+    assert gallery.fidelity(images, [subject for subject, _ in chosen]) >= 0.5
     assert gallery.chance < 0.01
 
 
 def test_the_background_is_the_one_asked_for() -> None:
     prompts = [f"a heart, {color} background" for color in ("white", "yellow", "blue")]
     corners = [
-        np.asarray(picture.image, np.float32)[:8, :8].mean((0, 1))
-        for picture in sdlora.generate(prompts, seed=1, show_progress=False)
+        np.asarray(image.image, np.float32)[:8, :8].mean((0, 1))
+        for image in sdlora.generate(prompts, seed=1, show_progress=False)
     ]
     white, yellow, blue = corners
     assert white.min() > 235

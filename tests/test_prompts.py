@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from sdlora.base.checkpoint import find_base
 from sdlora.base.encode import encode_prompts
-from sdlora.base.family import FAMILIES
 from sdlora.base.load import Base, clip_tokenizer, load_base
 from sdlora.base.tokens import Span, padded, plain, token_count, tokenize
-from sdlora.config import BaseSection
+from sdlora.config.sections import BaseSection
 from sdlora.errors import BaseModelError
+from sdlora.families import FAMILIES
 from sdlora.generation.prompts import parse_prompt
 from tests.tiny import tiny_pipeline
 

@@ -12,26 +12,26 @@ import pytest
 from PIL import Image
 
 import sdlora
-from sdlora.config import default_settings
+from sdlora.config.loading import default_settings
 from sdlora.errors import ResumeError
 from sdlora.formats.hashes import hash_file
 from sdlora.formats.metadata_file import read_metadata, write_metadata
 
 
-def trained(tiny_base: Path, pictures: Path, out: Path, *settings: str) -> sdlora.Config:
-    given = [f"base.path={tiny_base}", f"data.images={pictures}", "data.trigger=zorb", f"output.path={out}"]
+def trained(tiny_base: Path, images: Path, out: Path, *settings: str) -> sdlora.Config:
+    given = [f"base.path={tiny_base}", f"data.images={images}", "data.trigger=zorb", f"output.path={out}"]
     config = sdlora.load_config(None, [*given, "train.steps=2", "data.resolution=64", *settings])
     sdlora.train(config, show_progress=False)
     return config
 
 
-def test_a_full_file_bears_a_thumbnail_and_hashes_that_hold(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
+def test_a_full_file_bears_a_thumbnail_and_hashes_that_hold(tiny_base: Path, images: Path, tmp_path: Path) -> None:
     out = tmp_path / "x.safetensors"
-    config = trained(tiny_base, pictures, out, 'output.samples=["a cat"]')
+    config = trained(tiny_base, images, out, 'samples.prompts=["a cat"]')
     metadata = read_metadata(out)
-    kind, _, picture = metadata["modelspec.thumbnail"].partition(",")
+    kind, _, image = metadata["modelspec.thumbnail"].partition(",")
     assert kind == "data:image/jpeg;base64"
-    with Image.open(BytesIO(base64.b64decode(picture))) as thumbnail:
+    with Image.open(BytesIO(base64.b64decode(image))) as thumbnail:
         assert (thumbnail.format, thumbnail.size) == ("JPEG", (256, 256))
     data = out.read_bytes()
     payload = hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
@@ -44,10 +44,10 @@ def test_a_full_file_bears_a_thumbnail_and_hashes_that_hold(tiny_base: Path, pic
 
 
 def test_a_setting_that_an_earlier_version_did_not_know_had_its_default(
-    tiny_base: Path, pictures: Path, tmp_path: Path
+    tiny_base: Path, images: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "x.safetensors"
-    config = trained(tiny_base, pictures, out, "output.samples=[]")
+    config = trained(tiny_base, images, out, "samples.prompts=[]")
     metadata = read_metadata(out)
     run = json.loads(metadata["sdlora_run"])
     assert default_settings().items() & run["config"].items() >= {("data.flip", "false"), ("lora.rank", "16")}
@@ -62,13 +62,13 @@ def test_a_setting_that_an_earlier_version_did_not_know_had_its_default(
 
 @pytest.mark.parametrize("level", ["minimal", "none"])
 def test_a_file_that_says_less_is_known_by_its_record(
-    level: str, tiny_base: Path, pictures: Path, tmp_path: Path
+    level: str, tiny_base: Path, images: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "x.safetensors"
-    config = trained(tiny_base, pictures, out, f"output.metadata={level}", 'output.samples=["a cat"]')
+    config = trained(tiny_base, images, out, f"output.metadata={level}", 'samples.prompts=["a cat"]')
     metadata = read_metadata(out)
     assert ("sshs_model_hash" in metadata) is (level == "minimal")
-    assert not any(word in json.dumps(metadata) for word in ("thumbnail", "pictures", "sdlora_run"))
+    assert not any(word in json.dumps(metadata) for word in ("thumbnail", "images", "sdlora_run"))
     if level == "none":
         assert metadata == {}
     assert sdlora.train(config, show_progress=False).result.loss is None
@@ -88,9 +88,9 @@ def test_a_file_that_says_less_is_known_by_its_record(
     assert not record.exists()
 
 
-def test_the_hashes_of_a_base_file_are_told(tiny_files: dict[str, Path], pictures: Path, tmp_path: Path) -> None:
+def test_the_hashes_of_a_base_file_are_told(tiny_files: dict[str, Path], images: Path, tmp_path: Path) -> None:
     out, base = tmp_path / "x.safetensors", tiny_files["sd1"]
-    trained(base, pictures, out, "output.samples=[]")
+    trained(base, images, out, "samples.prompts=[]")
     metadata = read_metadata(out)
     assert metadata["ss_sd_model_name"] == base.name
     assert metadata["ss_new_sd_model_hash"] == hashlib.sha256(base.read_bytes()).hexdigest()

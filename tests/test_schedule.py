@@ -7,8 +7,8 @@ import torch
 from diffusers import DDPMScheduler
 
 from sdlora.base.schedule import NoiseSchedule, Prediction, ScheduleFacts
-from sdlora.config import TrainSection
-from sdlora.training.optim import GuardedAdamW, rate_factor
+from sdlora.config.sections import OptimizerSection
+from sdlora.training.optimizer import GuardedAdamW, rate_factor
 
 
 @pytest.fixture(params=["epsilon", "v_prediction"])
@@ -42,22 +42,22 @@ def test_min_snr_weights_follow_their_formula(pair: tuple[NoiseSchedule, DDPMSch
 
 
 def test_learning_rates_warm_up_and_descend() -> None:
-    section = TrainSection(steps=100, warmup_steps=10, schedule="cosine")
-    factors = [rate_factor(step, section) for step in range(100)]
+    section = OptimizerSection(warmup_steps=10, schedule="cosine")
+    factors = [rate_factor(step, section, steps=100) for step in range(100)]
     assert factors[:11] == sorted(factors[:11])
     assert factors[10] == 1.0
     assert factors[10:] == sorted(factors[10:], reverse=True)
     assert 0 < factors[-1] < 0.01
-    assert rate_factor(99, TrainSection(steps=100, schedule="constant")) == 1.0
-    assert rate_factor(60, TrainSection(steps=100, warmup_steps=20, schedule="linear")) == 0.5
+    assert rate_factor(99, OptimizerSection(schedule="constant"), steps=100) == 1.0
+    assert rate_factor(60, OptimizerSection(warmup_steps=20, schedule="linear"), steps=100) == 0.5
 
 
 def test_optimizer_equals_the_reference_and_leaves_out_broken_steps() -> None:
-    section = TrainSection(steps=20, warmup_steps=0, schedule="constant", max_grad_norm=0.5)
+    section = OptimizerSection(warmup_steps=0, schedule="constant", max_grad_norm=0.5)
     torch.manual_seed(0)
     start = torch.randn(50)
     ours, reference = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
-    guarded = GuardedAdamW([ours], [1e-2], section)
+    guarded = GuardedAdamW([ours], [1e-2], section, steps=20)
     adam = torch.optim.AdamW([reference], lr=1e-2, betas=(0.9, 0.99), weight_decay=0.01)
     for step in range(20):
         gradient = torch.randn(50)

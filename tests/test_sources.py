@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from sdlora.config import DataSection, SetSection
+from sdlora.config.sections import DataSection, SetSection
 from sdlora.data.findings import raise_errors
 from sdlora.data.sources import Listing, find_sources
 from sdlora.errors import DataError
-from tests.conftest import write_pictures
-from tests.sets import codes, found, listed, loaded, pictures_in, put, texts
+from tests.conftest import write_images
+from tests.sets import codes, found, images_in, listed, loaded, put, texts
 
 
-def test_pairs_pictures_with_captions(tmp_path: Path) -> None:
-    folder = write_pictures(tmp_path / "ü 空 a b", 3)
+def test_pairs_images_with_captions(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "ü 空 a b", 3)
     sources = found(folder)
     assert texts(sources) == {f"{i}.png": (f"a thing of kind {i}",) for i in range(3)}
     assert [source.file for source in sources] == [folder / f"{i}.png" for i in range(3)]
@@ -29,10 +29,10 @@ def test_pairs_pictures_with_captions(tmp_path: Path) -> None:
 
 
 def test_every_fault_in_one_report(tmp_path: Path) -> None:
-    folder = write_pictures(tmp_path / "set", 12)
+    folder = write_images(tmp_path / "set", 12)
     (folder / "0.png").write_bytes(b"")
     (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:60])
-    (folder / "2.png").write_text("not a picture")
+    (folder / "2.png").write_text("not an image")
     (folder / "3.txt").unlink()
     (folder / "4.txt").write_text("word " * 300)
     (folder / "5.txt").write_bytes("Bär".encode("latin-1"))
@@ -47,8 +47,8 @@ def test_every_fault_in_one_report(tmp_path: Path) -> None:
     problems = dict.fromkeys(caught.value.problems)
     expected = {
         "0.png": "empty file",
-        "1.png": "picture",
-        "2.png": "not a picture",
+        "1.png": "image",
+        "2.png": "not an image",
         "3.png": "no caption; write 3.txt",
         "4.txt": "300 words",
         "5.txt": "not UTF-8",
@@ -70,7 +70,7 @@ def test_missing_and_empty_folders(tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     put(empty / "readme.md", "x")
     assert codes(listed(empty)) == [("folder-empty", "error", "empty")]
-    assert "no picture among its 1 files; put pictures there whose names end in .avif .bmp" in str(
+    assert "no image among its 1 files; put images there whose names end in .avif .bmp" in str(
         listed(empty).findings[0]
     )
 
@@ -155,7 +155,7 @@ def test_captions_that_are_nowhere(tmp_path: Path) -> None:
         ("caption-missing", "error", "a.png"),
         ("caption-missing", "error", "b.png"),
         ("caption-unused", "warning", "loose.txt"),
-        ("picture-format", "warning", "e.psd"),
+        ("image-format", "warning", "e.psd"),
     ]
     told = "\n".join(map(str, listing.findings))
     assert "a.png: no caption; write a.txt beside it" in told
@@ -171,7 +171,7 @@ def test_a_folder_without_any_caption_is_told_once(tmp_path: Path) -> None:
         put(tmp_path / f"{i}.png")
     listing = listed(tmp_path)
     assert codes(listing) == [("caption-missing", "error", tmp_path.name)]
-    assert "none of its 5 pictures has a caption; write 0.txt and so on" in str(listing.findings[0])
+    assert "none of its 5 images has a caption; write 0.txt and so on" in str(listing.findings[0])
 
 
 def test_lines_of_a_caption_are_joined_drawn_or_left(tmp_path: Path) -> None:
@@ -233,19 +233,19 @@ def test_sets_have_their_own_roles_repeats_and_rules(tmp_path: Path) -> None:
     assert held.rules.plain(held.captions) == "p, blup, x, y s"
 
 
-def test_a_picture_in_two_sets(tmp_path: Path) -> None:
+def test_a_image_in_two_sets(tmp_path: Path) -> None:
     put(tmp_path / "in" / "a.png"), put(tmp_path / "in" / "a.txt", "a")
 
     def shared(role: Any) -> list[tuple[str, str, str]]:
         sets = (SetSection(images=str(tmp_path)), SetSection(images=str(tmp_path / "in"), role=role))
         return codes(find_sources(DataSection(sets=sets, trigger="zorb")))
 
-    assert shared("train") == [("picture-shared", "warning", "a.png")]
-    assert shared("validation") == [("picture-shared", "error", "a.png")]
+    assert shared("train") == [("image-shared", "warning", "a.png")]
+    assert shared("validation") == [("image-shared", "error", "a.png")]
 
 
 def test_stems_collide_only_where_a_caption_file_would_be_shared(tmp_path: Path) -> None:
-    pictures_in(tmp_path, "a.png", "a.jpg", "in/a.png")
+    images_in(tmp_path, "a.png", "a.jpg", "in/a.png")
     put(tmp_path / "a.txt", "a"), put(tmp_path / "in" / "a.txt", "a")
     assert codes(listed(tmp_path)) == [("stem-collision", "error", "a.jpg")]
     (tmp_path / "a.txt").unlink()
@@ -256,8 +256,8 @@ def test_stems_collide_only_where_a_caption_file_would_be_shared(tmp_path: Path)
 # Masks
 
 
-def test_masks_belong_to_their_pictures(tmp_path: Path) -> None:
-    pictures_in(
+def test_masks_belong_to_their_images(tmp_path: Path) -> None:
+    images_in(
         tmp_path / "in", "a.png", "b.jpg", "c.png", "sub/d.png", "mask/a.png", "b-masklabel.png", "sub/mask/d.png"
     )
     for name in ("a", "b", "c", "sub/d"):
@@ -280,8 +280,8 @@ def test_masks_belong_to_their_pictures(tmp_path: Path) -> None:
 
 
 def test_masks_in_a_folder_of_their_own(tmp_path: Path) -> None:
-    pictures_in(tmp_path, "in/a.png", "other/a.png", "in/b-masklabel.png")
-    put(tmp_path / "in" / "a.txt", "x"), put(tmp_path / "in" / "b-masklabel.txt", "a picture of a mask label")
+    images_in(tmp_path, "in/a.png", "other/a.png", "in/b-masklabel.png")
+    put(tmp_path / "in" / "a.txt", "x"), put(tmp_path / "in" / "b-masklabel.txt", "an image of a mask label")
 
     def masks(where: str) -> Listing:
         one = SetSection(images=str(tmp_path / "in"), masks=str(tmp_path / where))

@@ -1,4 +1,4 @@
-"""The shipped path teaches a style, and the style is tied to the LoRA: measured on subjects no training picture shows."""
+"""The shipped path teaches a style, and the style is tied to the LoRA: measured on subjects no training image shows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import sdlora
 from recipes.mini.art import article
 from recipes.mini.fidelity import load_sheet
 from sdlora.base.checkpoint import MINI_FOLDER
-from sdlora.generation.pipeline import Picture
+from sdlora.generation.pipeline import GeneratedImage
 from tests.conftest import ROOT
 from tests.measures import MEASURES, THRESHOLDS
 
@@ -56,13 +56,13 @@ def loras(quickstart) -> dict[str, Path]:
     return {file.stem: file for file in files}
 
 
-def draw(subjects: list[str], trigger: str, choices: list[str]) -> list[Picture]:
+def draw(subjects: list[str], trigger: str, choices: list[str]) -> list[GeneratedImage]:
     prompts = [f"{trigger}, {article(subject)}" for subject in subjects]
     return sdlora.generate(prompts, loras=choices, seed=11, count=SEEDS, show_progress=False)
 
 
-def measured(style: str, pictures: list[Picture]) -> np.ndarray:
-    return np.array([MEASURES[style](picture.image) for picture in pictures])
+def measured(style: str, images: list[GeneratedImage]) -> np.ndarray:
+    return np.array([MEASURES[style](image.image) for image in images])
 
 
 @pytest.mark.parametrize("style", TRIGGERS)
@@ -81,7 +81,7 @@ def test_the_style_comes_with_the_lora_and_grows_with_its_weight(
     every = (references / "subjects.txt").read_text().splitlines()
     gallery = load_sheet(references / "base.png", every, colour=False)
     asked = [subject for subject in subjects for _ in range(SEEDS)]
-    before, after = (gallery.fidelity([picture.image for picture in p], asked) for p in (without, full))
+    before, after = (gallery.fidelity([image.image for image in p], asked) for p in (without, full))
     assert before >= 0.4
     assert after >= before * 2 / 3
 
@@ -95,7 +95,7 @@ def test_both_styles_show_when_both_are_stacked(loras: dict[str, Path], subjects
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_diffusers_draws_the_same_pictures_from_the_files(loras: dict[str, Path]) -> None:
+def test_diffusers_draws_the_same_images_from_the_files(loras: dict[str, Path]) -> None:
     pipe = StableDiffusionPipeline.from_pretrained(MINI_FOLDER, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     for name, file in loras.items():
@@ -108,5 +108,5 @@ def test_diffusers_draws_the_same_pictures_from_the_files(loras: dict[str, Path]
         ).images[0]  # fmt: skip
         choices = [f"{loras[name]}:{weight}" for name, weight in weights.items()]
         options = {"seed": 3, "steps": 10, "precision": "float32", "show_progress": False}
-        (picture,) = sdlora.generate("blupaper, pixgrid, a fox", loras=choices, **options)  # ty: ignore[invalid-argument-type]
-        assert (picture.latents - reference).abs().max() < 1e-3
+        (image,) = sdlora.generate("blupaper, pixgrid, a fox", loras=choices, **options)  # ty: ignore[invalid-argument-type]
+        assert (image.latents - reference).abs().max() < 1e-3

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdlora.data.tables import read_table
-from tests.sets import codes, found, listed, pictures_in, put, texts, write_csv
+from tests.sets import codes, found, images_in, listed, put, texts, write_csv
 
 
 def test_tables_of_hugging_faces_imagefolder(tmp_path: Path) -> None:
@@ -21,7 +21,7 @@ def test_tables_of_hugging_faces_imagefolder(tmp_path: Path) -> None:
         {"file_name": "sub/b ü.png", "caption": ["one", "two"], "weight": 0.5},
         {"file_name": "c.png", "text": None, "prompt": "c", "loss_weight": 2, "objects": {"id": [1]}},
     ]
-    jsonl = pictures_in(tmp_path / "jsonl", "a.png", "sub/b ü.png", "c.png")
+    jsonl = images_in(tmp_path / "jsonl", "a.png", "sub/b ü.png", "c.png")
     put(jsonl / "metadata.jsonl", "\n".join(json.dumps(line) for line in lines) + "\n\n")
     sources = {source.name: source for source in found(jsonl, caption_lines="draw")}
     assert {name: (one.captions, one.loss_weight) for name, one in sources.items()} == {
@@ -30,7 +30,7 @@ def test_tables_of_hugging_faces_imagefolder(tmp_path: Path) -> None:
         "c.png": (("c",), 2.0),
     }
     assert {one.caption_file for one in sources.values()} == {jsonl / "metadata.jsonl"}
-    table = pictures_in(tmp_path / "csv", "a.png", "b.png", "c.png")
+    table = images_in(tmp_path / "csv", "a.png", "b.png", "c.png")
     put(table / "c.txt", "from its file")
     rows = [
         ["file_name", "text", "weight"],
@@ -47,7 +47,7 @@ def test_tables_of_hugging_faces_imagefolder(tmp_path: Path) -> None:
 
 
 def test_tables_of_kohyas_trainer(tmp_path: Path) -> None:
-    folder = pictures_in(tmp_path, "a.png", "b.png", "sub/c.webp", "d.png")
+    folder = images_in(tmp_path, "a.png", "b.png", "sub/c.webp", "d.png")
     meta = {
         "a": {"caption": "a fox", "tags": "red, 1boy"},
         str(folder / "b.png"): {"tags": "blue"},
@@ -65,7 +65,7 @@ def test_tables_of_kohyas_trainer(tmp_path: Path) -> None:
 
 
 def test_every_broken_row_is_told_with_its_line(tmp_path: Path) -> None:
-    folder = pictures_in(tmp_path, "a.png", "b.png", "c.png", "d.png")
+    folder = images_in(tmp_path, "a.png", "b.png", "c.png", "d.png")
     lines = [
         '{"file_name": "a.png", "text": "a"}',
         '{"file_name": "b.png", "text": "b"',
@@ -87,7 +87,7 @@ def test_every_broken_row_is_told_with_its_line(tmp_path: Path) -> None:
     assert {one.severity for one in listing.findings} == {"error"}
     for number, what in (
         (2, "is not JSON"), (3, "is no JSON object"), (4, "has no file_name"), (5, "has a caption that is no text: 5"),
-        (6, "has a weight that is no number from 0: -1"), (7, "names 'none.png', which is no picture of this set"),
+        (6, "has a weight that is no number from 0: -1"), (7, "names 'none.png', which is no image of this set"),
         (8, "names 'a.png' again, after line 1"), (9, "holds half of a character"), (10, "has file_name = 5"),
         (11, "has a weight that is no number from 0: nan"),
     ):  # fmt: skip
@@ -164,7 +164,7 @@ def test_what_a_csv_table_says_comes_back(rows: list[tuple[str, str]]) -> None:
 
 
 def test_a_table_and_a_caption_file_or_two_tables(tmp_path: Path) -> None:
-    folder = pictures_in(tmp_path, "a.png", "b.png")
+    folder = images_in(tmp_path, "a.png", "b.png")
     put(folder / "a.txt", "from its file")
     put(folder / "meta_a.json", '{"a": {"caption": "from the table"}, "b": {"caption": "b"}}')
     listing = listed(folder)
@@ -175,14 +175,14 @@ def test_a_table_and_a_caption_file_or_two_tables(tmp_path: Path) -> None:
     assert texts(listed(folder, metadata=str(folder / "meta_a.json")).sources)["b.png"] == ("b",)
 
 
-def test_a_named_table_says_which_pictures_are_used(tmp_path: Path) -> None:
-    folder = pictures_in(tmp_path / "in", "a.png", "b.png", "c.png")
+def test_a_named_table_says_which_images_are_used(tmp_path: Path) -> None:
+    folder = images_in(tmp_path / "in", "a.png", "b.png", "c.png")
     other = put(tmp_path / "out" / "d.png")
     table = put(tmp_path / "lists" / "mine.json", json.dumps({"a": {"caption": "a"}, str(other): {"caption": "d"}}))
     listing = listed(folder, metadata=str(table))
     assert texts(listing.sources) == {"a.png": ("a",), "d.png": ("d",)}
-    assert codes(listing) == [("picture-unused", "warning", "in")]
-    assert "2 of its 4 pictures are not in" in str(listing.findings[0])
+    assert codes(listing) == [("image-unused", "warning", "in")]
+    assert "2 of its 4 images are not in" in str(listing.findings[0])
     beside = put(tmp_path / "out" / "rows.jsonl", '{"file_name": "d.png", "text": "d"}')
     assert texts(listed(folder, metadata=str(beside)).sources) == {"d.png": ("d",)}
     assert "table-unreadable" in [code for code, *_ in codes(listed(folder, metadata=str(tmp_path / "none.csv")))]

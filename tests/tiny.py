@@ -19,14 +19,17 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from recipes.mini.export import export
-from sdlora.base.checkpoint import MINI_FOLDER
-from sdlora.base.family import FAMILIES
-from sdlora.base.load import clip_tokenizer
+from sdlora.base.checkpoint import MINI_FOLDER, find_base
+from sdlora.base.load import Base, clip_tokenizer, load_base
 from sdlora.base.single_file import ldm_tensors
+from sdlora.config.sections import BaseSection
+from sdlora.families import FAMILIES
+
+CPU = torch.device("cpu")
 
 
 def write_tiny_base(folder: Path, *, seed: int = 0, width: int = 32) -> Path:
-    """An SD 1.x checkpoint with text width ``width``, for 64 px pictures; the tokenizer is that of ``mini``."""
+    """An SD 1.x checkpoint with text width ``width``, for 64 px images; the tokenizer is that of ``mini``."""
     torch.manual_seed(seed)
     tokenizer = CLIPTokenizer.from_pretrained(MINI_FOLDER / "tokenizer")
     text_encoder = CLIPTextModel(
@@ -212,3 +215,7 @@ def write_tiny_ldm(
     pipe = tiny_pipeline(family, seed=seed, **more)
     save_file(tiny_ldm_tensors(pipe, family), file, metadata=metadata)
     return pipe
+
+
+def opened(path: Path | str, dtype: torch.dtype = torch.float32, **options: Any) -> Base:
+    return load_base(find_base(BaseSection(path=str(path), **options)), device=CPU, dtype=dtype)

@@ -24,6 +24,7 @@ from transformers.utils import logging
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "fox", "blue", "house", "of", "on", "hill"]
 SIDE = 32
+TAGS = "tag_id,name,category,count\n9,general,9,5\n1,1girl,0,9\n2,red_hair,0,8\n3,^_^,0,7\n4,some_hero_(series),4,6\n"
 
 
 def write_tiny_blip(folder: Path, *, word: str | None = None) -> Path:

@@ -22,8 +22,8 @@ from .vae import train_vae
 
 
 def draw(prompts: list[str], seed: int) -> list[Image.Image]:
-    pictures = generate(prompts, base=str(MINI_FOLDER), seed=seed, precision="float32")
-    return [picture.image for picture in pictures]
+    images = generate(prompts, base=str(MINI_FOLDER), seed=seed, precision="float32")
+    return [image.image for image in images]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Openly licensed emoji art as (subject, style, RGBA picture), and how a training picture is composed from it.
+"""Openly licensed emoji art as (subject, style, RGBA image), and how a training image is composed from it.
 
 The art comes from the packages that ``package.json`` pins; ``resvg`` rasterises it. Captions are made here too, so the
 words that the base understands are all in this file and in ``subjects.txt``.
@@ -31,7 +31,7 @@ BACKGROUNDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Art:
-    """One picture: ``pixels`` is uint8 (160, 160, 4), straight alpha."""
+    """One image: ``pixels`` is uint8 (160, 160, 4), straight alpha."""
 
     subject: str
     style: str
@@ -41,7 +41,7 @@ class Art:
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Where and on what the art is drawn; ``side`` is in pixels of a 128 px picture, offsets are of its top left."""
+    """Where and on what the art is drawn; ``side`` is in pixels of a 128 px image, offsets are of its top left."""
 
     side: int
     left: int
@@ -99,7 +99,7 @@ class IconSet:
         self.names = json.loads((folder / "chars.json").read_text(encoding="utf-8"))
 
     def draw(self, hexcode: str, side: int = RASTER) -> np.ndarray | None:
-        """uint8 (side, side, 4), or None where the package has no such picture."""
+        """uint8 (side, side, 4), or None where the package has no such image."""
         name = self.names.get(hexcode)
         if name not in self.icons["icons"]:
             name = self.icons.get("aliases", {}).get(name, {}).get("parent")
@@ -123,15 +123,15 @@ def load_art(node_modules: Path, styles: dict[str, str] = STYLES) -> list[Art]:
             else:
                 arts.append(Art(subject=words, style=style, mirror=mirror, pixels=pixels))
     if missing:
-        raise LookupError("no picture for " + "; ".join(missing))
+        raise LookupError("no image for " + "; ".join(missing))
     return arts
 
 
 def load_gallery(node_modules: Path) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Pictures for the autoencoder, (160, 160, 4) each: training ones, and those of every tenth emoji, held out.
+    """Images for the autoencoder, (160, 160, 4) each: training ones, and those of every tenth emoji, held out.
 
     Animals, food, places, activities and objects, far more than the subjects that the diffusion model draws, so that
-    the autoencoder learns pictures at large.
+    the autoencoder learns images at large.
     """
     train, held_out = [], []
     sets = [IconSet(node_modules, package) for package in STYLES.values()]
@@ -156,11 +156,11 @@ def draw_placement(rng: np.random.Generator, mirror: bool) -> Placement:
 
 def compose(art: Art, place: Placement) -> np.ndarray:
     """uint8 (128, 128, 3): the art on its background."""
-    picture = Image.fromarray(art.pixels).resize((place.side, place.side), Image.Resampling.LANCZOS)
+    image = Image.fromarray(art.pixels).resize((place.side, place.side), Image.Resampling.LANCZOS)
     if place.flip:
-        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     canvas = Image.new("RGB", (SIZE, SIZE), BACKGROUNDS[place.background])
-    canvas.paste(picture, (place.left, place.top), picture)
+    canvas.paste(image, (place.left, place.top), image)
     return np.asarray(canvas)
 
 
@@ -188,7 +188,7 @@ def article(words: str) -> str:
 
 
 def captions(subject: str, style: str, background: str) -> list[str]:
-    """Every wording a picture may be trained under; the full one is three times as likely as each other."""
+    """Every wording an image may be trained under; the full one is three times as likely as each other."""
     what, how, where = article(subject), f"{style} style", f"{background} background"
     full = f"{what}, {how}, {where}"
     white = [f"{what}, {how}", what] if background == "white" else [f"{what}, {where}"]
@@ -196,9 +196,9 @@ def captions(subject: str, style: str, background: str) -> list[str]:
 
 
 def strange_word(rng: np.random.Generator, known: list[str]) -> str:
-    """A word that says nothing about the picture: one of ``known``, or made-up syllables.
+    """A word that says nothing about the image: one of ``known``, or made-up syllables.
 
-    Pictures are also captioned ``<strange word>, a fox``, so the base takes words that it does not know calmly, wherever
+    Images are also captioned ``<strange word>, a fox``, so the base takes words that it does not know calmly, wherever
     they stand, and leaves their meaning open: that is what a trigger word needs.
     """
     if rng.random() < 0.4:

@@ -1,4 +1,4 @@
-"""Does a picture show what the prompt asked for? Judged by its nearest real picture in a plain feature space.
+"""Does an image show what the prompt asked for? Judged by its nearest real image in a plain feature space.
 
 Features: the content's bounding box (what differs from the border's colour) is scaled to 64 px square; histograms of
 gradient orientation in 8 x 8 cells (Dalal & Triggs 2005, 9 unsigned bins) stand for the shape, the 8 x 8 thumbnail,
@@ -19,29 +19,29 @@ SIDE, CELLS, BINS = 64, 8, 9
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Gallery:
-    """Real pictures: ``features`` (n, d) float32, ``concepts`` what each of them shows."""
+    """Real images: ``features`` (n, d) float32, ``concepts`` what each of them shows."""
 
     features: np.ndarray
     concepts: tuple[str, ...]
     colour: bool
 
     @classmethod
-    def of(cls, pictures: Sequence[Image.Image], concepts: Sequence[str], *, colour: bool = True) -> Gallery:
-        """Each picture as it is and mirrored; without ``colour``, nearness is one of shapes alone."""
-        both = [view for picture in pictures for view in (picture, ImageOps.mirror(picture))]
+    def of(cls, images: Sequence[Image.Image], concepts: Sequence[str], *, colour: bool = True) -> Gallery:
+        """Each image as it is and mirrored; without ``colour``, nearness is one of shapes alone."""
+        both = [view for image in images for view in (image, ImageOps.mirror(image))]
         return cls(
             features=np.stack([features(view, colour=colour) for view in both]),
             colour=colour,
             concepts=tuple(concept for concept in concepts for _ in range(2)),
         )
 
-    def nearest(self, picture: Image.Image) -> str:
-        """The concept of the real picture that is nearest to ``picture``."""
-        return self.concepts[int((self.features @ features(picture, colour=self.colour)).argmax())]
+    def nearest(self, image: Image.Image) -> str:
+        """The concept of the real image that is nearest to ``image``."""
+        return self.concepts[int((self.features @ features(image, colour=self.colour)).argmax())]
 
-    def fidelity(self, pictures: Sequence[Image.Image], concepts: Sequence[str]) -> float:
-        """The share of ``pictures`` whose nearest real picture shows the concept that was asked for."""
-        hits = [self.nearest(picture) == concept for picture, concept in zip(pictures, concepts, strict=True)]
+    def fidelity(self, images: Sequence[Image.Image], concepts: Sequence[str]) -> float:
+        """The share of ``images`` whose nearest real image shows the concept that was asked for."""
+        hits = [self.nearest(image) == concept for image, concept in zip(images, concepts, strict=True)]
         return float(np.mean(hits))
 
     @property
@@ -49,12 +49,12 @@ class Gallery:
         return 1 / len(set(self.concepts))
 
 
-def features(picture: Image.Image, *, colour: bool = True) -> np.ndarray:
+def features(image: Image.Image, *, colour: bool = True) -> np.ndarray:
     """(CELLS² · (BINS + 3),) float32 of length √2, or the first CELLS² · BINS of it."""
-    picture = picture.convert("RGB")
-    (left, top, side), ground = _content(np.asarray(picture, np.float32))
+    image = image.convert("RGB")
+    (left, top, side), ground = _content(np.asarray(image, np.float32))
     content = Image.new("RGB", (side, side), tuple(int(c) for c in ground))
-    content.paste(picture, (-left, -top))
+    content.paste(image, (-left, -top))
     content = content.resize((SIDE, SIDE), Image.Resampling.BOX)
     pixels = np.asarray(content, np.float32) - ground
     parts = [_orientations(pixels)]

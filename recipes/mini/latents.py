@@ -1,4 +1,4 @@
-"""The training pictures as latents, and an autoencoder whose latents are well scaled."""
+"""The training images as latents, and an autoencoder whose latents are well scaled."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .art import captions, compose, draw_placement, emoji, load_art, strange_wor
 from .vae import to_tensor
 
 VARIANTS = 20
-"""Placements of each picture that are encoded; training draws among them."""
+"""Placements of each image that are encoded; training draws among them."""
 STRANGE_WORDINGS = 2
 SEED = 2
 LATENT_STD = 1 / 0.18215
@@ -35,10 +35,10 @@ class Latents:
 
 @torch.no_grad()
 def standardise(vae: AutoencoderKL, node_modules: Path) -> AutoencoderKL:
-    """A VAE whose latents of the training pictures have mean 0 and standard deviation 1 / 0.18215 in every channel.
+    """A VAE whose latents of the training images have mean 0 and standard deviation 1 / 0.18215 in every channel.
 
     Diffusion from pure noise cannot move a channel's mean far, so the mean is folded away: an affine map per channel
-    goes into ``quant_conv`` and its inverse into ``post_quant_conv``; decoded pictures stay the same.
+    goes into ``quant_conv`` and its inverse into ``post_quant_conv``; decoded images stay the same.
     """
     rng = np.random.default_rng(SEED)
     pixels = to_tensor([compose(art, draw_placement(rng, art.mirror)) for art in load_art(node_modules)])
@@ -57,7 +57,7 @@ def standardise(vae: AutoencoderKL, node_modules: Path) -> AutoencoderKL:
 
 @torch.no_grad()
 def encode_all(vae: AutoencoderKL, node_modules: Path, work: Path) -> Latents:
-    """Latents of every picture in ``VARIANTS`` placements, kept in ``work/latents.safetensors``."""
+    """Latents of every image in ``VARIANTS`` placements, kept in ``work/latents.safetensors``."""
     file, rng = work / "latents.safetensors", np.random.default_rng(SEED)
     arts = load_art(node_modules)
     places = [(art, draw_placement(rng, art.mirror)) for art in arts for _ in range(VARIANTS)]

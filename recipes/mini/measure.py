@@ -1,4 +1,4 @@
-"""How good the base is: PSNR of its autoencoder on held-out pictures, and whether it draws what the prompt says."""
+"""How good the base is: PSNR of its autoencoder on held-out images, and whether it draws what the prompt says."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Quality:
     """dB."""
     fidelity: float
     same_style: float
-    """Share of the pictures that ask for a style whose nearest real picture is also of that style."""
+    """Share of the images that ask for a style whose nearest real image is also of that style."""
     chance: float
 
 
@@ -33,11 +33,11 @@ def reference(art: Art) -> Image.Image:
 
 
 def measure(folder: Path, node_modules: Path, draw: Callable[[list[str], int], list[Image.Image]]) -> Quality:
-    """``draw(prompts, seed)`` generates one picture for each prompt with the base in ``folder``."""
+    """``draw(prompts, seed)`` generates one image for each prompt with the base in ``folder``."""
     arts = load_art(node_modules)
-    pictures = [reference(art) for art in arts]
-    concepts = Gallery.of(pictures, [art.subject for art in arts])
-    styles = Gallery.of(pictures, [art.style for art in arts])
+    images = [reference(art) for art in arts]
+    concepts = Gallery.of(images, [art.subject for art in arts])
+    styles = Gallery.of(images, [art.style for art in arts])
     rng = np.random.default_rng(0)
     chosen = [arts[i] for i in rng.permutation(len(arts))[:CAPTIONS]]
     prompts = [f"{article(art.subject)}, {art.style} style, white background" for art in chosen]

@@ -1,8 +1,8 @@
-"""Train the tokenizer and the text encoder of the miniature base: captions to what their pictures look like.
+"""Train the tokenizer and the text encoder of the miniature base: captions to what their images look like.
 
-Like CLIP, the text encoder learns from pairs of captions and pictures before the denoiser is trained, and is frozen then.
+Like CLIP, the text encoder learns from pairs of captions and images before the denoiser is trained, and is frozen then.
 From any position at or behind the end mark, linear heads must tell subject, style and background (as far as the caption
-names them) and a coarse version of the picture's latent; so each of those positions holds the whole sentence's meaning.
+names them) and a coarse version of the image's latent; so each of those positions holds the whole sentence's meaning.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Heads(nn.Module):
         self.subject = nn.Linear(WIDTH, len(set(latents.subjects)))
         self.style = nn.Linear(WIDTH, len(set(latents.styles)))
         self.background = nn.Linear(WIDTH, len(set(latents.backgrounds)))
-        self.picture = nn.Linear(WIDTH, 4 * POOLED * POOLED)
+        self.image = nn.Linear(WIDTH, 4 * POOLED * POOLED)
 
 
 def numbered(words: list[str]) -> tuple[list[str], Tensor]:
@@ -127,7 +127,7 @@ def train_text_encoder(tokenizer: CLIPTokenizer, latents: Latents, work: Path) -
             group["lr"] = learning_rate(step, STEPS, PEAK_RATE, 50)
         with torch.autocast("cpu", torch.bfloat16):
             hidden = encoder(ids).last_hidden_state[torch.arange(BATCH), positions].float()
-        loss = F.smooth_l1_loss(heads.picture(hidden), pooled[rows])
+        loss = F.smooth_l1_loss(heads.image(hidden), pooled[rows])
         for name, (words, numbers) in labels.items():
             said = torch.tensor([
                 name == "subject" or words[numbers[row]] in latents.captions[row][wording]

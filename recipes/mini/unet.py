@@ -71,7 +71,7 @@ class Contexts:
         self._stored = stored
 
     def draw(self, rows: np.ndarray, rng: np.random.Generator) -> Tensor:
-        """(b, 77, width): a random wording of each picture in ``rows``, or now and then the empty caption."""
+        """(b, 77, width): a random wording of each image in ``rows``, or now and then the empty caption."""
         chosen = [
             -1 if rng.random() < CAPTION_DROPOUT else self._numbers[row][int(rng.integers(len(self._numbers[row])))]
             for row in rows

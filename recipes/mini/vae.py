@@ -1,4 +1,4 @@
-"""Train the autoencoder of the miniature base: 128 px pictures to 4 x 16 x 16 latents and back."""
+"""Train the autoencoder of the miniature base: 128 px images to 4 x 16 x 16 latents and back."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .art import BACKGROUNDS, SIZE, load_gallery
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """``steps`` on ``batch`` pictures of ``crop`` px; ``shapes`` is the share that random shapes are drawn into.
+    """``steps`` on ``batch`` images of ``crop`` px; ``shapes`` is the share that random shapes are drawn into.
 
-    Crops of 64 px give four times the pictures for the same work and no flat margins.
+    Crops of 64 px give four times the images for the same work and no flat margins.
     """
 
     steps: int
@@ -71,7 +71,7 @@ def draw_shapes(canvas: Image.Image, rng: np.random.Generator) -> None:
             pen.line((x0, y0, x1, int(rng.integers(0, SIZE))), fill=colour, width=int(rng.integers(1, 5)))
 
 
-def picture(gallery: list[np.ndarray], rng: np.random.Generator, crop: int, shapes: float) -> np.ndarray:
+def image(gallery: list[np.ndarray], rng: np.random.Generator, crop: int, shapes: float) -> np.ndarray:
     """uint8 (crop, crop, 3)."""
     kind = rng.random()
     ground = list(BACKGROUNDS.values())[int(rng.integers(len(BACKGROUNDS)))] if kind < 0.7 else random_colour(rng)
@@ -92,9 +92,9 @@ def picture(gallery: list[np.ndarray], rng: np.random.Generator, crop: int, shap
     return 255 - pixels if rng.random() < 0.07 else pixels
 
 
-def to_tensor(pictures: list[np.ndarray]) -> torch.Tensor:
+def to_tensor(images: list[np.ndarray]) -> torch.Tensor:
     """uint8 (h, w, 3) each -> float32 (n, 3, h, w) in [-1, 1]."""
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
 
 
 def loss_of(vae: AutoencoderKL, pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -107,16 +107,16 @@ def loss_of(vae: AutoencoderKL, pixels: torch.Tensor, noise: torch.Tensor) -> to
 
 @torch.no_grad()
 def psnr(vae: AutoencoderKL, held_out: list[np.ndarray], count: int = 96) -> float:
-    """Mean over pictures of 10 log10(1 / mse), pixels in [0, 1], at 128 px on white, posterior means."""
-    rng, pictures = np.random.default_rng(9), []
+    """Mean over images of 10 log10(1 / mse), pixels in [0, 1], at 128 px on white, posterior means."""
+    rng, images = np.random.default_rng(9), []
     for art in held_out[:: max(1, len(held_out) // count)][:count]:
         canvas = Image.new("RGB", (SIZE, SIZE), list(BACKGROUNDS.values())[int(rng.integers(len(BACKGROUNDS)))])
         drawing = Image.fromarray(art).resize((112, 112), Image.Resampling.LANCZOS)
         canvas.paste(drawing, (8, 8), drawing)
-        pictures.append(np.asarray(canvas))
+        images.append(np.asarray(canvas))
     values = []
-    for start in range(0, len(pictures), 16):
-        pixels = to_tensor(pictures[start : start + 16])
+    for start in range(0, len(images), 16):
+        pixels = to_tensor(images[start : start + 16])
         decoded = vae.decode(vae.encode(pixels).latent_dist.mean).sample.clamp(-1, 1)
         values.append(-10 * ((decoded - pixels) / 2).square().mean(dim=(1, 2, 3)).log10())
     return float(torch.cat(values).mean())
@@ -158,13 +158,13 @@ def train_vae(node_modules: Path, work: Path) -> AutoencoderKL:
     if first >= STEPS:
         return vae.eval()
     gallery, held_out = load_gallery(node_modules)
-    print(f"vae: {len(gallery)} pictures, {len(held_out)} held out, from step {first}", flush=True)
+    print(f"vae: {len(gallery)} images, {len(held_out)} held out, from step {first}", flush=True)
     started = saved = time.monotonic()
     for step in range(first, STEPS):
         rng = np.random.default_rng([SEED, step])
         phase, rate = at_step(step)
         crop, batch = phase.crop, phase.batch
-        pixels = to_tensor([picture(gallery, rng, crop, phase.shapes) for _ in range(batch)])
+        pixels = to_tensor([image(gallery, rng, crop, phase.shapes) for _ in range(batch)])
         noise = torch.from_numpy(rng.standard_normal((batch, 4, crop // 8, crop // 8), dtype=np.float32))
         for group in optimizer.param_groups:
             group["lr"] = rate

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from .family import Family, TextEncoderFacts
+from ..families import Family, TextEncoderFacts
 
 Shapes = Mapping[str, tuple[int, ...]]
 NORM_GROUPS = 32

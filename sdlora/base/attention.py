@@ -12,9 +12,9 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 logger = logging.getLogger(__name__)
 
 
-def use_attention(unet: UNet2DConditionModel, wish: str) -> None:
+def use_attention(unet: UNet2DConditionModel, requested: str) -> None:
     """Set up ``auto`` or ``sdpa`` (both torch's SDPA) or ``xformers``; where that cannot run, say why and stay with SDPA."""
-    if wish != "xformers":
+    if requested != "xformers":
         return
     reason = why_not_xformers(unet.device, unet.dtype)
     if reason is None:

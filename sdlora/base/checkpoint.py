@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..config import BaseSection
+from ..config.sections import BaseSection
 from ..errors import BaseModelError
-from .family import Family
+from ..families import Family
+from .detect import DetectedCheckpoint, detect_checkpoint
 from .parts import TITLES, Part, find_part
 from .schedule import ScheduleFacts
-from .sniff import Sniffed, sniff
 
 MINI = "mini"
 MINI_FOLDER = Path(__file__).parent / "mini"
@@ -31,7 +31,7 @@ class BaseCheckpoint:
     """Text encoder's part -> the folder of its own tokenizer; None is CLIP's, which ships with this package."""
     schedule: ScheduleFacts
     resolution: int
-    """Side in pixels of the square picture that the base was made for."""
+    """Side in pixels of the square image that the base was made for."""
     latent_factor: int
     """Pixels to a latent, along a side."""
     latent_scale: float
@@ -69,8 +69,8 @@ def find_base(wanted: str | BaseSection) -> BaseCheckpoint:
     """
     section = BaseSection(path=wanted) if isinstance(wanted, str) else wanted
     path = MINI_FOLDER if section.path == MINI else Path(section.path)
-    found = sniff(path)
-    family = found.need_usable()
+    found = detect_checkpoint(path)
+    family = found.require_family()
     encoders = [facts.part for facts in family.text_encoders]
     parts, sources = _gather(section, found, family)
     schedule = _overridden(found.schedule, section)
@@ -95,7 +95,7 @@ def find_base(wanted: str | BaseSection) -> BaseCheckpoint:
     )
 
 
-def _gather(section: BaseSection, found: Sniffed, family: Family) -> tuple[dict[str, Part], dict[str, Path]]:
+def _gather(section: BaseSection, found: DetectedCheckpoint, family: Family) -> tuple[dict[str, Part], dict[str, Path]]:
     """The parts that the family needs, the user's in the places of the checkpoint's own; and where each is from."""
     given = {"vae": section.vae, "text_encoder": section.text_encoder, "text_encoder_2": section.text_encoder_2}
     unread_layers = {facts.part: facts.unread_layers for facts in family.text_encoders}
@@ -127,7 +127,7 @@ def _overridden(schedule: ScheduleFacts, section: BaseSection) -> ScheduleFacts:
     if section.zero_terminal_snr:
         raise BaseModelError(
             f"{section.path}: zero-terminal SNR wants v-prediction: where all is noise, epsilon says nothing of the "
-            "picture; set base.prediction=v_prediction or base.zero_terminal_snr=false"
+            "image; set base.prediction=v_prediction or base.zero_terminal_snr=false"
         )
     # A folder's scheduler may be rescaled for sampling alone.
     return replace(schedule, zero_terminal_snr=False)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import BaseModelError
-from .load import TOKENS_IN_CHUNK, Base, TextEncoder
+from ..families import TOKENS_IN_CHUNK
+from .load import Base, TextEncoder
 from .tokens import PromptTokens
 
 
@@ -41,7 +42,7 @@ class Conditioning:
 
 @dataclass(frozen=True, kw_only=True)
 class Framing:
-    """What SDXL is told of a picture, in pixels: its size before scaling, where it was cropped, and its size now."""
+    """What SDXL is told of an image, in pixels: its size before scaling, where it was cropped, and its size now."""
 
     original_width: int
     original_height: int
@@ -107,7 +108,7 @@ def added_conditions(base: Base, conditioning: Conditioning, framings: Sequence[
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Posterior:
-    """What the encoder says of a picture: ``mean`` and ``std``, (b, 4, h/8, w/8) float32, times the latent scale."""
+    """What the encoder says of an image: ``mean`` and ``std``, (b, 4, h/8, w/8) float32, times the latent scale."""
 
     mean: Tensor
     std: Tensor
@@ -123,7 +124,7 @@ def encode_pixels(base: Base, pixels: Tensor) -> Posterior:
     distribution = base.vae.encode(pixels.to(base.device, base.vae.dtype)).latent_dist
     scale = base.checkpoint.latent_scale
     mean, std = distribution.mean.float() * scale, distribution.std.float() * scale
-    _check_finite(base, mean, "VAE gives no number for a picture")
+    _check_finite(base, mean, "VAE gives no number for an image")
     return Posterior(mean=mean, std=std)
 
 

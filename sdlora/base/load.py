@@ -15,17 +15,14 @@ from transformers import CLIPTextConfig, CLIPTokenizer
 from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 
 from ..errors import BaseModelError
+from ..families import TOKENS_IN_CHUNK, TextEncoderFacts
 from ..formats.tensor_files import read_tensors
 from .architecture import Shapes, clip_config, unet_config, vae_config
 from .attention import use_attention
 from .checkpoint import BaseCheckpoint
-from .family import TextEncoderFacts
 from .parts import TITLES
 from .schedule import NoiseSchedule
 from .words import clip_merges, clip_vocabulary
-
-TOKENS_IN_CHUNK = 77
-"""What CLIP reads at once: a start mark, 75 tokens, an end mark."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

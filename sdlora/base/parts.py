@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..errors import BaseModelError
+from ..families import FAMILIES
 from ..formats.checkpoint_keys import (
     Stored,
     Table,
@@ -25,7 +26,6 @@ from ..formats.checkpoint_keys import (
     vae_table_from_ldm,
 )
 from ..formats.tensor_files import TensorFile, Wanted, open_tensor_file
-from .family import FAMILIES
 
 TITLES = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder", "text_encoder_2": "second text encoder"}
 """Part -> what messages call it."""
@@ -96,7 +96,7 @@ class Part:
 
 
 def parts_in_file(file: TensorFile) -> tuple[dict[str, Part], str]:
-    """Every part that a file holds, under whatever prefixes, and its dialect, as ``Sniffed.dialect`` has it."""
+    """Every part that a file holds, under whatever prefixes, and its dialect, as ``DetectedCheckpoint.dialect`` has it."""
     for prefixes, dialect in ((_LDM_PREFIXES, "ldm"), (_DIFFUSERS_PREFIXES, "diffusers-single-file")):
         parts: dict[str, Part] = {}
         for prefix, part in prefixes.items():

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .load import TOKENS_IN_CHUNK, Base, TextEncoder
+from ..families import TOKENS_IN_CHUNK, WORDS_IN_CHUNK
+from .load import Base, TextEncoder
 
-WORDS_IN_CHUNK = TOKENS_IN_CHUNK - 2
 COMMA_REACH = 20
 """A chunk that is full ends at its last comma where that is at most so many tokens back (A1111's default)."""
 

@@ -12,10 +12,23 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-from . import running, drawing, datasets, looking  # isort: skip  (the order of --help)
+from . import train, quickstart, generate, export, lint, caption, cache, inspect, convert, metadata  # isort: skip  (the order of --help)
 from .app import app
 
-__all__ = ["app", "datasets", "drawing", "looking", "main", "running"]
+__all__ = [
+    "app",
+    "cache",
+    "caption",
+    "convert",
+    "export",
+    "generate",
+    "inspect",
+    "lint",
+    "main",
+    "metadata",
+    "quickstart",
+    "train",
+]
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .. import __version__
+from .._version import __version__
 from ..errors import Interrupted, SdloraError
 
 app = typer.Typer(
@@ -18,7 +18,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Train style LoRAs for Stable Diffusion, generate pictures with several at once, inspect LoRA files.",
+    help="Train style LoRAs for Stable Diffusion, generate images with several at once, inspect LoRA files.",
 )
 
 BaseOption = Annotated[

@@ -1,1 +1,1 @@
-"""A folder of captioned pictures, as frozen records and tensors."""
+"""A folder of captioned images, as frozen records and tensors."""

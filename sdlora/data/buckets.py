@@ -1,9 +1,9 @@
-"""Aspect-ratio buckets: which sizes are trained, and which picture goes where. Whole numbers of pixels in and out.
+"""Aspect-ratio buckets: which sizes are trained, and which image goes where. Whole numbers of pixels in and out.
 
 The sizes are those of kohya's trainer (``make_bucket_resolutions`` of sd-scripts): every width that is a multiple of the
 step, with the largest height that keeps the area within ``resolution``², and each of these turned. Under the rule
-``kohya`` a picture goes into the bucket of the nearest aspect (``BucketManager.select_bucket``); under ``least-crop``
-into the one that cuts off least of it, so that no picture loses more than under kohya's rule.
+``kohya`` an image goes into the bucket of the nearest aspect (``BucketManager.select_bucket``); under ``least-crop``
+into the one that cuts off least of it, so that no image loses more than under kohya's rule.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-from ..config import DataSection
+from ..config.sections import DataSection
 from ..errors import ConfigError
 
 Size = tuple[int, int]
@@ -23,7 +23,7 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True, order=True)
 class Placement:
-    """A picture is scaled to ``scaled_*``, then ``width`` × ``height`` is cut out at (left, top)."""
+    """An image is scaled to ``scaled_*``, then ``width`` × ``height`` is cut out at (left, top)."""
 
     width: int
     height: int
@@ -34,16 +34,16 @@ class Placement:
 
     @property
     def cut_off(self) -> float:
-        """Share of the picture's area that is not shown."""
+        """Share of the image's area that is not shown."""
         return 1 - self.width * self.height / (self.scaled_width * self.scaled_height)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BucketRules:
-    """How pictures are put into buckets at one resolution."""
+    """How images are put into buckets at one resolution."""
 
     resolution: int
-    """A bucket has at most the area of a square with this side; where pictures are only shrunk, but for half a pixel that
+    """A bucket has at most the area of a square with this side; where images are only shrunk, but for half a pixel that
     kohya's trainer rounds up."""
     min_size: int
     max_size: int
@@ -54,11 +54,11 @@ class BucketRules:
 
     @property
     def sizes(self) -> tuple[Size, ...]:
-        """Every bucket, by width and height; with ``no_upscale`` the picture decides, and these are not used."""
+        """Every bucket, by width and height; with ``no_upscale`` the image decides, and these are not used."""
         return _sizes(self)
 
     def place(self, width: int, height: int) -> Placement:
-        """Where a picture of this size goes; it is cropped about its centre."""
+        """Where an image of this size goes; it is cropped about its centre."""
         return _place(self, width, height)
 
 
@@ -108,7 +108,7 @@ class BucketUse:
     count: int
     mean_cut: float
     worst_cut: float
-    """Shares of a picture's area."""
+    """Shares of an image's area."""
 
 
 def bucket_table(placements: Iterable[Placement]) -> tuple[BucketUse, ...]:
@@ -136,34 +136,34 @@ def _sizes(rules: BucketRules) -> tuple[Size, ...]:
 
 @lru_cache(maxsize=65536)
 def _place(rules: BucketRules, width: int, height: int) -> Placement:
-    picture = (width, height)
+    image = (width, height)
     if rules.no_upscale:
-        kohya = _kohya_shrunk(rules, picture)
+        kohya = _kohya_shrunk(rules, image)
         if rules.rule == "kohya":
             return kohya
-        largest = _sizes_within(rules, picture)
-        return min(kohya, _covering(picture, _least_cut(largest, picture)), key=lambda placement: placement.cut_off)
+        largest = _sizes_within(rules, image)
+        return min(kohya, _covering(image, _least_cut(largest, image)), key=lambda placement: placement.cut_off)
     choose = _nearest_aspect if rules.rule == "kohya" else _least_cut
-    return _covering(picture, choose(rules.sizes, picture))
+    return _covering(image, choose(rules.sizes, image))
 
 
-def _least_cut(sizes: Iterable[Size], picture: Size) -> Size:
+def _least_cut(sizes: Iterable[Size], image: Size) -> Size:
     """The one that cuts off least; the larger where that is equal."""
 
     def kept(size: Size) -> tuple[float, int]:
-        (width, height), area = _scaled(picture, size), size[0] * size[1]
+        (width, height), area = _scaled(image, size), size[0] * size[1]
         return area / (width * height), area
 
     return max(sizes, key=kept)
 
 
-def _covering(picture: Size, bucket: Size) -> Placement:
-    return _centred(_scaled(picture, bucket), bucket)
+def _covering(image: Size, bucket: Size) -> Placement:
+    return _centred(_scaled(image, bucket), bucket)
 
 
-def _scaled(picture: Size, bucket: Size) -> Size:
-    """Of a picture that just covers the bucket. In doubles, and halves rounded up, so that it is kohya's to the pixel."""
-    width, height = picture
+def _scaled(image: Size, bucket: Size) -> Size:
+    """Of an image that just covers the bucket. In doubles, and halves rounded up, so that it is kohya's to the pixel."""
+    width, height = image
     scale = bucket[1] / height if width / height > bucket[0] / bucket[1] else bucket[0] / width
     return int(width * scale + 0.5), int(height * scale + 0.5)
 
@@ -179,35 +179,35 @@ def _centred(scaled: Size, bucket: Size) -> Placement:
     )
 
 
-def _nearest_aspect(sizes: tuple[Size, ...], picture: Size) -> Size:
-    if picture in sizes:
-        return picture
-    aspect = picture[0] / picture[1]
+def _nearest_aspect(sizes: tuple[Size, ...], image: Size) -> Size:
+    if image in sizes:
+        return image
+    aspect = image[0] / image[1]
     return min(sizes, key=lambda size: abs(size[0] / size[1] - aspect))
 
 
-def _kohya_shrunk(rules: BucketRules, picture: Size) -> Placement:
-    """A picture that is too large is shrunk until a side is a multiple of the step; the rest over a multiple is cut off.
+def _kohya_shrunk(rules: BucketRules, image: Size) -> Placement:
+    """An image that is too large is shrunk until a side is a multiple of the step; the rest over a multiple is cut off.
 
-    A picture that is not too large stays as it is. One that is smaller than a step, which kohya's trainer cannot use, is
+    An image that is not too large stays as it is. One that is smaller than a step, which kohya's trainer cannot use, is
     enlarged to it.
     """
-    (width, height), area, step = picture, rules.resolution * rules.resolution, rules.step
-    scaled = picture
+    (width, height), area, step = image, rules.resolution * rules.resolution, rules.step
+    scaled = image
     if width * height > area:
         aspect = width / height
         ideal = math.sqrt(area * aspect)
         by_width, by_height = _whole_steps(ideal, step), _whole_steps(area / ideal, step)
         height_then, width_then = _whole_steps(by_width / aspect, step), _whole_steps(by_height * aspect, step)
         if not (by_height and height_then and by_width and width_then):
-            return _covering(picture, (max(step, by_width), max(step, by_height)))
+            return _covering(image, (max(step, by_width), max(step, by_height)))
         if abs(by_width / height_then - aspect) < abs(width_then / by_height - aspect):
             scaled = (by_width, int(by_width / aspect + 0.5))
         else:
             scaled = (int(by_height * aspect + 0.5), by_height)
     bucket = (scaled[0] // step * step, scaled[1] // step * step)
     if 0 in bucket:
-        return _covering(picture, (max(step, bucket[0]), max(step, bucket[1])))
+        return _covering(image, (max(step, bucket[0]), max(step, bucket[1])))
     return _centred(scaled, bucket)
 
 
@@ -215,9 +215,9 @@ def _whole_steps(length: float, step: int) -> int:
     return int(length + 0.5) // step * step
 
 
-def _sizes_within(rules: BucketRules, picture: Size) -> list[Size]:
-    """Buckets that the picture covers without being enlarged, each as large as fits; the smallest where none is."""
-    (width, height), area, step = picture, rules.resolution * rules.resolution, rules.step
+def _sizes_within(rules: BucketRules, image: Size) -> list[Size]:
+    """Buckets that the image covers without being enlarged, each as large as fits; the smallest where none is."""
+    (width, height), area, step = image, rules.resolution * rules.resolution, rules.step
     found = [(wide, min(height, area // wide) // step * step) for wide in range(step, width + 1, step)]
     found += [(min(width, area // high) // step * step, high) for high in range(step, height + 1, step)]
     return [size for size in found if 0 not in size] or [(step, step)]

@@ -1,4 +1,4 @@
-"""Captions of a set's pictures from the files beside them or from tables, and what is missing or left over."""
+"""Captions of a set's images from the files beside them or from tables, and what is missing or left over."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..config import DataSection, SetSection
+from ..config.sections import DataSection, SetSection
 from .decoding import EXTENSIONS
 from .findings import Severity
-from .folders import Folder, Picture, Report, extension_of, stem_of
+from .folders import FindingCollector, Folder, ListedImage, extension_of, stem_of
 from .tables import Row, is_table
 
 CAPTION_EXTENSIONS = (".txt", ".caption", ".cap", ".tags", ".json")
@@ -20,9 +20,9 @@ UNREAD_EXTENSIONS = frozenset(
         *(".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".mp4", ".webm", ".mov", ".mkv", ".avi"),
     }
 )
-"""Pictures and films that one may take for training material, but which are not in ``EXTENSIONS``."""
+"""Images and films that one may take for training material, but which are not in ``EXTENSIONS``."""
 NO_CAPTIONS = frozenset({"readme", "license", "licence", "copying", "notice", "credits"})
-"""Names of text files that belong to no picture."""
+"""Names of text files that belong to no image."""
 MAX_CAPTION_BYTES = 1 << 16
 MAX_WORDS = 225
 """Three chunks of 75 tokens, the most that is read of a caption; a word is at least one."""
@@ -30,7 +30,7 @@ MAX_WORDS = 225
 
 @dataclass(frozen=True, kw_only=True)
 class Caption:
-    """What was found for a picture."""
+    """What was found for an image."""
 
     texts: tuple[str, ...]
     """Alternatives; () where there is none."""
@@ -39,9 +39,9 @@ class Caption:
 
 
 class CaptionFinder:
-    """The captions of one set's pictures; ask for each, then for what is missing and unused."""
+    """The captions of one set's images; ask for each, then for what is missing and unused."""
 
-    def __init__(self, one: SetSection, data: DataSection, report: Report):
+    def __init__(self, one: SetSection, data: DataSection, report: FindingCollector):
         self._root = Path(one.images)
         self._class_prompt = one.class_prompt
         self._extension = "." + (one.caption_extension or data.caption_extension).lstrip(".").lower()
@@ -49,29 +49,29 @@ class CaptionFinder:
         self._missing_is: Severity = "warning" if data.allow_missing_captions else "error"
         self._report = report
         self._found: dict[Path, Caption] = {}
-        self._missing: list[Picture] = []
+        self._missing: list[ListedImage] = []
         self._claimed: set[Path] = set()
-        """Files that are a picture's caption, or that a finding tells of already."""
+        """Files that are an image's caption, or that a finding tells of already."""
 
-    def caption(self, picture: Picture, table: Path | None, row: Row | None) -> Caption:
-        """Of ``picture``: what its ``row`` of ``table`` says, else its caption file, else the class prompt."""
-        own = [name for name in picture.folder.by_stem.get(picture.stem, ()) if extension_of(name) == self._extension]
-        file = picture.folder.path / own[0] if own else None
+    def caption(self, image: ListedImage, table: Path | None, row: Row | None) -> Caption:
+        """Of ``image``: what its ``row`` of ``table`` says, else its caption file, else the class prompt."""
+        own = [name for name in image.folder.by_stem.get(image.stem, ()) if extension_of(name) == self._extension]
+        file = image.folder.path / own[0] if own else None
         if file is not None:
             self._claimed.add(file)
         if table is not None and row is not None and (row.caption or row.tags):
-            caption = Caption(texts=self._alternatives(row.caption or "", row.tags, picture.path), file=table)
+            caption = Caption(texts=self._alternatives(row.caption or "", row.tags, image.path), file=table)
             if file is not None:
                 message = f"a caption here and one in {table.name}, which is the one that is used"
                 self._report.tell("caption-twice", file, message, "remove one of them", "warning")
-            self._check_length(caption.texts, picture.path)
+            self._check_length(caption.texts, image.path)
         elif file is not None:
             caption = Caption(texts=self._read(file), file=file)
         else:
-            prompt = picture.folder.class_prompt if self._class_prompt is None else self._class_prompt
+            prompt = image.folder.class_prompt if self._class_prompt is None else self._class_prompt
             caption = Caption(texts=(prompt,) if prompt else (), file=None)
-            self._missing.append(picture)
-        self._found[picture.path] = caption
+            self._missing.append(image)
+        self._found[image.path] = caption
         return caption
 
     def _read(self, file: Path) -> tuple[str, ...]:
@@ -93,7 +93,7 @@ class CaptionFinder:
             return ()
         texts = self._alternatives(text, "", file)
         if not texts:
-            self._report.tell("caption-empty", file, "empty", "write what the picture shows", self._missing_is)
+            self._report.tell("caption-empty", file, "empty", "write what the image shows", self._missing_is)
         self._check_length(texts, file)
         return texts
 
@@ -118,64 +118,64 @@ class CaptionFinder:
             self._report.tell("caption-too-long", file, message, "shorten it" + drawn * (self._lines == "join"))
 
     def tell_missing(self) -> None:
-        """Of the pictures that were asked for: those without a caption, and the files that were meant to be one."""
+        """Of the images that were asked for: those without a caption, and the files that were meant to be one."""
         captioned = sum(caption.file is not None for caption in self._found.values())
-        elsewhere: dict[str, list[tuple[Picture, str]]] = {}
-        alone: list[Picture] = []
-        for picture in self._missing:
-            if beside := self._beside(picture):
-                elsewhere.setdefault(extension_of(beside), []).append((picture, beside))
-                self._claimed.add(picture.folder.path / beside)
+        elsewhere: dict[str, list[tuple[ListedImage, str]]] = {}
+        alone: list[ListedImage] = []
+        for image in self._missing:
+            if beside := self._beside(image):
+                elsewhere.setdefault(extension_of(beside), []).append((image, beside))
+                self._claimed.add(image.folder.path / beside)
             else:
-                alone.append(picture)
-        for extension, pictures in elsewhere.items():
-            self._tell_elsewhere(extension, pictures, general=len(pictures) > max(1, captioned))
+                alone.append(image)
+        for extension, images in elsewhere.items():
+            self._tell_elsewhere(extension, images, general=len(images) > max(1, captioned))
         captioned_folders = {path.parent for path, caption in self._found.items() if caption.file is not None}
-        bare = [picture for picture in alone if not self._found[picture.path].texts]
+        bare = [image for image in alone if not self._found[image.path].texts]
         if len(bare) == len(self._found) > 1:
-            message = f"none of its {len(bare)} pictures has a caption"
+            message = f"none of its {len(bare)} images has a caption"
             remedy = f"write {bare[0].stem}{self._extension} and so on, or set data.allow_missing_captions = true"
             self._report.tell("caption-missing", self._root, message, remedy, self._missing_is)
             return
-        for picture in alone:
-            near, wanted = self._misnamed(picture), picture.stem + self._extension
+        for image in alone:
+            near, wanted = self._misnamed(image), image.stem + self._extension
             remedy = f"rename {near} as {wanted}" if near else f"write {wanted} beside it"
-            if not self._found[picture.path].texts:
-                self._report.tell("caption-missing", picture.path, "no caption", remedy, self._missing_is)
-            elif near or picture.folder.path in captioned_folders:
-                message = f"no caption, so it is trained on {self._found[picture.path].texts[0]!r}"
-                self._report.tell("caption-missing", picture.path, message, remedy, "warning")
+            if not self._found[image.path].texts:
+                self._report.tell("caption-missing", image.path, "no caption", remedy, self._missing_is)
+            elif near or image.folder.path in captioned_folders:
+                message = f"no caption, so it is trained on {self._found[image.path].texts[0]!r}"
+                self._report.tell("caption-missing", image.path, message, remedy, "warning")
 
-    def _tell_elsewhere(self, extension: str, pictures: Sequence[tuple[Picture, str]], *, general: bool) -> None:
+    def _tell_elsewhere(self, extension: str, images: Sequence[tuple[ListedImage, str]], *, general: bool) -> None:
         if general:
-            message = f"found {len(pictures)} {extension} files; you asked for {self._extension}"
+            message = f"found {len(images)} {extension} files; you asked for {self._extension}"
             remedy = f'set data.caption_extension = "{extension}"'
             self._report.tell("caption-extension", self._root, message, remedy, self._missing_is)
             return
-        for picture, beside in pictures:
-            remedy = f"set data.caption_extension, or rename it {picture.stem}{self._extension}"
+        for image, beside in images:
+            remedy = f"set data.caption_extension, or rename it {image.stem}{self._extension}"
             message = f"no caption, but found {beside}"
-            self._report.tell("caption-extension", picture.path, message, remedy, self._missing_is)
+            self._report.tell("caption-extension", image.path, message, remedy, self._missing_is)
 
-    def _beside(self, picture: Picture) -> str | None:
-        """A caption file of ``picture`` with an extension that was not asked for."""
-        for name in picture.folder.by_stem.get(picture.stem, ()):
+    def _beside(self, image: ListedImage) -> str | None:
+        """A caption file of ``image`` with an extension that was not asked for."""
+        for name in image.folder.by_stem.get(image.stem, ()):
             if extension_of(name) in CAPTION_EXTENSIONS and not is_table(name):
                 return name
         return None
 
-    def _misnamed(self, picture: Picture) -> str | None:
-        """A file that must be meant for the caption of ``picture``: "1.png.txt", or with other capitals."""
-        for stem in (stem_of(picture.file_name + self._extension), picture.stem):
-            for name in picture.folder.by_small_letters.get(stem.lower() + self._extension, ()):
-                file = picture.folder.path / name
+    def _misnamed(self, image: ListedImage) -> str | None:
+        """A file that must be meant for the caption of ``image``: "1.png.txt", or with other capitals."""
+        for stem in (stem_of(image.file_name + self._extension), image.stem):
+            for name in image.folder.by_small_letters.get(stem.lower() + self._extension, ()):
+                file = image.folder.path / name
                 if file not in self._claimed:
                     self._claimed.add(file)
                     return name
         return None
 
     def tell_unused(self, folders: Sequence[Folder]) -> None:
-        """Of the files in ``folders``: captions without a picture, and pictures that are not read."""
+        """Of the files in ``folders``: captions without an image, and images that are not read."""
         extra: dict[str, int] = {}
         for folder in folders:
             for name in folder.files:
@@ -183,13 +183,13 @@ class CaptionFinder:
                 beside = {extension_of(other) for other in folder.by_stem[stem]}
                 if extension in UNREAD_EXTENSIONS:
                     message = f"{extension} is not read, so this is not used"
-                    self._report.tell("picture-format", file, message, "save it as PNG, or move it away", "warning")
+                    self._report.tell("image-format", file, message, "save it as PNG, or move it away", "warning")
                 elif file in self._claimed or is_table(name):
                     continue
                 elif beside & EXTENSIONS and extension in CAPTION_EXTENSIONS:
                     extra[extension] = extra.get(extension, 0) + 1
                 elif extension == self._extension and not (beside & UNREAD_EXTENSIONS or stem.lower() in NO_CAPTIONS):
-                    message, remedy = f"a caption, but there is no picture {stem}", "rename or remove it"
+                    message, remedy = f"a caption, but there is no image {stem}", "rename or remove it"
                     self._report.tell("caption-unused", file, message, remedy, "warning")
         for extension, count in extra.items():
             message = f"{count} {extension} files are not read; captions come from elsewhere"

@@ -14,8 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-_LINE, _WILDCARD, _SHUFFLE, _TAG_DROPOUT = range(10, 14)
-"""Streams of random numbers; those of ``batches`` are below 10."""
+from ..randomness import Stream, generator
 
 MAX_VARIANTS = 256
 """Of one caption's wildcards that ``CaptionRules.longest`` goes through."""
@@ -46,13 +45,15 @@ class CaptionRules:
         are left out; the trigger and the first ``keep_tokens`` tags stay where they are.
         """
 
-        def rng(stream: int) -> np.random.Generator:
-            return np.random.default_rng([seed, stream, epoch, image])
+        def rng(stream: Stream) -> np.random.Generator:
+            return generator(seed, stream, epoch, image)
 
-        text = captions[int(rng(_LINE).integers(len(captions)))] if len(captions) > 1 else "".join(captions)
+        text = (
+            captions[int(rng(Stream.CAPTION_LINE).integers(len(captions)))] if len(captions) > 1 else "".join(captions)
+        )
         parts = self._parts(text)
         if self.wildcards:
-            drawn = rng(_WILDCARD)
+            drawn = rng(Stream.WILDCARD)
             parts = [draw_wildcards(part, lambda count: int(drawn.integers(count))) for part in parts]
         return self._arranged(self._worded(*parts), rng)
 
@@ -95,7 +96,7 @@ class CaptionRules:
             text = filled if text else filled.strip(" ,")
         return _joined(_joined(prefix, text), suffix)
 
-    def _arranged(self, text: str, rng: Callable[[int], np.random.Generator] | None) -> str:
+    def _arranged(self, text: str, rng: Callable[[Stream], np.random.Generator] | None) -> str:
         """``text`` with its tags shuffled and dropped; without ``rng``, only spelled as it would be then."""
         if not (self.shuffle_tags or self.tag_dropout):
             return text
@@ -104,8 +105,8 @@ class CaptionRules:
             return ", ".join(tags)
         kept = self._kept(tags)
         free = [i for i in range(len(tags)) if i not in kept]
-        order = [free[i] for i in rng(_SHUFFLE).permutation(len(free))] if self.shuffle_tags else free
-        dropped = rng(_TAG_DROPOUT).random(len(tags)) < self.tag_dropout
+        order = [free[i] for i in rng(Stream.TAG_SHUFFLE).permutation(len(free))] if self.shuffle_tags else free
+        dropped = rng(Stream.TAG_DROPOUT).random(len(tags)) < self.tag_dropout
         taken = iter(order)
         arranged = [i if i in kept else next(taken) for i in range(len(tags))]
         return ", ".join(tags[i] for i in arranged if i in kept or not dropped[i])

@@ -1,4 +1,4 @@
-"""Files that hold pictures: which can be read, opened with every fault told as one, and turned upright."""
+"""Files that hold images: which can be read, opened with every fault told as one, and turned upright."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, BinaryIO
 from PIL import Image, UnidentifiedImageError
 
 from ..errors import DataError
-from .findings import Finding, shown
+from ..files import printable
+from .findings import Finding
 
 if TYPE_CHECKING:
     pass
@@ -60,8 +61,8 @@ _PIECE = 1 << 20
 _WARNINGS = threading.RLock()
 
 
-class PictureError(DataError):
-    """A picture that cannot be used; ``finding`` tells it apart from others."""
+class ImageError(DataError):
+    """An image that cannot be used; ``finding`` tells it apart from others."""
 
     def __init__(self, finding: Finding):
         self.finding = finding
@@ -70,53 +71,53 @@ class PictureError(DataError):
 
 @contextmanager
 def opened(file: Path) -> Generator[Image.Image]:
-    """The open picture; what goes wrong within the block is told as a ``PictureError``."""
+    """The open image; what goes wrong within the block is told as a ``ImageError``."""
     try:
         with file.open("rb") as stream:
             head = stream.read(32)
             if not head:
-                raise PictureError(_fault(file, "picture-empty", "empty file (0 bytes)", "replace or remove it"))
+                raise ImageError(_fault(file, "image-empty", "empty file (0 bytes)", "replace or remove it"))
             if head.startswith(_PNG):
                 _check_sums(stream)
         _load_plugin(file, head)
         # The filters of warnings are the process's, not the thread's: one thread at a time may change them.
         with _WARNINGS, warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            picture = Image.open(file, formats=_formats())
-        with picture:
-            yield picture
-    except PictureError:
+            image = Image.open(file, formats=_formats())
+        with image:
+            yield image
+    except ImageError:
         raise
     except Image.DecompressionBombError:
-        raise PictureError(
-            _fault(file, "picture-too-large", f"more than {MAX_PIXELS:,} pixels", "make it smaller")
+        raise ImageError(
+            _fault(file, "image-too-large", f"more than {MAX_PIXELS:,} pixels", "make it smaller")
         ) from None
     except UnidentifiedImageError:
-        raise PictureError(
+        raise ImageError(
             _fault(
                 file,
-                "picture-unknown",
-                "not a picture, or of a kind that cannot be read",
+                "image-unknown",
+                "not an image, or of a kind that cannot be read",
                 "replace or remove it",
             )
         ) from None
     except PermissionError as error:
-        raise PictureError(
-            _fault(file, "picture-unreadable", f"cannot be read: {error.strerror}", "allow reading it")
+        raise ImageError(
+            _fault(file, "image-unreadable", f"cannot be read: {error.strerror}", "allow reading it")
         ) from None
     except FileNotFoundError:
-        raise PictureError(_fault(file, "picture-unreadable", "no such file", "check the folder")) from None
+        raise ImageError(_fault(file, "image-unreadable", "no such file", "check the folder")) from None
     except MemoryError:
         raise
     except Exception as error:  # Pillow's decoders raise nearly anything on bytes that are not what they should be.
         reason = str(error).strip() or type(error).__name__
         cut = isinstance(error, EOFError) or "truncated" in reason.lower()
-        code, what = ("picture-truncated", "truncated picture") if cut else ("picture-damaged", "damaged picture")
-        raise PictureError(_fault(file, code, f"{what} ({reason})", "replace or remove it")) from None
+        code, what = ("image-truncated", "truncated image") if cut else ("image-damaged", "damaged image")
+        raise ImageError(_fault(file, code, f"{what} ({reason})", "replace or remove it")) from None
 
 
 def _fault(file: Path, code: str, message: str, remedy: str) -> Finding:
-    return Finding(code=code, severity="error", file=shown(file), message=message, remedy=remedy)
+    return Finding(code=code, severity="error", file=printable(file), message=message, remedy=remedy)
 
 
 def _load_plugin(file: Path, head: bytes) -> None:
@@ -128,11 +129,11 @@ def _load_plugin(file: Path, head: bytes) -> None:
     if form is None or _has_plugin(form):
         return
     package = _PLUGINS[form][1]
-    raise PictureError(
+    raise ImageError(
         _fault(
             file,
-            "picture-needs-package",
-            f"a {form} picture, which Pillow reads with {package}",
+            "image-needs-package",
+            f"a {form} image, which Pillow reads with {package}",
             f"pip install {package}",
         )
     )
@@ -141,7 +142,7 @@ def _load_plugin(file: Path, head: bytes) -> None:
 def _check_sums(stream: BinaryIO) -> None:
     """Hold the chunks of a PNG that every reader needs against their checksums; where one is cut short, Pillow tells.
 
-    Pillow does not look at them: to it, a byte that changed on the disk is a streak in the picture.
+    Pillow does not look at them: to it, a byte that changed on the disk is a streak in the image.
     """
     stream.seek(len(_PNG))
     while len(head := stream.read(8)) == 8:
@@ -174,26 +175,26 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in (*SUFFIXES, "MPO") if name in Image.OPEN)
 
 
-def format_of(picture: Image.Image) -> str:
-    """Phones write JPEG files with further pictures behind the first, which Pillow calls MPO."""
-    return "JPEG" if picture.format == "MPO" else str(picture.format)
+def format_of(image: Image.Image) -> str:
+    """Phones write JPEG files with further images behind the first, which Pillow calls MPO."""
+    return "JPEG" if image.format == "MPO" else str(image.format)
 
 
-def orientation_of(picture: Image.Image) -> int:
+def orientation_of(image: Image.Image) -> int:
     """EXIF's, 1 (upright) to 8."""
     try:
-        value = picture.getexif().get(ORIENTATION, 1)
+        value = image.getexif().get(ORIENTATION, 1)
     except Exception:  # A damaged EXIF block raises nearly anything, and says nothing about the pixels.
         return 1
     return value if value in _UPRIGHT else 1
 
 
-def turned(picture: Image.Image, orientation: int) -> Image.Image:
-    """``picture`` upright."""
+def turned(image: Image.Image, orientation: int) -> Image.Image:
+    """``image`` upright."""
     method = _UPRIGHT.get(orientation)
-    return picture if method is None else picture.transpose(method)
+    return image if method is None else image.transpose(method)
 
 
-def has_alpha(picture: Image.Image) -> bool:
+def has_alpha(image: Image.Image) -> bool:
     """Whether it has a channel, or a colour, that is transparent."""
-    return "A" in picture.getbands() or "transparency" in picture.info
+    return "A" in image.getbands() or "transparency" in image.info

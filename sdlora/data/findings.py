@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from ..errors import DataError
@@ -29,11 +28,6 @@ class Finding:
 
     def __str__(self) -> str:
         return f"{self.file or 'dataset'}: {self.message}; {self.remedy}"
-
-
-def shown(path: Path) -> str:
-    """``path`` as it can be printed anywhere."""
-    return str(path).encode("utf-8", "backslashreplace").decode()
 
 
 def raise_errors(findings: Iterable[Finding]) -> None:

@@ -10,30 +10,33 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from ..files import printable
 from .decoding import EXTENSIONS
-from .findings import Finding, Severity, shown
+from .findings import Finding, Severity
 
 NOT_SEARCHED = frozenset({"mask", "__MACOSX", "__pycache__"})
-"""Folders that hold no pictures to train on; neither do those whose name begins with a dot."""
+"""Folders that hold no images to train on; neither do those whose name begins with a dot."""
 MASK_LABEL = "-masklabel"
 """OneTrainer's mask of NAME.png is NAME-masklabel.png."""
 HIGH_REPEATS = 200
 """From here on a number in front of a folder's name is more likely a year."""
 
 
-class Report:
+class FindingCollector:
     """Findings as they are made."""
 
     def __init__(self) -> None:
         self.findings: list[Finding] = []
 
     def tell(self, code: str, file: Path, message: str, remedy: str, severity: Severity = "error") -> None:
-        self.findings.append(Finding(code=code, severity=severity, file=shown(file), message=message, remedy=remedy))
+        self.findings.append(
+            Finding(code=code, severity=severity, file=printable(file), message=message, remedy=remedy)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Folder:
-    """One folder, and what its name tells of the pictures in it."""
+    """One folder, and what its name tells of the images in it."""
 
     path: Path
     name: str
@@ -54,20 +57,20 @@ class Folder:
         return _grouped(self.files, lambda name: stem_of(name).lower() + extension_of(name))
 
     @cached_property
-    def pictures(self) -> tuple[Picture, ...]:
+    def images(self) -> tuple[ListedImage, ...]:
         names = (name for name in self.files if extension_of(name) in EXTENSIONS and not self.is_mask_label(name))
-        return tuple(Picture(folder=self, file_name=name) for name in names)
+        return tuple(ListedImage(folder=self, file_name=name) for name in names)
 
     def is_mask_label(self, name: str) -> bool:
-        """Whether ``name`` is the mask of a picture beside it, by its name."""
+        """Whether ``name`` is the mask of an image beside it, by its name."""
         stem = stem_of(name)
         beside = self.by_stem.get(stem.removesuffix(MASK_LABEL), ()) if stem.endswith(MASK_LABEL) else ()
         return extension_of(name) in EXTENSIONS and any(extension_of(other) in EXTENSIONS for other in beside)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Picture:
-    """A picture file that has been listed and nothing more."""
+class ListedImage:
+    """An image file that has been listed and nothing more."""
 
     folder: Folder
     file_name: str
@@ -103,10 +106,10 @@ def extension_of(name: str) -> str:
     return os.path.splitext(name)[1].lower()
 
 
-def list_folders(root: Path, *, subfolders: bool, report: Report) -> tuple[Folder, ...]:
+def list_folders(root: Path, *, subfolders: bool, report: FindingCollector) -> tuple[Folder, ...]:
     """``root`` and, with ``subfolders``, those within it, each once, in the order of their names.
 
-    A folder ``10_name`` below ``root`` gives its pictures 10 repeats and the class prompt ``name``, as kohya's trainer
+    A folder ``10_name`` below ``root`` gives its images 10 repeats and the class prompt ``name``, as kohya's trainer
     has it; so do the folders within it, down to the next of that kind.
     """
     seen: set[str] = set()
@@ -121,11 +124,11 @@ def list_folders(root: Path, *, subfolders: bool, report: Report) -> tuple[Folde
         for folder in folders if subfolders else ():
             told = _repeat_folder(folder)
             if told and told[0] == 0:
-                message = "0 repeats by its name, so its pictures are not used"
+                message = "0 repeats by its name, so its images are not used"
                 report.tell("repeats-zero", path / folder, message, "name another number, or move it away", "warning")
                 continue
             if told and told[0] >= HIGH_REPEATS:
-                message = f"{told[0]} repeats of each picture by its name"
+                message = f"{told[0]} repeats of each image by its name"
                 report.tell("repeats-high", path / folder, message, "rename it if no repeats are meant", "warning")
             inner = f"{name}/{folder}" if name else folder
             yield from walk(path / folder, inner, *(told or (repeats, class_prompt)))
@@ -133,7 +136,7 @@ def list_folders(root: Path, *, subfolders: bool, report: Report) -> tuple[Folde
     return tuple(walk(root, "", 1, None))
 
 
-def _entries(path: Path, report: Report) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _entries(path: Path, report: FindingCollector) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names of the files and of the folders in ``path`` that may be of use, sorted."""
     files: list[str] = []
     folders: list[str] = []
@@ -142,7 +145,7 @@ def _entries(path: Path, report: Report) -> tuple[tuple[str, ...], tuple[str, ..
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
-                if shown(Path(entry.name)) != entry.name:
+                if printable(Path(entry.name)) != entry.name:
                     report.tell("name-not-utf8", path / entry.name, "a name that is not UTF-8", "rename it")
                 elif entry.is_dir():
                     folders += [] if entry.name in NOT_SEARCHED else [entry.name]

@@ -1,4 +1,4 @@
-"""Image files as upright RGB pictures, as masks, and as pixels."""
+"""Image files as upright RGB images, as masks, and as pixels."""
 
 from __future__ import annotations
 
@@ -9,109 +9,110 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from PIL import Image, ImageColor
 
+from ..files import printable
 from .buckets import Placement
-from .decoding import ORIENTATION, PictureError, format_of, has_alpha, opened, orientation_of, turned
-from .findings import Finding, shown
+from .decoding import ORIENTATION, ImageError, format_of, has_alpha, opened, orientation_of, turned
+from .findings import Finding
 
 if TYPE_CHECKING:
     import torch
 
 
-def open_picture(file: Path, background: str = "#ffffff") -> Image.Image:
+def open_image(file: Path, background: str = "#ffffff") -> Image.Image:
     """Decode ``file`` fully: first frame, EXIF orientation applied, transparency composited on ``background``, as RGB.
 
     Raises:
-        PictureError: empty, truncated, damaged, not a picture, of a format whose package is not installed, or so large
+        ImageError: empty, truncated, damaged, not an image, of a format whose package is not installed, or so large
             that it must be an attack.
     """
-    with opened(file) as picture:
-        picture.load()
-        return flattened(turned(picture, orientation_of(picture)), background)
+    with opened(file) as image:
+        image.load()
+        return flattened(turned(image, orientation_of(image)), background)
 
 
 def open_alpha(file: Path) -> np.ndarray | None:
     """The alpha channel of ``file`` as float32 (height, width) in [0, 1], upright; None where it has none.
 
     Raises:
-        PictureError: as ``open_picture``.
+        ImageError: as ``open_image``.
     """
-    with opened(file) as picture:
-        picture.load()
-        if not has_alpha(picture):
+    with opened(file) as image:
+        image.load()
+        if not has_alpha(image):
             return None
-        alpha = turned(picture, orientation_of(picture)).convert("RGBA").getchannel("A")
+        alpha = turned(image, orientation_of(image)).convert("RGBA").getchannel("A")
         return np.asarray(alpha, np.float32) / 255
 
 
 def open_mask(
-    picture: Path, mask: Path | None, size: tuple[int, int], kind: Literal["none", "alpha", "files"]
+    image: Path, mask: Path | None, size: tuple[int, int], kind: Literal["none", "alpha", "files"]
 ) -> np.ndarray | None:
-    """How much each pixel of ``picture`` weighs in the loss: float32 (height, width) in [0, 1]; None where all weigh alike.
+    """How much each pixel of ``image`` weighs in the loss: float32 (height, width) in [0, 1]; None where all weigh alike.
 
     Args:
         mask: the file that holds it, for ``files``: white counts, black does not.
-        size: (width, height) of the upright picture.
+        size: (width, height) of the upright image.
 
     Raises:
-        PictureError: the mask cannot be decoded, or is of another size than the picture.
+        ImageError: the mask cannot be decoded, or is of another size than the image.
     """
     if kind == "none" or (kind == "files" and mask is None):
         return None
     if kind == "alpha" or mask is None:
-        return open_alpha(picture)
-    levels = np.asarray(open_picture(mask, "#000000").convert("L"), np.float32) / 255
+        return open_alpha(image)
+    levels = np.asarray(open_image(mask, "#000000").convert("L"), np.float32) / 255
     if levels.shape != size[::-1]:
-        raise PictureError(
+        raise ImageError(
             Finding(
                 code="mask-size",
                 severity="error",
-                file=shown(mask),
-                message=f"a mask of {levels.shape[1]} x {levels.shape[0]} pixels for a picture of {size[0]} x {size[1]}",
-                remedy="make it the size of its picture",
+                file=printable(mask),
+                message=f"a mask of {levels.shape[1]} x {levels.shape[0]} pixels for an image of {size[0]} x {size[1]}",
+                remedy="make it the size of its image",
             )
         )
     return levels
 
 
 def write_upright(file: Path, target: Path) -> bool:
-    """Write the picture to ``target`` upright, in its own format; False, and nothing written, where it cannot be.
+    """Write the image to ``target`` upright, in its own format; False, and nothing written, where it cannot be.
 
     A JPEG is saved at quality 98, which loses next to nothing; other formats without loss.
 
     Raises:
-        PictureError: as ``open_picture``.
+        ImageError: as ``open_image``.
         OSError: ``target`` cannot be written.
     """
-    with opened(file) as picture:
-        picture.load()
-        form = format_of(picture)
+    with opened(file) as image:
+        image.load()
+        form = format_of(image)
         if form not in ("PNG", "BMP", "TIFF", "WEBP", "JPEG"):
             return False
         options: dict[str, Any] = {"lossless": True} if form == "WEBP" else {}
         if form == "JPEG":
             options = {"quality": 98, "subsampling": "4:4:4"}
-        exif = picture.getexif()
-        upright = turned(picture, orientation_of(picture))
+        exif = image.getexif()
+        upright = turned(image, orientation_of(image))
         exif.pop(ORIENTATION, None)
         if len(exif) and form not in ("BMP", "TIFF"):
             # A block that Pillow can read but not write is left out.
             with suppress(Exception):
                 options["exif"] = exif.tobytes()
-        if profile := picture.info.get("icc_profile"):
+        if profile := image.info.get("icc_profile"):
             options["icc_profile"] = profile
     upright.info = {key: value for key, value in upright.info.items() if key == "transparency"}
     upright.save(target, format=form, **options)
     return True
 
 
-def scale(picture: Image.Image, placement: Placement) -> Image.Image:
-    """The whole picture at the size that is planned."""
-    return picture.resize((placement.scaled_width, placement.scaled_height), Image.Resampling.LANCZOS)
+def scale(image: Image.Image, placement: Placement) -> Image.Image:
+    """The whole image at the size that is planned."""
+    return image.resize((placement.scaled_width, placement.scaled_height), Image.Resampling.LANCZOS)
 
 
 def cut_out(scaled: Image.Image, placement: Placement, *, flipped: bool = False) -> np.ndarray:
     """The planned part of what ``scale`` made, mirrored afterwards where ``flipped`` -> uint8 (height, width, 3),
-    of a grey picture (height, width).
+    of a grey image (height, width).
     """
     left, top = placement.left, placement.top
     pixels = np.asarray(scaled.crop((left, top, left + placement.width, top + placement.height)))
@@ -125,20 +126,20 @@ def as_pixels(cut: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(cut.copy()).permute(2, 0, 1).float().div(127.5).sub(1)
 
 
-def place(picture: Image.Image, placement: Placement) -> torch.Tensor:
+def place(image: Image.Image, placement: Placement) -> torch.Tensor:
     """Scale and crop as planned -> float32 (3, height, width) in [-1, 1]."""
-    return as_pixels(cut_out(scale(picture, placement), placement))
+    return as_pixels(cut_out(scale(image, placement), placement))
 
 
-def flattened(picture: Image.Image, background: str) -> Image.Image:
-    """``picture`` as RGB, composited on ``background`` where it is transparent."""
-    if picture.mode.startswith(("I", "F")):
-        levels = np.nan_to_num(np.asarray(picture, np.float64), posinf=0.0, neginf=0.0)
+def flattened(image: Image.Image, background: str) -> Image.Image:
+    """``image`` as RGB, composited on ``background`` where it is transparent."""
+    if image.mode.startswith(("I", "F")):
+        levels = np.nan_to_num(np.asarray(image, np.float64), posinf=0.0, neginf=0.0)
         highest = levels.max(initial=0.0)
-        top = 65535.0 if highest > 255 else 255.0 if highest > 1 or picture.mode != "F" else 1.0
+        top = 65535.0 if highest > 255 else 255.0 if highest > 1 or image.mode != "F" else 1.0
         return Image.fromarray((levels / top * 255).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if has_alpha(picture):
-        picture = picture.convert("RGBA")
-        ground = Image.new("RGBA", picture.size, ImageColor.getrgb(background))
-        return Image.alpha_composite(ground, picture).convert("RGB")
-    return picture if picture.mode == "RGB" else picture.convert("RGB")
+    if has_alpha(image):
+        image = image.convert("RGBA")
+        ground = Image.new("RGBA", image.size, ImageColor.getrgb(background))
+        return Image.alpha_composite(ground, image).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")

@@ -1,4 +1,4 @@
-"""Sources -> checked records of pictures: each is decoded once, in parallel, and none is kept."""
+"""Sources -> checked records of images: each is decoded once, in parallel, and none is kept."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from pathlib import Path
 from typing import Literal
 
 from ..progress import Progress, Silence
-from .decoding import PictureError
+from .decoding import ImageError
 from .findings import Finding
-from .images import open_mask, open_picture
+from .images import open_image, open_mask
 from .sources import Listing, Source
 
 MaskKind = Literal["none", "alpha", "files"]
 
 WORKERS = min(8, os.cpu_count() or 1)
-"""Pictures that are decoded at once, and so in memory."""
+"""Images that are decoded at once, and so in memory."""
 STRIP = 256
 """Rows that are hashed at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One picture that has been decoded once; ``width`` and ``height`` are upright."""
+    """One image that has been decoded once; ``width`` and ``height`` are upright."""
 
     source: Source
     width: int
@@ -43,13 +43,13 @@ class Item:
 def load_items(
     listing: Listing, *, background: str, mask: MaskKind, progress: Progress | None = None
 ) -> tuple[tuple[Item, ...], tuple[Finding, ...]]:
-    """Decode every picture of ``listing`` once; ``background`` is what transparency is composited on, ``#rrggbb``.
+    """Decode every image of ``listing`` once; ``background`` is what transparency is composited on, ``#rrggbb``.
 
-    Items come in the order of the sources; a picture that cannot be decoded has none, but a finding.
+    Items come in the order of the sources; an image that cannot be decoded has none, but a finding.
     """
     progress = progress or Silence()
     wanted = list(dict.fromkeys((source.file, source.mask) for source in listing.sources))
-    progress.start("Reading pictures", len(wanted))
+    progress.start("Reading images", len(wanted))
     decoded: dict[tuple[Path, Path | None], _Decoded] = {}
     findings: list[Finding] = []
     # What Pillow warns of is found otherwise, where it matters.
@@ -94,16 +94,16 @@ class _Decoded:
 
 def _decode(file: Path, mask: Path | None, background: str, kind: MaskKind) -> _Decoded | Finding:
     try:
-        picture = open_picture(file, background)
-        weights = open_mask(file, mask, picture.size, kind)
-    except PictureError as error:
+        image = open_image(file, background)
+        weights = open_mask(file, mask, image.size, kind)
+    except ImageError as error:
         return error.finding
-    digest = hashlib.sha256(repr(picture.size).encode())
-    for top in range(0, picture.height, STRIP):
-        digest.update(picture.crop((0, top, picture.width, min(top + STRIP, picture.height))).tobytes())
+    digest = hashlib.sha256(repr(image.size).encode())
+    for top in range(0, image.height, STRIP):
+        digest.update(image.crop((0, top, image.width, min(top + STRIP, image.height))).tobytes())
     return _Decoded(
-        width=picture.width,
-        height=picture.height,
+        width=image.width,
+        height=image.height,
         digest=digest.hexdigest(),
         mask_digest=None if weights is None else hashlib.sha256(weights.tobytes()).hexdigest(),
     )

@@ -1,4 +1,4 @@
-"""Masks in files of their own, and the pictures that they belong to."""
+"""Masks in files of their own, and the images that they belong to."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .decoding import EXTENSIONS
-from .folders import MASK_LABEL, Folder, Picture, Report, extension_of, stem_of
+from .folders import MASK_LABEL, FindingCollector, Folder, ListedImage, extension_of, stem_of
 
 
 def find_masks(
-    folders: Sequence[Folder], pictures: Sequence[Picture], *, masks: Path | None, kind: str, report: Report
+    folders: Sequence[Folder], images: Sequence[ListedImage], *, masks: Path | None, kind: str, report: FindingCollector
 ) -> dict[Path, Path]:
-    """File of a picture -> file of its mask; nothing where ``kind``, that is ``data.mask``, is not "files".
+    """File of an image -> file of its mask; nothing where ``kind``, that is ``data.mask``, is not "files".
 
-    The mask of NAME.png has the stem NAME and lies in ``masks``, in a folder ``mask`` beside the picture, or beside it
+    The mask of NAME.png has the stem NAME and lies in ``masks``, in a folder ``mask`` beside the image, or beside it
     as NAME-masklabel.png.
     """
     named = _by_stem(masks, report) if masks is not None else {}
@@ -25,10 +25,10 @@ def find_masks(
         within = _by_stem(folder.path / "mask", report) if (folder.path / "mask").is_dir() else {}
         labels = {stem_of(n).removesuffix(MASK_LABEL): folder.path / n for n in folder.files if folder.is_mask_label(n)}
         offered[folder.path] = [*within.values(), *labels.values()]
-        for picture in folder.pictures:
-            mask = named.get(picture.stem) or within.get(picture.stem) or labels.get(picture.stem)
+        for image in folder.images:
+            mask = named.get(image.stem) or within.get(image.stem) or labels.get(image.stem)
             if mask is not None:
-                chosen[picture.path] = mask
+                chosen[image.path] = mask
     if kind != "files":
         for folder_path, files in offered.items():
             if files:
@@ -38,15 +38,15 @@ def find_masks(
     used = set(chosen.values())
     for mask in [*named.values(), *(mask for files in offered.values() for mask in files)]:
         if mask not in used:
-            report.tell("mask-unused", mask, "a mask without a picture of its name", "rename or remove it", "warning")
-    for picture in pictures if chosen else ():
-        if picture.path not in chosen:
-            message, remedy = "no mask, so all of it counts", f"add mask/{picture.stem}.png"
-            report.tell("mask-missing", picture.path, message, remedy, "warning")
+            report.tell("mask-unused", mask, "a mask without an image of its name", "rename or remove it", "warning")
+    for image in images if chosen else ():
+        if image.path not in chosen:
+            message, remedy = "no mask, so all of it counts", f"add mask/{image.stem}.png"
+            report.tell("mask-missing", image.path, message, remedy, "warning")
     return chosen
 
 
-def _by_stem(folder: Path, report: Report) -> dict[str, Path]:
+def _by_stem(folder: Path, report: FindingCollector) -> dict[str, Path]:
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:

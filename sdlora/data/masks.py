@@ -1,4 +1,4 @@
-"""What weights the loss within a picture, on the grid of its latents."""
+"""What weights the loss within an image, on the grid of its latents."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .views import View
 def mask_on_grid(mask: np.ndarray, view: View, cell: int) -> np.ndarray:
     """The part of ``mask`` that ``view`` shows, as the mean over each cell of ``cell`` × ``cell`` shown pixels.
 
-    ``mask`` is (h, w), in [0, 1], over the whole picture at whatever size. Returns float32 (height / cell, width / cell).
+    ``mask`` is (h, w), in [0, 1], over the whole image at whatever size. Returns float32 (height / cell, width / cell).
     The means are exact areas: a pixel that a cell's edge runs through counts for the part that lies within.
     """
     spot = view.placement

@@ -1,4 +1,4 @@
-"""Which pictures there are and what is said of each, before any is opened: folders, caption files, tables of metadata."""
+"""Which images there are and what is said of each, before any is opened: folders, caption files, tables of metadata."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..config import Config, DataSection, OutputSection, SetSection
+from ..config.kohya_dataset import read_dataset_config
+from ..config.sections import Config, DataSection, OutputSection, SetSection
+from ..files import printable
 from .caption_files import CaptionFinder
 from .captions import CaptionRules
 from .decoding import EXTENSIONS
 from .findings import Finding
-from .folders import Picture, Report, extension_of, list_folders, shown
-from .kohya_toml import read_dataset_config
+from .folders import FindingCollector, ListedImage, extension_of, list_folders
 from .mask_files import find_masks
 from .tables import TableRows
 
@@ -23,7 +24,7 @@ Role = Literal["train", "regularisation", "validation"]
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A picture file with its captions and its part in training."""
+    """An image file with its captions and its part in training."""
 
     file: Path
     name: str
@@ -33,7 +34,7 @@ class Source:
     captions: tuple[str, ...]
     """Alternatives as they were found, less surrounding white space; () where there is none."""
     caption_file: Path | None
-    """Where they stand; a table of metadata may hold those of many pictures."""
+    """Where they stand; a table of metadata may hold those of many images."""
     rules: CaptionRules
     mask: Path | None
     role: Role
@@ -51,7 +52,7 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Listing:
-    """Every picture, sets in the order of the configuration and files by their names, and what is wrong with them."""
+    """Every image, sets in the order of the configuration and files by their names, and what is wrong with them."""
 
     sources: tuple[Source, ...]
     findings: tuple[Finding, ...]
@@ -105,61 +106,61 @@ def find_sources(data: DataSection) -> Listing:
     """
     data = resolve_data(data)
     sources: list[Source] = []
-    report = Report()
+    report = FindingCollector()
     for number, one in enumerate(data.sets):
         sources += _sources_of(number, one, data, report)
-    findings = [*report.findings, *_shared_pictures(sources)]
+    findings = [*report.findings, *_shared_images(sources)]
     if sources and data.mask == "files" and not any(source.mask for source in sources):
         findings.append(
             Finding(
                 code="mask-missing",
                 severity="error",
                 file=None,
-                message=f'data.mask is "files", but none of the {len(sources)} pictures has a mask',
-                remedy='put masks into a folder "mask" beside the pictures, under their names, or set data.mask = "none"',
+                message=f'data.mask is "files", but none of the {len(sources)} images has a mask',
+                remedy='put masks into a folder "mask" beside the images, under their names, or set data.mask = "none"',
             )
         )
     return Listing(sources=tuple(sources), findings=tuple(findings))
 
 
-def _sources_of(number: int, one: SetSection, data: DataSection, report: Report) -> list[Source]:
+def _sources_of(number: int, one: SetSection, data: DataSection, report: FindingCollector) -> list[Source]:
     root = Path(one.images)
     if not root.is_dir():
         message = "not a folder" if root.exists() else "no such folder"
-        report.tell("folder-missing", root, message, "name the folder of training pictures")
+        report.tell("folder-missing", root, message, "name the folder of training images")
         return []
     folders = list_folders(root, subfolders=one.subfolders, report=report)
     rows = TableRows(folders, report)
     if one.metadata is None:
         rows.read_own()
-        pictures = [picture for folder in folders for picture in folder.pictures]
+        images = [image for folder in folders for image in folder.images]
     else:
-        pictures = rows.read_named(Path(one.metadata), root)
-    if not pictures:
+        images = rows.read_named(Path(one.metadata), root)
+    if not images:
         entries = sum(len(folder.files) for folder in folders)
-        message = f"no picture among its {entries} files"
+        message = f"no image among its {entries} files"
         kinds = " ".join(sorted(EXTENSIONS))
-        report.tell("folder-empty", root, message, f"put pictures there whose names end in {kinds}")
-    _tell_collisions(pictures, rows, report)
+        report.tell("folder-empty", root, message, f"put images there whose names end in {kinds}")
+    _tell_collisions(images, rows, report)
     masks = Path(one.masks) if one.masks is not None else None
-    mask_of = find_masks(folders, pictures, masks=masks, kind=data.mask, report=report)
+    mask_of = find_masks(folders, images, masks=masks, kind=data.mask, report=report)
     captions = CaptionFinder(one, data, report)
     rules = caption_rules(one, data)
     sources = []
-    for picture in sorted(pictures, key=lambda picture: picture.name):
-        table, row = rows.of(picture)
-        caption = captions.caption(picture, table, row)
+    for image in sorted(images, key=lambda image: image.name):
+        table, row = rows.of(image)
+        caption = captions.caption(image, table, row)
         sources.append(
             Source(
-                file=picture.path,
-                name=picture.name,
+                file=image.path,
+                name=image.name,
                 set_number=number,
                 captions=caption.texts,
                 caption_file=caption.file,
                 rules=rules,
-                mask=mask_of.get(picture.path),
+                mask=mask_of.get(image.path),
                 role=one.role,
-                repeats=one.repeats * picture.folder.repeats,
+                repeats=one.repeats * image.folder.repeats,
                 loss_weight=one.loss_weight * (1.0 if row is None else row.weight),
                 resolution=data.sides_of(one),
                 crop=one.crop or data.crop,
@@ -171,21 +172,21 @@ def _sources_of(number: int, one: SetSection, data: DataSection, report: Report)
     return sources
 
 
-def _tell_collisions(pictures: Sequence[Picture], rows: TableRows, report: Report) -> None:
-    """Find pictures that have one caption file between them."""
-    by_stem: dict[tuple[Path, str], list[Picture]] = {}
-    for picture in pictures:
-        _, row = rows.of(picture)
-        if row is None or extension_of(row.name) != extension_of(picture.file_name):
-            by_stem.setdefault((picture.folder.path, picture.stem), []).append(picture)
+def _tell_collisions(images: Sequence[ListedImage], rows: TableRows, report: FindingCollector) -> None:
+    """Find images that have one caption file between them."""
+    by_stem: dict[tuple[Path, str], list[ListedImage]] = {}
+    for image in images:
+        _, row = rows.of(image)
+        if row is None or extension_of(row.name) != extension_of(image.file_name):
+            by_stem.setdefault((image.folder.path, image.stem), []).append(image)
     for first, *others in by_stem.values():
         if others:
             message = f"shares its caption file with {', '.join(other.file_name for other in others)}"
             report.tell("stem-collision", first.path, message, "rename or remove one")
 
 
-def _shared_pictures(sources: Sequence[Source]) -> Iterator[Finding]:
-    """A finding for each picture that more than one set has."""
+def _shared_images(sources: Sequence[Source]) -> Iterator[Finding]:
+    """A finding for each image that more than one set has."""
     by_file: dict[str, list[Source]] = {}
     for source in sources:
         by_file.setdefault(os.path.realpath(source.file), []).append(source)
@@ -195,9 +196,9 @@ def _shared_pictures(sources: Sequence[Source]) -> Iterator[Finding]:
             roles = sorted({source.role for source in several})
             learned = len(roles) > 1
             yield Finding(
-                code="picture-shared",
+                code="image-shared",
                 severity="error" if learned else "warning",
-                file=shown(several[0].file),
+                file=printable(several[0].file),
                 message=f"in {len(several)} sets" + (f", with the roles {' and '.join(roles)}" if learned else ""),
                 remedy="leave it in one of them"
                 if learned

@@ -15,19 +15,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..files import printable
 from .decoding import EXTENSIONS
 from .findings import Finding
-from .folders import Folder, Picture, Report, extension_of, shown
+from .folders import FindingCollector, Folder, ListedImage, extension_of
 
 NAME_KEYS = ("file_name", "image_path")
-"""Of the picture's file: the imagefolder's, and kohya's in .jsonl."""
+"""Of the image's file: the imagefolder's, and kohya's in .jsonl."""
 CAPTION_KEYS = ("text", "caption", "prompt")
 WEIGHT_KEYS = ("loss_weight", "weight")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What a table says of one picture."""
+    """What a table says of one image."""
 
     name: str
     """Path of its file as the table has it, with ``/``; in kohya's .json it may lack the extension."""
@@ -49,7 +50,7 @@ class Table:
 
 
 def is_table(name: str) -> bool:
-    """Whether a file of this name in a folder of pictures is taken for a table of their captions."""
+    """Whether a file of this name in a folder of images is taken for a table of their captions."""
     return re.fullmatch(r"metadata\.jsonl|metadata\.csv|meta_.+\.json", name) is not None
 
 
@@ -66,7 +67,7 @@ def read_table(file: Path) -> Table:
         else:
             rows = tuple(reader(file.read_bytes().decode("utf-8-sig")))
             if not (rows or reading.findings):
-                reading.fault("table-empty", "no row in this table", "write one for each picture, or remove it")
+                reading.fault("table-empty", "no row in this table", "write one for each image, or remove it")
     except OSError as error:
         reading.fault(
             "table-unreadable", f"this table cannot be read: {error.strerror}", "check the path and its rights"
@@ -77,19 +78,19 @@ def read_table(file: Path) -> Table:
 
 
 class TableRows:
-    """Which row of which table each picture of a set has; every fault goes into ``report``."""
+    """Which row of which table each image of a set has; every fault goes into ``report``."""
 
-    def __init__(self, folders: Sequence[Folder], report: Report):
+    def __init__(self, folders: Sequence[Folder], report: FindingCollector):
         self._folders, self._report = folders, report
         self._rows: dict[str, tuple[Path, Row]] = {}
-        self._pictures = {_key(picture.path): picture for folder in folders for picture in folder.pictures}
-        self._by_stem: dict[str, list[Picture]] = {}
-        for key, picture in self._pictures.items():
-            self._by_stem.setdefault(os.path.splitext(key)[0], []).append(picture)
+        self._images = {_key(image.path): image for folder in folders for image in folder.images}
+        self._by_stem: dict[str, list[ListedImage]] = {}
+        for key, image in self._images.items():
+            self._by_stem.setdefault(os.path.splitext(key)[0], []).append(image)
 
-    def of(self, picture: Picture) -> tuple[Path, Row] | tuple[None, None]:
-        """The table and the row of ``picture``."""
-        return self._rows.get(_key(picture.path), (None, None))
+    def of(self, image: ListedImage) -> tuple[Path, Row] | tuple[None, None]:
+        """The table and the row of ``image``."""
+        return self._rows.get(_key(image.path), (None, None))
 
     def read_own(self) -> None:
         """Read the table of each folder, where it has one."""
@@ -102,39 +103,39 @@ class TableRows:
             for name in tables[:1]:
                 self._read(folder.path / name, (folder.path,), others=False)
 
-    def read_named(self, file: Path, root: Path) -> list[Picture]:
-        """Read ``file``, whose paths start at ``root`` or beside it; returns the pictures that it names."""
+    def read_named(self, file: Path, root: Path) -> list[ListedImage]:
+        """Read ``file``, whose paths start at ``root`` or beside it; returns the images that it names."""
         self._read(file, (root, file.parent), others=True)
-        unused = [key for key in self._pictures if key not in self._rows]
+        unused = [key for key in self._images if key not in self._rows]
         if unused and self._rows:
-            message = f"{len(unused)} of its {len(self._pictures)} pictures are not in {shown(file)} and not used"
-            remedy = f"add rows, for example of {self._pictures[unused[0]].name}, or move them away"
-            self._report.tell("picture-unused", root, message, remedy, "warning")
-        return [self._pictures[key] for key in self._rows]
+            message = f"{len(unused)} of its {len(self._images)} images are not in {printable(file)} and not used"
+            remedy = f"add rows, for example of {self._images[unused[0]].name}, or move them away"
+            self._report.tell("image-unused", root, message, remedy, "warning")
+        return [self._images[key] for key in self._rows]
 
     def _read(self, file: Path, bases: Sequence[Path], *, others: bool) -> None:
         table = read_table(file)
         self._report.findings += table.findings
         for row in table.rows:
             found = (self._named(base / row.name, others=others) for base in bases)
-            pictures = next(filter(None, found), ())
-            if not pictures:
-                message = f"{row.where} names {row.name!r}, which is no picture of this set"
-                self._report.tell("row-without-picture", file, message, "correct the name, or remove the row")
-            for key in dict.fromkeys(_key(picture.path) for picture in pictures):
+            images = next(filter(None, found), ())
+            if not images:
+                message = f"{row.where} names {row.name!r}, which is no image of this set"
+                self._report.tell("row-without-image", file, message, "correct the name, or remove the row")
+            for key in dict.fromkeys(_key(image.path) for image in images):
                 if key in self._rows:
                     message = f"{row.where} names {row.name!r} again, after {self._rows[key][1].where}"
                     self._report.tell("row-duplicate", file, message, "keep one of them")
                 else:
                     self._rows[key] = (file, row)
 
-    def _named(self, path: Path, *, others: bool) -> Sequence[Picture]:
-        """The pictures at ``path``, or whose path less its extension it is; with ``others``, outside the set too."""
+    def _named(self, path: Path, *, others: bool) -> Sequence[ListedImage]:
+        """The images at ``path``, or whose path less its extension it is; with ``others``, outside the set too."""
         key = _key(path)
-        if key not in self._pictures and others and extension_of(path.name) in EXTENSIONS and os.path.isfile(path):
+        if key not in self._images and others and extension_of(path.name) in EXTENSIONS and os.path.isfile(path):
             folder = Folder(path=path.parent, name="", files=(), repeats=1, class_prompt=None)
-            self._pictures[key] = Picture(folder=folder, file_name=path.name)
-        return [self._pictures[key]] if key in self._pictures else self._by_stem.get(key, ())
+            self._images[key] = ListedImage(folder=folder, file_name=path.name)
+        return [self._images[key]] if key in self._images else self._by_stem.get(key, ())
 
 
 def _key(path: Path) -> str:
@@ -150,7 +151,7 @@ class _Reading:
 
     def fault(self, code: str, message: str, remedy: str) -> None:
         self.findings.append(
-            Finding(code=code, severity="error", file=shown(self._file), message=message, remedy=remedy)
+            Finding(code=code, severity="error", file=printable(self._file), message=message, remedy=remedy)
         )
 
     def json_lines(self, text: str) -> Iterator[Row]:

@@ -1,4 +1,4 @@
-"""What is shown of a picture: which part, and which way round. All that can be is known beforehand, and encoded once."""
+"""What is shown of an image: which part, and which way round. All that can be is known beforehand, and encoded once."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
+from ..randomness import Stream, generator
 from .buckets import Placement
 from .images import scale
 
 CROPS = 5
 """Positions that a random crop has, at most: few enough that each is encoded once."""
-_CROP, _FLIP = 5, 6
 
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """A part of a picture, mirrored after it was cut out or not."""
+    """A part of an image, mirrored after it was cut out or not."""
 
     item: int
     placement: Placement
@@ -25,14 +25,14 @@ class View:
 
     @property
     def left(self) -> int:
-        """Where the part begins in the scaled picture as it is shown, which is mirrored as a whole."""
+        """Where the part begins in the scaled image as it is shown, which is mirrored as a whole."""
         spot = self.placement
         return spot.scaled_width - spot.width - spot.left if self.flipped else spot.left
 
 
 @dataclass(frozen=True, kw_only=True)
 class ViewSet:
-    """The views that a picture may have at one resolution; all are of one size."""
+    """The views that an image may have at one resolution; all are of one size."""
 
     item: int
     placements: tuple[Placement, ...]
@@ -52,14 +52,14 @@ class ViewSet:
         )
 
     def draw(self, *, seed: int, turn: int) -> View:
-        """The view of the picture's showing number ``turn``: a function of seed, picture and turn."""
+        """The view of the image's showing number ``turn``: a function of seed, image and turn."""
 
-        def rng(stream: int) -> np.random.Generator:
-            return np.random.default_rng([seed, stream, turn, self.item])
+        def rng(stream: Stream) -> np.random.Generator:
+            return generator(seed, stream, turn, self.item)
 
         count = len(self.placements)
-        position = int(rng(_CROP).integers(count)) if count > 1 else 0
-        flipped = self.flips and bool(rng(_FLIP).random() < 0.5)
+        position = int(rng(Stream.CROP).integers(count)) if count > 1 else 0
+        flipped = self.flips and bool(rng(Stream.FLIP).random() < 0.5)
         return View(item=self.item, placement=self.placements[position], flipped=flipped)
 
 
@@ -73,16 +73,16 @@ def crop_positions(placement: Placement) -> tuple[Placement, ...]:
     return tuple(replace(placement, top=start) for start in starts)
 
 
-def salient_crop(picture: Image.Image, placement: Placement) -> Placement:
+def salient_crop(image: Image.Image, placement: Placement) -> Placement:
     """The crop with most detail along each axis that has room; of equal ones that nearest to the centre.
 
-    Detail is the gradient's energy: the squared differences of neighbouring pixels' brightness, in the scaled picture.
+    Detail is the gradient's energy: the squared differences of neighbouring pixels' brightness, in the scaled image.
     """
     across = placement.scaled_width - placement.width
     down = placement.scaled_height - placement.height
     if not (across or down):
         return placement
-    brightness = np.asarray(scale(picture.convert("L"), placement), np.int64)
+    brightness = np.asarray(scale(image.convert("L"), placement), np.int64)
     energy = np.zeros_like(brightness)
     energy[:, 1:] += np.diff(brightness, axis=1) ** 2
     energy[1:] += np.diff(brightness, axis=0) ** 2

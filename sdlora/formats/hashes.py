@@ -8,9 +8,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..places import cache_folder
+from ..files import cache_folder, write_whole
 from ..progress import Progress, Silence
-from .safetensors_file import write_whole
 
 _SLICE_START, _SLICE_LENGTH = 0x100000, 0x10000
 _CHUNK = 1 << 22

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from ..base.family import Family
+from ..families import Family
 from .checkpoint_keys import unet_table_to_ldm
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..base.family import FAMILIES, SD1, SD2, SDXL, Family
 from ..errors import LoraFileError
+from ..families import FAMILIES, SD1, SD2, SDXL, Family
 from ..lora.change import Change
 from .keys import part_of
 from .lora_tensors import build_change, group_by_module

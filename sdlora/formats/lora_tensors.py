@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..lora.change import Change
 from ..lora.kinds import Decomposed, Full, Generalised, Hadamard, Kronecker, Orthogonal, Scaling
-from ..lora.weights import LowRank
+from ..lora.low_rank import LowRank
 
 _SUFFIXES = {
     # kohya and LyCORIS; PEFT; diffusers now, before, and at first

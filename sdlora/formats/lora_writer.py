@@ -10,16 +10,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..base.family import SD1, Family
 from ..errors import LoraFileError
+from ..families import SD1, Family
+from ..files import write_whole
 from ..lora.change import Change
 from ..lora.kinds import Decomposed
-from ..lora.weights import LowRank
+from ..lora.low_rank import LowRank
 from .keys import PARTS, kohya_keys
 from .lora_file import read_lora
 from .metadata_file import with_hashes
 from .readers import lost_elsewhere
-from .safetensors_file import encode_header, lay_out, write_whole
+from .safetensors_file import encode_header, lay_out
 
 DIALECTS = ("kohya", "diffusers", "peft")
 

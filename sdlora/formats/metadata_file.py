@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LoraFileError
+from ..files import write_whole
 from .hashes import legacy_hash
-from .safetensors_file import TensorInfo, encode_header, read_header, write_whole
+from .safetensors_file import TensorInfo, encode_header, read_header
 from .safetensors_file import read_metadata as safetensors_metadata
 
 _WHOLE_PATH = re.compile(r"\s*(?:[A-Za-z]:[\\/]|[\\/]|~[\\/]).*[^\s]", re.DOTALL)

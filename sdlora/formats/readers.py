@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from ..base.family import Family
+from ..families import Family
 
 _PROJECTIONS = r"(attn[12]_to_(q|k|v|out_0)|ff_net_(0_proj|2)|norm[123])"
 _ATTENTION = rf"(norm|proj_in|proj_out|transformer_blocks_\d+_{_PROJECTIONS})"

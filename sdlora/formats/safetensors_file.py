@@ -7,9 +7,7 @@ is equal bytes. Files appear whole or not at all.
 from __future__ import annotations
 
 import json
-import os
 import struct
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -180,32 +178,3 @@ def serialise(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) 
     """(header, payload) of a safetensors file; the file is one behind the other."""
     table, payload = lay_out(tensors)
     return encode_header(table, metadata), payload
-
-
-def write_whole(path: Path, *chunks: bytes) -> None:
-    """Write ``chunks`` to ``path`` so that it holds either its old content or all of the new one, even after a crash."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(partial, 0o666 & ~_umask())
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

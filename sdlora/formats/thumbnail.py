@@ -1,4 +1,4 @@
-"""A picture small enough to live in a file's metadata, as ModelSpec wants it."""
+"""An image small enough to live in a file's metadata, as ModelSpec wants it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ SIDE = 256
 """In pixels."""
 
 
-def add_thumbnail(file: Path, picture: Image.Image) -> None:
-    """Put ``picture``, cut to a square and scaled, into ``modelspec.thumbnail`` of a safetensors file.
+def add_thumbnail(file: Path, image: Image.Image) -> None:
+    """Put ``image``, cut to a square and scaled, into ``modelspec.thumbnail`` of a safetensors file.
 
     No hash over the tensors changes. Raises as ``write_metadata``.
     """
-    small, buffer = ImageOps.fit(picture.convert("RGB"), (SIDE, SIDE), Image.Resampling.LANCZOS), BytesIO()
+    small, buffer = ImageOps.fit(image.convert("RGB"), (SIDE, SIDE), Image.Resampling.LANCZOS), BytesIO()
     small.save(buffer, "JPEG", quality=85)
     url = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
     write_metadata(file, file, read_metadata(file) | {"modelspec.thumbnail": url})

@@ -1,1 +1,1 @@
-"""From a prompt, a base and weighted LoRAs to pictures."""
+"""From a prompt, a base and weighted LoRAs to images."""

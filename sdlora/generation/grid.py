@@ -1,4 +1,4 @@
-"""Pictures side by side, with labels."""
+"""Images side by side, with labels."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _INK, _PAPER, _GAP = (40, 40, 40), (255, 255, 255), 6
 def labelled_grid(
     rows: Sequence[Sequence[Image.Image]], *, columns: Sequence[str], row_labels: Sequence[str] = (), scale: int = 1
 ) -> Image.Image:
-    """``rows`` of equally many pictures of one size, ``columns`` above them and ``row_labels`` to their left.
+    """``rows`` of equally many images of one size, ``columns`` above them and ``row_labels`` to their left.
 
-    Each picture is enlarged ``scale`` times, pixels kept as they are.
+    Each image is enlarged ``scale`` times, pixels kept as they are.
     """
     width, height = rows[0][0].width * scale, rows[0][0].height * scale
     font = ImageFont.load_default(max(11, height // 12))
@@ -30,7 +30,7 @@ def labelled_grid(
         top = line + y * (height + _GAP)
         if y < len(row_labels):
             pen.text((_GAP, top + height / 2), row_labels[y], _INK, font, anchor="lm")
-        for x, picture in enumerate(row):
-            enlarged = picture.resize((width, height), Image.Resampling.NEAREST)
+        for x, image in enumerate(row):
+            enlarged = image.resize((width, height), Image.Resampling.NEAREST)
             canvas.paste(enlarged, (left + x * (width + _GAP), top))
     return canvas

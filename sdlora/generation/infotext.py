@@ -1,4 +1,4 @@
-"""The recipe of a picture, written into the picture, in the form that A1111, Forge and Civitai read."""
+"""The recipe of an image, written into the image, in the form that A1111, Forge and Civitai read."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from .. import __version__
+from .._version import __version__
 from ..formats.metadata import safe_title
 
 if TYPE_CHECKING:
-    from .pipeline import PictureRequest
+    from .pipeline import ImageRequest
 
 SAMPLERS = {"dpm++2m": "DPM++ 2M", "euler": "Euler", "euler-a": "Euler a", "ddim": "DDIM"}
-"""Our name -> the name in picture parameters."""
+"""Our name -> the name in image parameters."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class PictureFacts:
-    """A LoRA that took part in a picture."""
+class UsedLora:
+    """A LoRA that took part in an image."""
 
     name: str
     unet: float
@@ -34,11 +34,11 @@ class PictureFacts:
 
 
 def infotext(
-    request: PictureRequest,
+    request: ImageRequest,
     *,
     base_name: str,
     base_autov2: str | None,
-    loras: Sequence[PictureFacts],
+    loras: Sequence[UsedLora],
     clip_skip: int | None = None,
 ) -> str:
     """Prompt with ``<lora:name:weight>`` tags, negative prompt, and one line of parameters.
@@ -77,7 +77,7 @@ def save_png(image: Image.Image, file: Path, parameters: str) -> None:
     """Write ``image`` with ``parameters`` as its tEXt chunk of that name; whole or not at all."""
     from io import BytesIO
 
-    from ..formats.safetensors_file import write_whole
+    from ..files import write_whole
 
     info, buffer = PngInfo(), BytesIO()
     info.add_text("parameters", parameters)
@@ -85,7 +85,7 @@ def save_png(image: Image.Image, file: Path, parameters: str) -> None:
     write_whole(file, buffer.getvalue())
 
 
-def _weights(lora: PictureFacts) -> str:
+def _weights(lora: UsedLora) -> str:
     same = lora.unet == lora.text_encoder
     return f"{lora.unet:g}" if same else f"{lora.unet:g}:{lora.text_encoder:g}"
 

@@ -70,7 +70,7 @@ class FittedLora:
     """Hash over its tensors, 12 digits; None of a pickle."""
 
     def weighted(self, choice: LoraChoice) -> dict[str, tuple[Change, float]]:
-        """Canonical name -> (change, strength), as ``lora.ops.merged`` takes it."""
+        """Canonical name -> (change, strength), as ``lora.merging.temporarily_merged`` takes it."""
         return {
             name: (module, choice.unet if name.startswith("unet.") else choice.text_encoder)
             for name, module in self.modules.items()

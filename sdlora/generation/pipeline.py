@@ -1,4 +1,4 @@
-"""Prompt -> noise -> latents -> picture, with classifier-free guidance. Values in, values out."""
+"""Prompt -> noise -> latents -> image, with classifier-free guidance. Values in, values out."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from ..base.load import Base
 from ..base.schedule import ScheduleFacts
 from ..base.tokens import padded, tokenize
 from ..formats.hashes import file_hashes
-from ..lora.ops import merged
+from ..lora.merging import temporarily_merged
 from ..progress import Progress
-from .infotext import PictureFacts, infotext
+from .infotext import UsedLora, infotext
 from .loras import FittedLora, LoraChoice
 from .prompts import parse_prompt
 
@@ -34,12 +34,12 @@ _SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "ddim": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False}),
 }
 
-PICTURES_AT_ONCE = 4
+IMAGES_AT_ONCE = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class PictureRequest:
-    """One picture. ``width`` and ``height`` in pixels are multiples of the base's ``size_step``."""
+class ImageRequest:
+    """One image. ``width`` and ``height`` in pixels are multiples of the base's ``size_step``."""
 
     prompt: str
     negative: str
@@ -52,40 +52,40 @@ class PictureRequest:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Picture:
+class GeneratedImage:
     """``latents`` are (4, h/8, w/8) float32 at the latent scale; ``parameters`` is the recipe in A1111's form."""
 
     image: Image.Image
     latents: Tensor
     parameters: str
-    request: PictureRequest
+    request: ImageRequest
 
 
-def generate_pictures(
+def generate_images(
     base: Base,
-    requests: Sequence[PictureRequest],
+    requests: Sequence[ImageRequest],
     loras: Sequence[tuple[FittedLora, LoraChoice]],
     progress: Progress,
-) -> list[Picture]:
+) -> list[GeneratedImage]:
     """Generate every request under the same LoRAs, which are merged for as long as this takes."""
     if not requests:
         return []
     own_skip = base.checkpoint.clip_skip if base.checkpoint.clip_skip != base.checkpoint.family.clip_skip else None
     facts = [
-        PictureFacts(name=choice.name, unet=choice.unet, text_encoder=choice.text_encoder, autov3=fitted.autov3)
+        UsedLora(name=choice.name, unet=choice.unet, text_encoder=choice.text_encoder, autov3=fitted.autov3)
         for fitted, choice in loras
     ]
     file = base.checkpoint.file
     autov2 = file_hashes(file, progress).autov2 if file else None
-    pictures = []
+    images = []
     progress.start("Generating", sum(r.steps for r in requests))
-    with torch.no_grad(), merged(base.modules(), [fitted.weighted(choice) for fitted, choice in loras]):
+    with torch.no_grad(), temporarily_merged(base.modules(), [fitted.weighted(choice) for fitted, choice in loras]):
         for group in _groups(requests):
             latents = denoise(base, group, progress)
             pixels = decode_latents(base, latents).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
             for request, latent, array in zip(group, latents, pixels, strict=True):
-                pictures.append(
-                    Picture(
+                images.append(
+                    GeneratedImage(
                         image=Image.fromarray(array),
                         latents=latent.float().cpu(),
                         parameters=infotext(
@@ -98,14 +98,14 @@ def generate_pictures(
                         request=request,
                     )
                 )
-    return pictures
+    return images
 
 
-def denoise(base: Base, requests: Sequence[PictureRequest], progress: Progress) -> Tensor:
+def denoise(base: Base, requests: Sequence[ImageRequest], progress: Progress) -> Tensor:
     """(b, 4, h/8, w/8) float32 for ``requests`` that agree in everything but prompts and seeds.
 
     Guidance is ε = ε₀ + g (ε₁ - ε₀) (Ho & Salimans 2022, eq. 6, with g = 1 + w); noise is drawn on the CPU, so a seed means
-    the same picture on every device.
+    the same image on every device.
     """
     first = requests[0]
     scheduler = make_scheduler(base.checkpoint.schedule, first.sampler)
@@ -134,7 +134,7 @@ def denoise(base: Base, requests: Sequence[PictureRequest], progress: Progress) 
     return latents
 
 
-def _conditioning(base: Base, requests: Sequence[PictureRequest], *, guided: bool) -> Conditioning:
+def _conditioning(base: Base, requests: Sequence[ImageRequest], *, guided: bool) -> Conditioning:
     """Of the prompts; where ``guided``, of the negative ones before them."""
     texts = [request.negative for request in requests if guided] + [request.prompt for request in requests]
     tokens = [tokenize(base, parse_prompt(text)) for text in texts]
@@ -167,14 +167,14 @@ def make_scheduler(schedule: ScheduleFacts, sampler: str) -> Any:
     return kind(**own, **options)
 
 
-def _groups(requests: Sequence[PictureRequest]) -> list[list[PictureRequest]]:
-    groups: list[list[PictureRequest]] = []
+def _groups(requests: Sequence[ImageRequest]) -> list[list[ImageRequest]]:
+    groups: list[list[ImageRequest]] = []
     for request in requests:
         last = groups[-1] if groups else None
         same = last and replace(last[0], prompt="", negative="", seed=0) == replace(
             request, prompt="", negative="", seed=0
         )
-        if last and same and len(last) < PICTURES_AT_ONCE:
+        if last and same and len(last) < IMAGES_AT_ONCE:
             last.append(request)
         else:
             groups.append([request])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .layers import LoraLinear
-from .weights import LowRank
+from .low_rank import LowRank
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "mlp.fc1", "mlp.fc2")

@@ -1,1 +1,1 @@
-"""From captioned pictures and a frozen base to LoRA weights."""
+"""From captioned images and a frozen base to LoRA weights."""

@@ -14,9 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 from ..base.checkpoint import BaseCheckpoint
-from ..config import Config, default_settings
+from ..config.loading import default_settings
+from ..config.sections import Config
 from ..errors import ResumeError
-from ..formats.safetensors_file import read_header, serialise, write_whole
+from ..files import write_whole
+from ..formats.safetensors_file import read_header, serialise
 
 KEPT = 2
 
@@ -53,7 +55,7 @@ class RunIdentity:
             if self.config.get(key) != earlier.get(key)
         ]
         if self.dataset != other.dataset:
-            found.append("the pictures or captions have changed")
+            found.append("the images or captions have changed")
         if self.base != other.base:
             found.append("the base checkpoint has changed")
         return found
@@ -142,7 +144,7 @@ class RunFolder:
         """The newest complete checkpoint; None where there is none.
 
         Raises:
-            ResumeError: it belongs to a run with other settings, pictures or base; the message lists the differences.
+            ResumeError: it belongs to a run with other settings, images or base; the message lists the differences.
         """
         for file in reversed(self._files()):
             try:

@@ -1,4 +1,4 @@
-"""What a finished file says of the pictures that it was trained on."""
+"""What a finished file says of the images that it was trained on."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections import Counter
 from pathlib import Path
 
 from ..data.items import Item
-from ..formats.metadata import DatasetFacts, FolderFacts
+from .metadata import DatasetFacts, FolderFacts
 from .plan import RunPlan
 
 
 def describe_data(plan: RunPlan, validation_loss: float | None) -> DatasetFacts:
-    """Of ``plan``'s pictures; nothing in it names a folder's place."""
+    """Of ``plan``'s images; nothing in it names a folder's place."""
     training, rules = plan.training, plan.rules
     buckets: Counter[tuple[int, int]] = Counter()
     for views, times in zip(training.shown, training.batches.repeats, strict=True):

@@ -1,4 +1,4 @@
-"""Every view of the pictures as the UNet needs it: encoded once, in this run or in an earlier one."""
+"""Every view of the images as the UNet needs it: encoded once, in this run or in an earlier one."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from torch import Tensor
 from ..base.encode import Framing, encode_pixels
 from ..base.fingerprints import vae_fingerprint
 from ..base.load import Base
-from ..config import Config
+from ..cache.store import EncodedCache, Job, fill, latent_key
+from ..config.sections import Config
 from ..data.buckets import Placement
-from ..data.cache import EncodedCache, Job, fill, latent_key
-from ..data.images import as_pixels, cut_out, open_mask, open_picture, scale
+from ..data.images import as_pixels, cut_out, open_image, open_mask, scale
 from ..data.items import Item
 from ..data.masks import mask_on_grid
 from ..data.views import View
 from ..progress import Progress
 
-SCALED_PICTURES = 16
+SCALED_IMAGES = 16
 """That are kept for further views of the same; a few more than threads load at once."""
 PIXELS_AT_ONCE = 2**20
 """That several cores encode: some three gigabytes of inner values."""
@@ -35,7 +35,7 @@ DEVICE_BYTES = 2**31
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class CachedPicture:
+class EncodedImage:
     """``mean`` and ``std`` are (4, h, w) float32; ``mask``, (1, h, w) float32 in [0, 1], weights the loss where it is."""
 
     mean: Tensor
@@ -46,15 +46,15 @@ class CachedPicture:
 
 def encode_views(
     base: Base, items: Sequence[Item], views: Sequence[View], config: Config, cache: EncodedCache, progress: Progress
-) -> dict[View, CachedPicture]:
-    """Look up or encode ``views`` of ``items``; pictures are opened by threads while others are encoded.
+) -> dict[View, EncodedImage]:
+    """Look up or encode ``views`` of ``items``; images are opened by threads while others are encoded.
 
     Raises:
-        DataError: a picture or mask can no longer be read.
+        DataError: an image or mask can no longer be read.
         BaseModelError: the VAE gives no number.
     """
     masks = _masks(items, views, config, base.checkpoint.latent_factor)
-    cached: dict[View, CachedPicture] = {}
+    cached: dict[View, EncodedImage] = {}
     kept = 0
     jobs = latent_jobs(base, items, views, config)
     encoded = fill(
@@ -62,14 +62,14 @@ def encode_views(
         jobs,
         encode_with(base),
         progress=progress,
-        task="Encoding pictures",
+        task="Encoding images",
         encoders=encoders_for(base, views),
     )
     for view, tensors in zip(views, encoded, strict=True):
         mask = masks.get(view)
         kept += sum(tensor.nbytes for tensor in tensors.values())
         device = base.device if kept <= DEVICE_BYTES else torch.device("cpu")
-        cached[view] = CachedPicture(
+        cached[view] = EncodedImage(
             mean=tensors["mean"].to(device),
             std=tensors["std"].to(device),
             framing=framing_of(items[view.item], view),
@@ -79,9 +79,9 @@ def encode_views(
 
 
 def encoders_for(base: Base, views: Sequence[View]) -> int:
-    """How many pictures are encoded at once: on a CPU one on each core, where there is memory for so many of this size.
+    """How many images are encoded at once: on a CPU one on each core, where there is memory for so many of this size.
 
-    No core waits for another then, and none for a picture to be opened: a quarter faster than all cores on one picture.
+    No core waits for another then, and none for an image to be opened: a quarter faster than all cores on one image.
     """
     largest = max((view.placement.width * view.placement.height for view in views), default=0)
     threads = torch.get_num_threads()
@@ -92,12 +92,12 @@ def latent_jobs(base: Base, items: Sequence[Item], views: Sequence[View], config
     """One for each view; what it loads is uint8 (h, w, 3), without computing with torch, whose threads the encoder has."""
     vae = vae_fingerprint(base) if config.cache.disk else ""
 
-    @lru_cache(maxsize=SCALED_PICTURES)
+    @lru_cache(maxsize=SCALED_IMAGES)
     def scaled(item: int, placement: Placement) -> _Once:
-        return _Once(lambda: scale(open_picture(items[item].source.file, config.data.alpha_background), placement))
+        return _Once(lambda: scale(open_image(items[item].source.file, config.data.alpha_background), placement))
 
     def loader(view: View) -> Callable[[], np.ndarray]:
-        # Crops of the same scaled picture differ in nothing else.
+        # Crops of the same scaled image differ in nothing else.
         whole = replace(view.placement, left=0, top=0)
         return lambda: cut_out(scaled(view.item, whole)(), view.placement, flipped=view.flipped)
 
@@ -118,7 +118,7 @@ def latent_jobs(base: Base, items: Sequence[Item], views: Sequence[View], config
 
 
 class _Once:
-    """A picture that is made by the first thread that asks for it; the others wait."""
+    """An image that is made by the first thread that asks for it; the others wait."""
 
     def __init__(self, make: Callable[[], Image.Image]):
         self._make, self._lock = make, threading.Lock()
@@ -142,7 +142,7 @@ def encode_with(base: Base) -> Callable[[np.ndarray], Mapping[str, Tensor]]:
 
 
 def framing_of(item: Item, view: View) -> Framing:
-    """What SDXL is told of ``view``; of a mirrored picture, where the part lies in the mirrored whole."""
+    """What SDXL is told of ``view``; of a mirrored image, where the part lies in the mirrored whole."""
     return Framing(
         original_width=item.width,
         original_height=item.height,
@@ -154,7 +154,7 @@ def framing_of(item: Item, view: View) -> Framing:
 
 
 def _masks(items: Sequence[Item], views: Sequence[View], config: Config, cell: int) -> dict[View, Tensor]:
-    """Of the views that have one; each picture's is opened once."""
+    """Of the views that have one; each image's is opened once."""
     if config.data.mask == "none":
         return {}
 

@@ -14,15 +14,16 @@ import torch
 from accelerate import Accelerator
 
 from ..base.load import Base, load_base
-from ..base.tokens import WORDS_IN_CHUNK
+from ..base.precision import choose_precision
 from ..errors import Interrupted, TrainingError
+from ..families import WORDS_IN_CHUNK
 from ..formats.hashes import FileHashes, file_hashes
 from ..formats.lora_writer import write_lora
-from ..formats.metadata import RunFacts, safe_title, training_metadata
-from ..precision import choose_precision
+from ..formats.metadata import safe_title
 from ..progress import Progress
 from .checkpoint import RUN_KEY, Checkpoint, RunFolder, finished, forget_run, record_run
 from .facts import describe_data
+from .metadata import RunFacts, training_metadata
 from .plan import RunPlan
 from .session import TrainingSession, open_session
 from .validation import validation_loss
@@ -41,7 +42,7 @@ class TrainResult:
     loss: float | None
     """Mean of the last tenth of the steps; None where nothing was left to do."""
     validation_loss: float | None
-    """Mean over the validation pictures after the last step; None where there are none, or nothing was left to do."""
+    """Mean over the validation images after the last step; None where there are none, or nothing was left to do."""
     resumed_from: int
     """Steps that an earlier, interrupted call had done."""
 
@@ -77,11 +78,11 @@ def run_training(plan: RunPlan, *, restart: bool, progress: Progress) -> TrainRe
     with session.attached():
         loss = train_steps(session, first, started_at, folder, progress)
         held_out = validation_loss(session, progress)
-    session.contexts.close()
+    session.embeddings.close()
 
     if accelerator.is_main_process:
         weights = session.adapter.weights()
-        tokens = WORDS_IN_CHUNK * session.contexts.chunks
+        tokens = WORDS_IN_CHUNK * session.embeddings.chunks
         metadata = describe_run(
             plan,
             base,
@@ -214,6 +215,6 @@ def _check_skipped(session: TrainingSession, done: int) -> None:
     skipped = session.optimizer.skipped_steps()
     if skipped > MAX_SKIPPED_SHARE * done:
         raise TrainingError(
-            f"{skipped} of {done} steps gave no finite gradient and were left out; lower train.learning_rate, "
+            f"{skipped} of {done} steps gave no finite gradient and were left out; lower optimizer.learning_rate, "
             "or set train.precision to float32"
         )

@@ -21,11 +21,11 @@ def denoising_loss(
     min_snr_gamma: float,
     masks: Tensor | None = None,
 ) -> Tensor:
-    """Loss of each picture, (b,) float32: min-SNR weighted mean squared error of the base's prediction.
+    """Loss of each image, (b,) float32: min-SNR weighted mean squared error of the base's prediction.
 
     ``latents`` and ``noise`` are (b, 4, h, w) float32, ``timesteps`` (b,) int64; ``conditioning`` and
     ``framings`` have a row for each. ``masks``, (b, 1, h, w) float32 in [0, 1], are multiplied into the squared errors
-    before the mean over all of them, as in kohya's trainer: a picture of which half counts has half the say.
+    before the mean over all of them, as in kohya's trainer: an image of which half counts has half the say.
     """
     schedule = base.schedule
     noisy = schedule.add_noise(latents, noise, timesteps).to(base.dtype)

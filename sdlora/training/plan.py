@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..base.checkpoint import BaseCheckpoint, find_base
-from ..config import Config
-from ..data.batches import BatchPlan
+from ..config.sections import Config
 from ..data.buckets import BucketRules, Placement, bucket_rules
 from ..data.findings import Finding, raise_errors
 from ..data.items import Item, dataset_digest, load_items
 from ..data.sources import find_sources, resolve_config
-from ..data.training_set import TrainingSet, plan_training_set
 from ..errors import ConfigError
 from ..progress import Progress
+from .batches import BatchPlan
 from .checkpoint import RunIdentity
+from .training_set import TrainingSet, plan_training_set
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,13 +22,13 @@ class RunPlan:
     """A run that can begin."""
 
     config: Config
-    """With every folder of pictures in ``data.sets``, and with what ``data.dataset_config`` says."""
+    """With every folder of images in ``data.sets``, and with what ``data.dataset_config`` says."""
     base: BaseCheckpoint
     rules: tuple[BucketRules, ...]
     """Of the buckets, at each resolution."""
     training: TrainingSet
     findings: tuple[Finding, ...]
-    """What is worth knowing of the pictures and captions; none of it is an error."""
+    """What is worth knowing of the images and captions; none of it is an error."""
     identity: RunIdentity
 
     @property
@@ -42,7 +42,7 @@ class RunPlan:
 
     @property
     def placements(self) -> tuple[Placement, ...]:
-        """Of each training picture, at each resolution."""
+        """Of each training image, at each resolution."""
         return self.training.placements
 
     @property
@@ -51,7 +51,7 @@ class RunPlan:
 
 
 def plan_run(config: Config, progress: Progress | None = None) -> RunPlan:
-    """Check the base, the pictures and the captions, and place every picture.
+    """Check the base, the images and the captions, and place every image.
 
     Raises:
         BaseModelError, DataError, ConfigError: with everything that is wrong with that input.
@@ -59,9 +59,9 @@ def plan_run(config: Config, progress: Progress | None = None) -> RunPlan:
     base = find_base(config.base)
     config = resolve_config(config)
     data, train = config.data, config.train
-    if train.learning_rate == 0 and train.text_encoder_learning_rate == 0:
+    if config.optimizer.learning_rate == 0 and config.optimizer.text_encoder_learning_rate == 0:
         raise ConfigError(
-            "train.learning_rate and train.text_encoder_learning_rate are both 0: nothing would be trained"
+            "optimizer.learning_rate and optimizer.text_encoder_learning_rate are both 0: nothing would be trained"
         )
     rules = bucket_rules(data, resolution=base.resolution, step=base.size_step)
     listing = find_sources(data)
@@ -74,7 +74,7 @@ def plan_run(config: Config, progress: Progress | None = None) -> RunPlan:
         data,
         batch_size=train.batch_size,
         seed=train.seed,
-        prior_loss_weight=train.prior_loss_weight,
+        prior_loss_weight=config.objective.prior_loss_weight,
     )
     return RunPlan(
         config=config,
@@ -87,7 +87,7 @@ def plan_run(config: Config, progress: Progress | None = None) -> RunPlan:
 
 
 def _unused_regularisation(training: TrainingSet) -> list[Finding]:
-    """Kohya's trainer, too, shows no more regularisation pictures in an epoch than training pictures."""
+    """Kohya's trainer, too, shows no more regularisation images in an epoch than training images."""
     every = {number for number, item in enumerate(training.items) if item.source.role == "regularisation"}
     never = every - {views.item for views, times in zip(training.shown, training.batches.repeats, strict=True) if times}
     if not never:
@@ -97,8 +97,8 @@ def _unused_regularisation(training: TrainingSet) -> list[Finding]:
             code="regularisation-unused",
             severity="warning",
             file=None,
-            message=f"{len(never)} of {len(every)} regularisation pictures are never shown: an epoch shows as many as "
-            "training pictures",
+            message=f"{len(never)} of {len(every)} regularisation images are never shown: an epoch shows as many as "
+            "training images",
             remedy="raise the repeats of the training sets, or remove what is not needed",
         )
     ]

@@ -1,4 +1,4 @@
-"""A loaded run: pictures in memory, layers in place, and the gradients of a step."""
+"""A loaded run: images in memory, layers in place, and the gradients of a step."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..base.load import Base
-from ..config import Config
-from ..data.batches import draw, share
-from ..data.cache import open_cache
+from ..cache.store import open_cache
+from ..config.sections import Config
 from ..data.views import View
 from ..lora.adapter import Adapter, choose_targets
 from ..progress import Progress
-from .contexts import Contexts
-from .latents import CachedPicture, encode_views
+from .batches import draw, share
+from .caption_embeddings import CaptionEmbeddings
+from .latents import EncodedImage, encode_views
 from .loss import denoising_loss
-from .optim import GuardedAdamW
+from .optimizer import GuardedAdamW
 from .plan import RunPlan
 
 
@@ -31,8 +31,8 @@ class TrainingSession:
 
     plan: RunPlan
     base: Base
-    pictures: Mapping[View, CachedPicture]
-    contexts: Contexts
+    images: Mapping[View, EncodedImage]
+    embeddings: CaptionEmbeddings
     adapter: Adapter
     optimizer: GuardedAdamW
     accelerator: Accelerator
@@ -61,7 +61,7 @@ class TrainingSession:
         slots = share(len(samples), process=self.accelerator.process_index, processes=processes)
         if not slots:
             return torch.zeros((), device=self.base.device)
-        chosen = [self.pictures[samples[slot].view] for slot in slots]
+        chosen = [self.images[samples[slot].view] for slot in slots]
         draws = [
             draw(
                 seed=train.seed,
@@ -70,7 +70,7 @@ class TrainingSession:
                 slots=len(samples),
                 shape=tuple(chosen[0].mean.shape),
                 timesteps=len(self.base.schedule.alphas_cumprod),
-                caption_dropout=train.caption_dropout,
+                caption_dropout=self.plan.config.data.caption_dropout,
             )
             for slot in slots
         ]
@@ -82,9 +82,9 @@ class TrainingSession:
             latents,
             self.on_device([d.noise for d in draws]),
             torch.tensor([d.timestep for d in draws], device=self.base.device),
-            self.contexts.of(captions),
-            [picture.framing for picture in chosen],
-            min_snr_gamma=train.min_snr_gamma,
+            self.embeddings.of(captions),
+            [image.framing for image in chosen],
+            min_snr_gamma=self.plan.config.objective.min_snr_gamma,
             masks=self.masks(chosen),
         )
         weights = torch.tensor([samples[slot].weight for slot in slots], device=self.base.device)
@@ -92,11 +92,11 @@ class TrainingSession:
         loss.backward()
         return loss.detach()
 
-    def masks(self, pictures: Sequence[CachedPicture]) -> Tensor | None:
-        """(b, 1, h, w), all ones where a picture has none; None where none has one."""
-        if all(picture.mask is None for picture in pictures):
+    def masks(self, images: Sequence[EncodedImage]) -> Tensor | None:
+        """(b, 1, h, w), all ones where an image has none; None where none has one."""
+        if all(image.mask is None for image in images):
             return None
-        return self.stacked([p.mean.new_ones(1, *p.mean.shape[1:]) if p.mask is None else p.mask for p in pictures])
+        return self.stacked([p.mean.new_ones(1, *p.mean.shape[1:]) if p.mask is None else p.mask for p in images])
 
     def stacked(self, tensors: Sequence[Tensor]) -> Tensor:
         """In one, on the device."""
@@ -107,22 +107,22 @@ class TrainingSession:
 
 
 def open_session(plan: RunPlan, base: Base, accelerator: Accelerator, progress: Progress) -> TrainingSession:
-    """Encode the pictures and make a fresh adapter and optimizer for ``plan`` on the loaded ``base``."""
+    """Encode the images and make a fresh adapter and optimizer for ``plan`` on the loaded ``base``."""
     config, training = plan.config, plan.training
     views = (*training.views(config.train.steps), *training.validation)
     cache = open_cache(config.cache)
-    pictures = encode_views(base, training.items, views, config, cache, progress)
-    contexts = Contexts(base, training.items, config, cache)
+    images = encode_views(base, training.items, views, config, cache, progress)
+    embeddings = CaptionEmbeddings(base, training.items, config, cache)
     adapter, rates = _new_adapter(base, config)
     if config.train.gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()
     return TrainingSession(
         plan=plan,
         base=base,
-        pictures=pictures,
-        contexts=contexts,
+        images=images,
+        embeddings=embeddings,
         adapter=adapter,
-        optimizer=GuardedAdamW(adapter.parameters, rates, config.train),
+        optimizer=GuardedAdamW(adapter.parameters, rates, config.optimizer, steps=config.train.steps),
         accelerator=accelerator,
     )
 
@@ -130,8 +130,8 @@ def open_session(plan: RunPlan, base: Base, accelerator: Accelerator, progress: 
 def _new_adapter(base: Base, config: Config) -> tuple[Adapter, list[float]]:
     """A fresh adapter on the parts that are trained, and the learning rate of each of its parameters."""
     targets = choose_targets(base.modules(), config.lora.targets)
-    parts = {"unet": config.train.learning_rate}
-    parts |= {encoder.facts.part: config.train.text_encoder_learning_rate for encoder in base.text_encoders}
+    parts = {"unet": config.optimizer.learning_rate}
+    parts |= {encoder.facts.part: config.optimizer.text_encoder_learning_rate for encoder in base.text_encoders}
     groups = [
         ({n: m for n, m in targets.items() if n.startswith(f"{part}.")}, rate) for part, rate in parts.items() if rate
     ]

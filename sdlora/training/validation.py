@@ -1,27 +1,26 @@
-"""How well the base with its LoRA knows pictures that it was never trained on."""
+"""How well the base with its LoRA knows images that it was never trained on."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
-from ..data.batches import share
 from ..progress import Progress
+from ..randomness import Stream, generator
+from .batches import share
 from .loss import denoising_loss
 from .session import TrainingSession
 
 TIMESTEPS = 4
-"""Noise levels at which each picture is measured: the middles of as many equal parts of the schedule."""
-_STREAM = 20
-"""Of random numbers; those of ``batches``, ``views`` and ``captions`` are below."""
+"""Noise levels at which each image is measured: the middles of as many equal parts of the schedule."""
 
 
 @torch.no_grad()
 def validation_loss(session: TrainingSession, progress: Progress) -> float | None:
-    """Mean loss of the validation pictures, weighted as in training; None where there are none.
+    """Mean loss of the validation images, weighted as in training; None where there are none.
 
-    Noise depends on the seed, the picture and the noise level alone, and the latent is the encoder's mean: the same in
-    every measurement, so that what differs is what was learned. Every process computes its share of the pictures.
+    Noise depends on the seed, the image and the noise level alone, and the latent is the encoder's mean: the same in
+    every measurement, so that what differs is what was learned. Every process computes its share of the images.
     """
     plan, base = session.plan, session.base
     views, accelerator = plan.training.validation, session.accelerator
@@ -34,20 +33,20 @@ def validation_loss(session: TrainingSession, progress: Progress) -> float | Non
     progress.start("Validation", len(own))
     for number in own:
         view = views[number]
-        picture, source = session.pictures[view], plan.training.items[view.item].source
-        conditioning = session.contexts.of([source.rules.plain(source.captions)])
+        image, source = session.images[view], plan.training.items[view.item].source
+        conditioning = session.embeddings.of([source.rules.plain(source.captions)])
         for timestep in timesteps:
-            rng = np.random.default_rng([plan.config.train.seed, _STREAM, timestep, view.item])
-            noise = rng.standard_normal(tuple(picture.mean.shape), dtype=np.float32)
+            rng = generator(plan.config.train.seed, Stream.VALIDATION_NOISE, timestep, view.item)
+            noise = rng.standard_normal(tuple(image.mean.shape), dtype=np.float32)
             total += denoising_loss(
                 base,
-                session.stacked([picture.mean]),
+                session.stacked([image.mean]),
                 session.on_device([noise]),
                 torch.tensor([timestep], device=base.device),
                 conditioning,
-                [picture.framing],
-                min_snr_gamma=plan.config.train.min_snr_gamma,
-                masks=session.masks([picture]),
+                [image.framing],
+                min_snr_gamma=plan.config.objective.min_snr_gamma,
+                masks=session.masks([image]),
             )[0]
         progress.advance()
     if accelerator.num_processes > 1:

@@ -1,0 +1,20 @@
+"""In which number format the frozen base computes."""
+
+from __future__ import annotations
+
+import torch
+
+SMALL_UNET = 100_000_000
+"""Parameters. Below it a CPU spends more time on converting than bfloat16 products save (``benchmarks/train_step.py``)."""
+
+
+def choose_precision(requested: str, device: torch.device, *, unet_parameters: int) -> torch.dtype:
+    """``auto`` is bfloat16 where the device multiplies it in hardware and the UNet is large enough to gain from it."""
+    if requested != "auto":
+        return getattr(torch, requested)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if device.type == "cpu":
+        gains = unet_parameters >= SMALL_UNET and torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if gains else torch.float32
+    return torch.float32

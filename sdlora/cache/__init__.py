@@ -1,0 +1,1 @@
+"""What the frozen base makes of images and captions, kept between runs."""

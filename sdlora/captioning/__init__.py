@@ -1,0 +1,1 @@
+"""Captions for images that have none, by a local model."""

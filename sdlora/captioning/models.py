@@ -1,0 +1,209 @@
+"""Models that say what an image shows, from a folder on this disk; nothing is fetched and no code of theirs is run.
+
+BLIP (Li et al. 2022) and Florence-2 (Xiao et al. 2023) write sentences, the WD14 taggers (SmilingWolf) Danbooru's tags.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args
+
+import numpy as np
+from PIL import Image
+
+from ..errors import CaptionerError
+
+CaptionerKind = Literal["blip", "florence", "wd14"]
+KINDS: tuple[CaptionerKind, ...] = get_args(CaptionerKind)
+
+MAX_NEW_TOKENS = 75
+"""About what one chunk of the text encoder holds."""
+BEAMS = 3
+FLORENCE_TASK = "<DETAILED_CAPTION>"
+GENERAL_THRESHOLD, CHARACTER_THRESHOLD = 0.35, 0.85
+"""Probabilities from which on a tag is taken, as the taggers' author recommends."""
+
+_MODEL_TYPES = {"blip": "blip", "florence2": "florence"}
+"""``model_type`` in config.json -> kind."""
+_ONNX, _TAGS = "model.onnx", "selected_tags.csv"
+
+
+class Captioner(Protocol):
+    """What says in words what an image shows."""
+
+    def caption(self, image: Image.Image) -> str:
+        """Of an RGB image of any size; the same for the same image. May be empty."""
+        ...
+
+
+def find_kind(folder: Path, wanted: str = "auto") -> CaptionerKind:
+    """Which kind of model is in ``folder``; a look at its files, no weight is read.
+
+    Raises:
+        CaptionerError: there is none, of no known kind or not of the ``wanted`` one, or its weights are pickled.
+    """
+    if not folder.is_dir():
+        raise CaptionerError(f"{folder}: no such folder; name the folder of a captioning model with --model")
+    found = _found_kind(folder)
+    if found is None:
+        raise CaptionerError(
+            f"{folder}: no captioning model: expected a config.json of BLIP or Florence-2, or {_ONNX} with {_TAGS}"
+        )
+    if wanted not in ("auto", found):
+        raise CaptionerError(f"{folder}: holds a model of kind {found}, not {wanted}; leave --kind out")
+    if found != "wd14" and not any(folder.glob("*.safetensors")):
+        raise CaptionerError(
+            f"{folder}: holds no .safetensors weights, and pickled ones are not read, since they can run code; "
+            "save the model again with save_pretrained"
+        )
+    return found
+
+
+def _found_kind(folder: Path) -> CaptionerKind | None:
+    if (folder / _ONNX).is_file() and (folder / _TAGS).is_file():
+        return "wd14"
+    try:
+        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    kind = _MODEL_TYPES.get(model_type) if isinstance(model_type, str) else None
+    return next((known for known in KINDS if known == kind), None)
+
+
+def open_captioner(folder: Path, kind: CaptionerKind) -> Captioner:
+    """Load the model, onto the graphics card where there is one.
+
+    Raises:
+        CaptionerError: it is damaged or incomplete, or a package that it needs is not installed.
+    """
+    if kind == "wd14":
+        return Wd14(session=_onnx_session(folder / _ONNX), tags=read_tags(folder / _TAGS))
+    import transformers
+
+    names = {"blip": "Blip", "florence": "Florence2"}
+    model_class = getattr(transformers, f"{names[kind]}ForConditionalGeneration")
+    processor_class = getattr(transformers, f"{names[kind]}Processor")
+    try:
+        processor = processor_class.from_pretrained(folder, local_files_only=True)
+        model, report = model_class.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    except Exception as error:  # The library raises many kinds for a folder that is not what it says.
+        raise CaptionerError(f"{folder}: the model cannot be loaded: {first_line(error)}") from None
+    # What is missing would be filled with random numbers.
+    if missing := sorted(report["missing_keys"]):
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise CaptionerError(f"{folder}: the model is incomplete: tensor {missing[0]}{more} is missing")
+    from ..base.load import choose_device
+
+    model = model.float().eval().to(choose_device())
+    return Sentences(model=model, processor=processor, task=FLORENCE_TASK if kind == "florence" else None)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sentences:
+    """BLIP or Florence-2 of transformers, by beam search, nothing drawn; ``task`` is what Florence-2 is asked for."""
+
+    model: Any
+    processor: Any
+    task: str | None
+
+    def caption(self, image: Image.Image) -> str:
+        import torch
+
+        given = self.processor(images=image, return_tensors="pt", **({"text": self.task} if self.task else {}))
+        with torch.inference_mode():
+            tokens = self.model.generate(
+                **given.to(self.model.device), max_new_tokens=MAX_NEW_TOKENS, num_beams=BEAMS, do_sample=False
+            )
+        return self.processor.batch_decode(tokens, skip_special_tokens=True)[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tag:
+    name: str
+    category: int
+    """0 general, 4 character, 9 rating."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Wd14:
+    """A tagger: (1, side, side, 3) float32, blue first, 0 to 255 -> a probability for each of ``tags``."""
+
+    session: Any
+    """Of onnxruntime."""
+    tags: Sequence[Tag]
+
+    def caption(self, image: Image.Image) -> str:
+        (given,) = self.session.get_inputs()
+        _, height, width, _ = given.shape
+        if not (isinstance(height, int) and height == width):
+            raise CaptionerError(f"{_ONNX}: takes images of {height} x {width}, expected a square of a fixed size")
+        (probabilities,) = self.session.run(None, {given.name: tagger_pixels(image, height)})
+        if probabilities.shape != (1, len(self.tags)):
+            counts = f"{probabilities.shape[-1]} numbers for {len(self.tags)} tags"
+            raise CaptionerError(f"{_ONNX}: gives {counts}; {_TAGS} belongs to another model")
+        return ", ".join(choose_tags(self.tags, probabilities[0].tolist()))
+
+
+def read_tags(file: Path) -> tuple[Tag, ...]:
+    """The tags in the order of the model's outputs.
+
+    Raises:
+        CaptionerError: unreadable, or without the columns ``name`` and ``category``.
+    """
+    tags: tuple[Tag, ...] = ()
+    with (
+        suppress(OSError, ValueError, KeyError, TypeError, csv.Error),
+        file.open(encoding="utf-8", newline="") as stream,
+    ):
+        tags = tuple(Tag(name=row["name"], category=int(row["category"])) for row in csv.DictReader(stream))
+    if not tags:
+        raise CaptionerError(f"{file}: expected a table with the columns name and category")
+    return tags
+
+
+def choose_tags(tags: Sequence[Tag], probabilities: Sequence[float]) -> list[str]:
+    """The likely ones, characters first, each kind by falling probability; ratings are left out.
+
+    Underscores become spaces, but for faces of up to three letters such as ``^_^``.
+    """
+    chosen = []
+    for category, threshold in ((4, CHARACTER_THRESHOLD), (0, GENERAL_THRESHOLD)):
+        pairs = zip(probabilities, tags, strict=True)
+        likely = [(p, tag.name) for p, tag in pairs if tag.category == category and p >= threshold]
+        chosen += [name for _, name in sorted(likely, key=lambda pair: -pair[0])]
+    return [name.replace("_", " ") if len(name) > 3 else name for name in chosen]
+
+
+def tagger_pixels(image: Image.Image, side: int) -> np.ndarray:
+    """``image`` on a white square -> (1, side, side, 3) float32, blue first, 0 to 255."""
+    longest = max(image.size)
+    square = Image.new("RGB", (longest, longest), "white")
+    square.paste(image, ((longest - image.width) // 2, (longest - image.height) // 2))
+    if longest != side:
+        square = square.resize((side, side), Image.Resampling.BICUBIC)
+    return np.asarray(square, np.float32)[None, :, :, ::-1].copy()
+
+
+def _onnx_session(file: Path) -> Any:
+    try:
+        import onnxruntime
+    except ImportError as fault:
+        absent = isinstance(fault, ModuleNotFoundError) and fault.name == "onnxruntime"
+        reason = "is not installed (pip install 'sdlora[caption]')" if absent else f"cannot be imported: {fault}"
+        raise CaptionerError(f"{file}: needs onnxruntime, which {reason}") from None
+    try:
+        return onnxruntime.InferenceSession(str(file), providers=onnxruntime.get_available_providers())
+    except Exception as error:  # Its own kinds, which derive from nothing else.
+        raise CaptionerError(f"{file}: the model cannot be loaded: {first_line(error)}") from None
+
+
+def first_line(error: Exception) -> str:
+    """What a library says went wrong, without the lines behind the first; its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,33 @@
+"""``sdlora inspect``: what a LoRA or a checkpoint is."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .app import JsonOption, app, emit, guard
+
+
+@app.command()
+def inspect(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A LoRA, a checkpoint file or folder, or 'mini'.")],
+    with_hashes: Annotated[
+        bool,
+        typer.Option("--hash", help="A checkpoint's SHA-256, AutoV1, AutoV2 and AutoV3 too; reads all of it once."),
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Tell what a LoRA file or a checkpoint is: family, modules, ranks, hashes, metadata, problems."""
+
+    def run() -> None:
+        from ..tools.inspect import inspect as inspect_file
+        from ..tools.inspect_report import as_text
+
+        report = inspect_file(file, hashes=with_hashes)
+        if as_json:
+            emit(report.to_json())
+        else:
+            typer.echo(as_text(report))
+
+    guard(run)

@@ -1,0 +1,67 @@
+"""``sdlora metadata show|set|redact``: the metadata of a safetensors file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .app import JsonOption, app, emit, guard
+
+metadata_app = typer.Typer(no_args_is_help=True, help="Show, change or clean the metadata of a safetensors file.")
+app.add_typer(metadata_app, name="metadata")
+FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="Any safetensors file.")]
+OutOption = Annotated[Path, typer.Option("--out", metavar="OUT", help="May be FILE itself.")]
+
+
+@metadata_app.command()
+def show(file: FileArgument, as_json: JsonOption = False) -> None:
+    """Print the metadata; no tensor is read."""
+
+    def run() -> None:
+        from ..formats.metadata_file import read_metadata
+
+        metadata = read_metadata(file)
+        if as_json:
+            emit(metadata)
+        for key, value in metadata.items() if not as_json else ():
+            typer.echo(f"{key}: {value if len(value) <= 200 else value[:200] + '…'}")
+
+    guard(run)
+
+
+@metadata_app.command("set")
+def set_(
+    file: FileArgument,
+    pairs: Annotated[list[str], typer.Argument(metavar="KEY=VALUE...", help="An empty VALUE takes the key away.")],
+    out: OutOption,
+) -> None:
+    """Change keys; the tensors, and with them the hashes over the tensors, stay."""
+
+    def run() -> None:
+        from ..formats.metadata_file import read_metadata, write_metadata
+
+        split = [pair.partition("=") for pair in pairs]
+        if wrong := [pair for pair, (key, equals, _) in zip(pairs, split, strict=True) if not (key and equals)]:
+            raise typer.BadParameter(f"{wrong[0]!r}: expected KEY=VALUE", param_hint="KEY=VALUE")
+        changed = read_metadata(file) | {key: value for key, _, value in split}
+        write_metadata(file, out, {key: value for key, value in changed.items() if value})
+        typer.echo(str(out))
+
+    guard(run)
+
+
+@metadata_app.command()
+def redact(file: FileArgument, out: OutOption) -> None:
+    """Take folders and mail addresses out of the metadata, whoever wrote it."""
+
+    def run() -> None:
+        from ..formats.metadata_file import read_metadata, redacted, write_metadata
+
+        before = read_metadata(file)
+        after = redacted(before)
+        write_metadata(file, out, after)
+        typer.echo(f"{out}: {sum(before[key] != after[key] for key in before)} of {len(before)} values changed")
+
+    guard(run)

@@ -1,0 +1,180 @@
+"""Facts about the families of Stable Diffusion checkpoints, as data. A new family is a new table at the end.
+
+Sizes are not here: they are read off a checkpoint's tensors. What is here cannot be read off them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Spelling = Literal["transformers", "open_clip"]
+"""Whose names an LDM or sgm file gives the tensors of a text encoder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEncoderFacts:
+    """A CLIP text encoder of a family."""
+
+    part: str
+    """``text_encoder`` or ``text_encoder_2``."""
+    spelling: Spelling
+    prefixes: tuple[str, ...]
+    """In LDM and sgm files, the published one first."""
+    activation: str
+    pad_token: str
+    """What fills a prompt up to 77 tokens; open_clip fills up with token 0, which is ``!``."""
+    head_width: int = 64
+    unread_layers: int = 0
+    """Layers at the end that LDM files hold and nobody computes."""
+    pooled: bool = False
+    """Whether its projected summary of the prompt is conditioning too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnetFacts:
+    """Of the attention: either the number of heads or their width is the same on all levels."""
+
+    heads: int | None = None
+    head_width: int | None = None
+    cross_attention_dim: int
+    """Width of the text embeddings in the published checkpoints; other sizes of the family have their own."""
+    linear_projection: bool
+    """Whether its attention is entered and left by linear layers; else by 1 x 1 convolutions."""
+    size_conditioning: bool = False
+    """Whether it is told original size, crop and target size, next to the pooled text (SDXL, section 2.2)."""
+    size_embedding_width: int = 256
+    """Of each of the six numbers, where it cannot be told from the text encoder's pooled width."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """What holds for every checkpoint of a family, whatever its size."""
+
+    name: str
+    """``sd1``, ``sd2`` or ``sdxl``, as ``inspect --json`` says it."""
+    title: str
+    unet: UnetFacts
+    text_encoders: tuple[TextEncoderFacts, ...]
+    latent_scale: float
+    """What the VAE's latents are multiplied by for the UNet."""
+    resolution: int
+    """Side in pixels of the square image that the published checkpoints were made for."""
+    resolution_v: int
+    """The same where they predict v."""
+    clip_skip: int
+    """The text encoders' layer that is read, 1 being the last; the family was trained with this one."""
+    clip_norm: bool
+    """Whether the final layer norm is applied to that layer."""
+    zeros_for_empty_negative: bool
+    """Whether an empty negative prompt is all zeros rather than the empty prompt's embedding."""
+    timestep_spacing: str | None
+    """As the published scheduler has it; None leaves it to the sampler."""
+    kohya_version: str
+    """``ss_base_model_version`` of an epsilon-prediction base."""
+    kohya_version_v: str
+    kohya_unet_names: Literal["diffusers", "sgm"]
+    """Whose block names kohya's own LoRA files use."""
+    modelspec_architecture: str
+    modelspec_architecture_v: str
+    modelspec_implementation: str
+
+    def resolution_for(self, prediction: str) -> int:
+        """``resolution`` or ``resolution_v``."""
+        return self.resolution if prediction == "epsilon" else self.resolution_v
+
+
+SD1 = Family(
+    name="sd1",
+    title="Stable Diffusion 1.x",
+    unet=UnetFacts(heads=8, cross_attention_dim=768, linear_projection=False),
+    text_encoders=(
+        TextEncoderFacts(
+            part="text_encoder",
+            spelling="transformers",
+            prefixes=("cond_stage_model.transformer.",),
+            activation="quick_gelu",
+            pad_token="<|endoftext|>",
+        ),
+    ),
+    latent_scale=0.18215,
+    resolution=512,
+    resolution_v=512,
+    clip_skip=1,
+    clip_norm=True,
+    zeros_for_empty_negative=False,
+    timestep_spacing=None,
+    kohya_version="sd_v1",
+    kohya_version_v="sd_v1",
+    kohya_unet_names="diffusers",
+    modelspec_architecture="stable-diffusion-v1/lora",
+    modelspec_architecture_v="stable-diffusion-v1/lora",
+    modelspec_implementation="diffusers",
+)
+SD2 = Family(
+    name="sd2",
+    title="Stable Diffusion 2.x",
+    unet=UnetFacts(head_width=64, cross_attention_dim=1024, linear_projection=True),
+    text_encoders=(
+        TextEncoderFacts(
+            part="text_encoder",
+            spelling="open_clip",
+            prefixes=("cond_stage_model.model.", "conditioner.embedders.0.model."),
+            activation="gelu",
+            pad_token="!",
+            unread_layers=1,
+        ),
+    ),
+    latent_scale=0.18215,
+    resolution=512,
+    resolution_v=768,
+    clip_skip=1,
+    clip_norm=True,
+    zeros_for_empty_negative=False,
+    timestep_spacing=None,
+    kohya_version="sd_v2",
+    kohya_version_v="sd_v2_v",
+    kohya_unet_names="diffusers",
+    modelspec_architecture="stable-diffusion-v2-512/lora",
+    modelspec_architecture_v="stable-diffusion-v2-768-v/lora",
+    modelspec_implementation="diffusers",
+)
+SDXL = Family(
+    name="sdxl",
+    title="Stable Diffusion XL",
+    unet=UnetFacts(head_width=64, cross_attention_dim=2048, linear_projection=True, size_conditioning=True),
+    text_encoders=(
+        TextEncoderFacts(
+            part="text_encoder",
+            spelling="transformers",
+            prefixes=("conditioner.embedders.0.transformer.",),
+            activation="quick_gelu",
+            pad_token="<|endoftext|>",
+        ),
+        TextEncoderFacts(
+            part="text_encoder_2",
+            spelling="open_clip",
+            prefixes=("conditioner.embedders.1.model.",),
+            activation="gelu",
+            pad_token="!",
+            pooled=True,
+        ),
+    ),
+    latent_scale=0.13025,
+    resolution=1024,
+    resolution_v=1024,
+    clip_skip=2,
+    clip_norm=False,
+    zeros_for_empty_negative=True,
+    timestep_spacing="leading",
+    kohya_version="sdxl_base_v1-0",
+    kohya_version_v="sdxl_base_v1-0",
+    kohya_unet_names="sgm",
+    modelspec_architecture="stable-diffusion-xl-v1-base/lora",
+    modelspec_architecture_v="stable-diffusion-xl-v1-base/lora",
+    modelspec_implementation="https://github.com/Stability-AI/generative-models",
+)
+TOKENS_IN_CHUNK = 77
+"""What CLIP reads at once: a start mark, 75 tokens, an end mark."""
+WORDS_IN_CHUNK = TOKENS_IN_CHUNK - 2
+FAMILIES = {family.name: family for family in (SD1, SD2, SDXL)}

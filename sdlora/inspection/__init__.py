@@ -1,1 +1,0 @@
-"""What a file is, told without a base: a LoRA, or a checkpoint."""

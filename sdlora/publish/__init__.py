@@ -1,0 +1,1 @@
+"""A LoRA as an upload: files, previews, model card."""

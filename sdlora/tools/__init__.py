@@ -1,0 +1,1 @@
+"""Work on LoRA files and checkpoints: inspect, convert."""

@@ -1,0 +1,73 @@
+"""Which kind of file it is, and the report on a checkpoint."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from ..base.checkpoint import MINI, MINI_FOLDER
+from ..base.detect import DetectedCheckpoint, detect_checkpoint
+from ..base.parts import PARTS as CHECKPOINT_PARTS
+from ..base.parts import TITLES
+from ..errors import LoraFileError
+from ..formats.hashes import FileHashes, file_hashes
+from ..formats.lora_file import is_lora, lora_in, read_lora
+from ..formats.tensor_files import open_tensor_file
+from ..progress import Progress, progress_or_bar
+from .inspect_lora import lora_report
+from .inspect_report import InspectReport
+
+
+def inspect(path: str | Path, *, hashes: bool = False, progress: Progress | None = None) -> InspectReport:
+    """InspectReport on a LoRA file, the folder of a PEFT adapter, ``mini``, a checkpoint file or a diffusers folder.
+
+    Args:
+        hashes: of a checkpoint too, for which all of its file is read; those of a LoRA are always reported.
+
+    Raises:
+        LoraFileError, BaseModelError: the file is neither, or it is damaged.
+    """
+    with progress_or_bar(progress) as shown:
+        return _inspect(str(path), hashes, shown)
+
+
+def _inspect(path: str, hashes: bool, progress: Progress) -> InspectReport:
+    file = Path(path)
+    if (file / "adapter_config.json").is_file():
+        return lora_report(read_lora(file))
+    if path == MINI or file.is_dir():
+        return _checkpoint_report(detect_checkpoint(MINI_FOLDER if path == MINI else file), name=file.name, hashes=None)
+    opened = open_tensor_file(file, LoraFileError)
+    if is_lora(opened.tensors):
+        return lora_report(lora_in(opened))
+    found = detect_checkpoint(file)
+    own = file_hashes(file, progress) if hashes else None
+    return _checkpoint_report(found, name=file.name, hashes=own)
+
+
+def _checkpoint_report(found: DetectedCheckpoint, *, name: str, hashes: FileHashes | None) -> InspectReport:
+    dtypes: Counter[str] = Counter()
+    for part in found.parts.values():
+        dtypes.update({str(dtype).removeprefix("torch."): count for dtype, count in part.dtypes().items()})
+    family, problems = found.family, [f"it {found.refusal}"] if found.refusal else []
+    if family is not None:
+        needed = ("unet", "vae", *(encoder.part for encoder in family.text_encoders))
+        problems += [f"it holds no {TITLES[part]}" for part in needed if part not in found.parts]
+    return InspectReport(
+        kind="checkpoint",
+        file=name,
+        family=family.name if family else None,
+        dialect=found.dialect,
+        modules={part: len(found.parts[part].tensors) for part in CHECKPOINT_PARTS if part in found.parts},
+        dtype=", ".join(dtype for dtype, _ in dtypes.most_common()) or None,
+        prediction=found.schedule.prediction if family else None,
+        prediction_source=found.prediction_source if family else None,
+        zero_terminal_snr=found.schedule.zero_terminal_snr,
+        resolution=found.resolution,
+        parameters={part: found.parts[part].parameters() for part in CHECKPOINT_PARTS if part in found.parts},
+        ema_tensors=found.ema_tensors,
+        problems=tuple(problems),
+        notes=found.notes,
+        hashes={} if hashes is None else hashes.by_name(),
+        metadata=dict(sorted(found.metadata.items())),
+    )

@@ -1,0 +1,130 @@
+"""Which images make up the batch of a step: a function of (seed, step), so that a resumed run needs no memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from ..randomness import Stream, generator
+
+
+@dataclass(frozen=True, kw_only=True)
+class Showing:
+    """GeneratedImage ``number`` is shown; it was shown ``turn`` times before."""
+
+    number: int
+    turn: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchPlan:
+    """Images grouped by size; a batch never mixes sizes, and a remainder is a smaller batch, never dropped."""
+
+    buckets: tuple[tuple[int, ...], ...]
+    """GeneratedImage numbers of each bucket."""
+    repeats: tuple[int, ...]
+    """How often each image is shown in an epoch; 0 is never."""
+    batch_size: int
+    seed: int
+
+    @classmethod
+    def of(
+        cls, sizes: Sequence[tuple[int, int]], *, repeats: Sequence[int] | None = None, batch_size: int, seed: int
+    ) -> BatchPlan:
+        """For images of these sizes; each is shown once in an epoch, or as often as ``repeats`` says."""
+        times = tuple(repeats) if repeats is not None else (1,) * len(sizes)
+        by_size: dict[tuple[int, int], list[int]] = {}
+        for number, size in enumerate(sizes):
+            if times[number]:
+                by_size.setdefault(size, []).append(number)
+        buckets = tuple(tuple(numbers) for _, numbers in sorted(by_size.items()))
+        return cls(buckets=buckets, repeats=times, batch_size=batch_size, seed=seed)
+
+    @property
+    def batches_per_epoch(self) -> int:
+        shown = (sum(self.repeats[number] for number in bucket) for bucket in self.buckets)
+        return sum(math.ceil(count / self.batch_size) for count in shown)
+
+    def batch(self, step: int) -> tuple[Showing, ...]:
+        """What is shown in ``step`` (from 0)."""
+        epoch, position = divmod(step, self.batches_per_epoch)
+        return self.epoch(epoch)[position]
+
+    def epoch(self, epoch: int) -> tuple[tuple[Showing, ...], ...]:
+        """Every batch of an epoch, in order."""
+        return _epoch(self, epoch)
+
+
+@lru_cache(maxsize=2)
+def _epoch(plan: BatchPlan, epoch: int) -> tuple[tuple[Showing, ...], ...]:
+    rng = generator(plan.seed, Stream.ORDER, epoch)
+    batches = []
+    for bucket in plan.buckets:
+        showings = [
+            Showing(number=number, turn=epoch * plan.repeats[number] + again)
+            for number in bucket
+            for again in range(plan.repeats[number])
+        ]
+        order = [showings[i] for i in rng.permutation(len(showings))]
+        batches += [tuple(order[i : i + plan.batch_size]) for i in range(0, len(order), plan.batch_size)]
+    return tuple(batches[i] for i in rng.permutation(len(batches)))
+
+
+def regularisation_repeats(wanted: int, repeats: Sequence[int]) -> tuple[int, ...]:
+    """How often each regularisation image is shown in an epoch of ``wanted`` training showings.
+
+    As in kohya's trainer: as many of them as of training images. Each is taken as often as its set says, in order,
+    until there are enough; images behind that are never shown. Where all are too few, each is shown once more, in
+    order, until there are enough. (kohya's trainer lets the last image of the first round go over the mark.)
+    """
+    shown, left = [], wanted
+    for times in repeats:
+        shown.append(min(times, left))
+        left -= shown[-1]
+    if not shown:
+        return ()
+    rounds, rest = divmod(left, len(shown))
+    return tuple(times + rounds + (number < rest) for number, times in enumerate(shown))
+
+
+def share(count: int, *, process: int, processes: int) -> range:
+    """Which of a batch's ``count`` slots this process computes; together the processes compute each once."""
+    return range(process, count, processes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draws:
+    """The random numbers of one image in one step: a function of (seed, step, slot) and nothing else."""
+
+    noise: np.ndarray
+    """float32, the latent's shape."""
+    posterior: np.ndarray
+    """float32, the latent's shape: where in the encoder's posterior the latent is taken."""
+    timestep: int
+    drop_caption: bool
+
+
+def draw(
+    *, seed: int, step: int, slot: int, slots: int, shape: tuple[int, ...], timesteps: int, caption_dropout: float
+) -> Draws:
+    """Draw for ``slot`` of ``slots`` in ``step``.
+
+    Timesteps are stratified over the batch: slot k draws from the k-th of ``slots`` equal parts, in a shuffled order,
+    which evens out the loss without changing what is drawn on average.
+    """
+
+    def rng(stream: Stream, *more: int) -> np.random.Generator:
+        return generator(seed, stream, step, *more)
+
+    stratum = int(rng(Stream.TIMESTEP).permutation(slots)[slot])
+    position = (stratum + rng(Stream.TIMESTEP, slot).random()) / slots
+    return Draws(
+        noise=rng(Stream.NOISE, slot).standard_normal(shape, dtype=np.float32),
+        posterior=rng(Stream.POSTERIOR, slot).standard_normal(shape, dtype=np.float32),
+        timestep=min(timesteps - 1, int(position * timesteps)),
+        drop_caption=bool(rng(Stream.CAPTION_DROPOUT, slot).random() < caption_dropout),
+    )
