@@ -269,7 +269,7 @@ def run():
     caption_folder(Path(sys.argv[1]), Slow, trigger="", extension=".txt", progress=Silence())
 
 try:
-    guard(run)
+    guard(run)()
 except typer.Exit as exit:
     sys.exit(exit.exit_code)
 """

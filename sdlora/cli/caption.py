@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 @app.command()
+@guard
 def caption(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of images; those within it too.")],
     model: Annotated[Path, typer.Option(metavar="FOLDER", help="BLIP, Florence-2, or a WD14 tagger, on this disk.")],
@@ -24,32 +25,26 @@ def caption(
     as_json: JsonOption = False,
 ) -> None:
     """Write the captions that are missing beside the images, by a local model; no caption is ever changed."""
+    from ..captioning.models import KINDS, find_kind, open_captioner
 
-    def run() -> None:
-        from ..captioning.models import KINDS, find_kind, open_captioner
+    if kind not in ("auto", *KINDS):
+        raise typer.BadParameter(f"{kind!r} is not auto, {', '.join(KINDS)}", param_hint="--kind")
+    found = find_kind(model, kind)
+    from ..captioning.folder import caption_folder
+    from ..progress import progress_bar
 
-        if kind not in ("auto", *KINDS):
-            raise typer.BadParameter(f"{kind!r} is not auto, {', '.join(KINDS)}", param_hint="--kind")
-        found = find_kind(model, kind)
-        from ..captioning.folder import caption_folder
-        from ..progress import progress_bar
+    def load() -> Captioner:
+        _quiet_libraries()
+        return open_captioner(model, found)
 
-        def load() -> Captioner:
-            _quiet_libraries()
-            return open_captioner(model, found)
-
-        with progress_bar() as progress:
-            report = caption_folder(
-                folder, load, trigger=trigger.strip(), extension=caption_extension, progress=progress
-            )
-        if as_json:
-            emit({"kind": found, **report.to_json()})
-        else:
-            typer.echo(f"{folder}: {len(report.written)} captions written, {report.present} were there before")
-        if report.problems:
-            raise DataError(report.problems)
-
-    guard(run)
+    with progress_bar() as progress:
+        report = caption_folder(folder, load, trigger=trigger.strip(), extension=caption_extension, progress=progress)
+    if as_json:
+        emit({"kind": found, **report.to_json()})
+    else:
+        typer.echo(f"{folder}: {len(report.written)} captions written, {report.present} were there before")
+    if report.problems:
+        raise DataError(report.problems)
 
 
 def _quiet_libraries() -> None:

@@ -10,6 +10,7 @@ from .app import JsonOption, app, emit, guard
 
 
 @app.command()
+@guard
 def convert(
     source: Annotated[
         str, typer.Argument(metavar="IN", help="A LoRA file in any dialect, or a PEFT adapter's folder.")
@@ -21,20 +22,16 @@ def convert(
     as_json: JsonOption = False,
 ) -> None:
     """Write a LoRA in another dialect: the same changes under other names."""
+    if precision not in ("auto", "float16", "bfloat16", "float32"):
+        raise typer.BadParameter(f"{precision!r} is not a precision", param_hint="--precision")
+    from ..tools.convert import convert as convert_file
 
-    def run() -> None:
-        if precision not in ("auto", "float16", "bfloat16", "float32"):
-            raise typer.BadParameter(f"{precision!r} is not a precision", param_hint="--precision")
-        from ..tools.convert import convert as convert_file
-
-        report = convert_file(source, target, to=to, base=base, precision=precision)
-        if as_json:
-            emit(report.to_json())
-        else:
-            typer.echo(
-                f"{report.output}: {report.modules} modules, {report.family}, {report.dialect} names, {report.dtype}"
-            )
-            for problem in report.left_out:
-                typer.echo(f"  left out: {problem}")
-
-    guard(run)
+    report = convert_file(source, target, to=to, base=base, precision=precision)
+    if as_json:
+        emit(report.to_json())
+    else:
+        typer.echo(
+            f"{report.output}: {report.modules} modules, {report.family}, {report.dialect} names, {report.dtype}"
+        )
+        for problem in report.left_out:
+            typer.echo(f"  left out: {problem}")

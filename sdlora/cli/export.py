@@ -11,6 +11,7 @@ from .app import BaseOption, JsonOption, app, emit, guard, parse_size
 
 
 @app.command()
+@guard
 def export(
     lora: Annotated[str, typer.Argument(metavar="LORA", help="A LoRA file in any dialect.")],
     civitai: Annotated[Path, typer.Option("--civitai", metavar="DIR", help="The folder to make: all an upload needs.")],
@@ -28,29 +29,25 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Make the folder for an upload: the LoRA, previews that link to it, A1111's card and a model card."""
+    shape = parse_size(size)
+    from ..publish.civitai import export_civitai
 
-    def run() -> None:
-        shape = parse_size(size)
-        from ..publish.civitai import export_civitai
-
-        package = export_civitai(
-            lora,
-            civitai,
-            base=base,
-            prompts=prompt if previews else (),
-            negative=negative,
-            weight=weight,
-            seed=seed,
-            steps=steps,
-            cfg=cfg,
-            size=shape,
-        )
-        if as_json:
-            emit(package.to_json())
-        else:
-            for name in (package.lora, *package.previews, package.sidecar, package.card):
-                typer.echo(str(civitai / name))
-            if package.redacted:
-                typer.echo(f"{package.redacted} values of its metadata named folders or addresses, and no longer do")
-
-    guard(run)
+    package = export_civitai(
+        lora,
+        civitai,
+        base=base,
+        prompts=prompt if previews else (),
+        negative=negative,
+        weight=weight,
+        seed=seed,
+        steps=steps,
+        cfg=cfg,
+        size=shape,
+    )
+    if as_json:
+        emit(package.to_json())
+    else:
+        for name in (package.lora, *package.previews, package.sidecar, package.card):
+            typer.echo(str(civitai / name))
+        if package.redacted:
+            typer.echo(f"{package.redacted} values of its metadata named folders or addresses, and no longer do")

@@ -12,6 +12,7 @@ from .app import BaseOption, JsonOption, app, emit, guard, parse_size
 
 
 @app.command()
+@guard
 def generate(
     prompt: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="Several make several images.")],
     base: BaseOption = "mini",
@@ -41,52 +42,48 @@ def generate(
     as_json: JsonOption = False,
 ) -> None:
     """Generate images with any number of weighted LoRAs; each PNG holds its own recipe."""
+    shape = parse_size(size)
+    if strip and count > 1:
+        raise typer.BadParameter("a strip shows one seed; leave --count out", param_hint="--strip")
+    if precision not in ("auto", "float32", "bfloat16"):
+        raise typer.BadParameter(f"{precision!r} is not auto, float32 or bfloat16", param_hint="--precision")
+    encoders = [*(text_encoder or ()), None, None]
+    from ..config.loading import base_section
 
-    def run() -> None:
-        shape = parse_size(size)
-        if strip and count > 1:
-            raise typer.BadParameter("a strip shows one seed; leave --count out", param_hint="--strip")
-        if precision not in ("auto", "float32", "bfloat16"):
-            raise typer.BadParameter(f"{precision!r} is not auto, float32 or bfloat16", param_hint="--precision")
-        encoders = [*(text_encoder or ()), None, None]
-        from ..config.loading import base_section
+    section = base_section(
+        path=base,
+        vae=vae,
+        text_encoder=encoders[0],
+        text_encoder_2=encoders[1],
+        prediction=prediction,
+        clip_skip=clip_skip,
+        attention=attention,
+    )
+    from ..generation import studio
+    from ..generation.infotext import save_png
 
-        section = base_section(
-            path=base,
-            vae=vae,
-            text_encoder=encoders[0],
-            text_encoder_2=encoders[1],
-            prediction=prediction,
-            clip_skip=clip_skip,
-            attention=attention,
-        )
-        from ..generation import studio
-        from ..generation.infotext import save_png
-
-        options: dict[str, Any] = {"negative": negative, "seed": seed, "steps": steps, "cfg": cfg}
-        options |= {"size": shape, "sampler": sampler, "precision": precision, "base": section, "loras": lora or ()}
-        target = out or Path("out")
-        single = target.suffix == ".png"
-        if strip:
-            image, parameters = studio.generate_strip(prompt, scale=2, **options)
-            files = [target if single else target / f"{_slug(prompt[0])}-strip.png"]
-            save_png(image, files[0], parameters)
-        else:
-            images = studio.generate(prompt, count=count, **options)
-            files = []
-            for number, image in enumerate(images):
-                name = f"{_slug(image.request.prompt)}-{image.request.seed}.png"
-                if single:
-                    name = target.name if len(images) == 1 else f"{target.stem}-{number}.png"
-                files.append((target.parent if single else target) / name)
-                save_png(image.image, files[-1], image.parameters)
-        if as_json:
-            emit({"images": [str(file) for file in files], "seed": seed, "prompts": prompt, "loras": list(lora or ())})
-        else:
-            for file in files:
-                typer.echo(str(file))
-
-    guard(run)
+    options: dict[str, Any] = {"negative": negative, "seed": seed, "steps": steps, "cfg": cfg}
+    options |= {"size": shape, "sampler": sampler, "precision": precision, "base": section, "loras": lora or ()}
+    target = out or Path("out")
+    single = target.suffix == ".png"
+    if strip:
+        image, parameters = studio.generate_strip(prompt, scale=2, **options)
+        files = [target if single else target / f"{_slug(prompt[0])}-strip.png"]
+        save_png(image, files[0], parameters)
+    else:
+        images = studio.generate(prompt, count=count, **options)
+        files = []
+        for number, image in enumerate(images):
+            name = f"{_slug(image.request.prompt)}-{image.request.seed}.png"
+            if single:
+                name = target.name if len(images) == 1 else f"{target.stem}-{number}.png"
+            files.append((target.parent if single else target) / name)
+            save_png(image.image, files[-1], image.parameters)
+    if as_json:
+        emit({"images": [str(file) for file in files], "seed": seed, "prompts": prompt, "loras": list(lora or ())})
+    else:
+        for file in files:
+            typer.echo(str(file))
 
 
 def _slug(prompt: str) -> str:

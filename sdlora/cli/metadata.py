@@ -16,52 +16,43 @@ OutOption = Annotated[Path, typer.Option("--out", metavar="OUT", help="May be FI
 
 
 @metadata_app.command()
+@guard
 def show(file: FileArgument, as_json: JsonOption = False) -> None:
     """Print the metadata; no tensor is read."""
+    from ..formats.metadata_file import read_metadata
 
-    def run() -> None:
-        from ..formats.metadata_file import read_metadata
-
-        metadata = read_metadata(file)
-        if as_json:
-            emit(metadata)
-        for key, value in metadata.items() if not as_json else ():
-            typer.echo(f"{key}: {value if len(value) <= 200 else value[:200] + '…'}")
-
-    guard(run)
+    metadata = read_metadata(file)
+    if as_json:
+        emit(metadata)
+    for key, value in metadata.items() if not as_json else ():
+        typer.echo(f"{key}: {value if len(value) <= 200 else value[:200] + '…'}")
 
 
 @metadata_app.command("set")
+@guard
 def set_(
     file: FileArgument,
     pairs: Annotated[list[str], typer.Argument(metavar="KEY=VALUE...", help="An empty VALUE takes the key away.")],
     out: OutOption,
 ) -> None:
     """Change keys; the tensors, and with them the hashes over the tensors, stay."""
+    from ..formats.metadata_file import read_metadata, write_metadata
 
-    def run() -> None:
-        from ..formats.metadata_file import read_metadata, write_metadata
-
-        split = [pair.partition("=") for pair in pairs]
-        if wrong := [pair for pair, (key, equals, _) in zip(pairs, split, strict=True) if not (key and equals)]:
-            raise typer.BadParameter(f"{wrong[0]!r}: expected KEY=VALUE", param_hint="KEY=VALUE")
-        changed = read_metadata(file) | {key: value for key, _, value in split}
-        write_metadata(file, out, {key: value for key, value in changed.items() if value})
-        typer.echo(str(out))
-
-    guard(run)
+    split = [pair.partition("=") for pair in pairs]
+    if wrong := [pair for pair, (key, equals, _) in zip(pairs, split, strict=True) if not (key and equals)]:
+        raise typer.BadParameter(f"{wrong[0]!r}: expected KEY=VALUE", param_hint="KEY=VALUE")
+    changed = read_metadata(file) | {key: value for key, _, value in split}
+    write_metadata(file, out, {key: value for key, value in changed.items() if value})
+    typer.echo(str(out))
 
 
 @metadata_app.command()
+@guard
 def redact(file: FileArgument, out: OutOption) -> None:
     """Take folders and mail addresses out of the metadata, whoever wrote it."""
+    from ..formats.metadata_file import read_metadata, redacted, write_metadata
 
-    def run() -> None:
-        from ..formats.metadata_file import read_metadata, redacted, write_metadata
-
-        before = read_metadata(file)
-        after = redacted(before)
-        write_metadata(file, out, after)
-        typer.echo(f"{out}: {sum(before[key] != after[key] for key in before)} of {len(before)} values changed")
-
-    guard(run)
+    before = read_metadata(file)
+    after = redacted(before)
+    write_metadata(file, out, after)
+    typer.echo(f"{out}: {sum(before[key] != after[key] for key in before)} of {len(before)} values changed")
