@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from sdlora.config.loading import load_config
 from sdlora.config.sections import Config
+from sdlora.config.setting import DECIDES_RESUMING
 from sdlora.errors import ConfigError
 
 GOOD = """
@@ -135,7 +136,7 @@ def test_faults_within_sets_have_their_lines(tmp_path: Path) -> None:
         load_config(write(tmp_path, text))
     told = "\n".join(caught.value.problems)
     assert len(caught.value.problems) == 3
-    assert "run.toml:9: data.sets.repeats = 0: input should be greater than or equal to 1" in told
+    assert "run.toml:9: data.sets.repeats = 0: must be at least 1" in told
     assert "run.toml:10: unknown key data.sets.keep_token; did you mean data.sets.keep_tokens?" in told
     assert "run.toml:15: unknown key data.sets.rol; did you mean data.sets.role?" in told
 
@@ -165,7 +166,7 @@ def test_faults_within_sets_have_their_lines(tmp_path: Path) -> None:
         ('[[data.sets]]\nimages = "a"\nmasks = "m"', "data.mask = 'none' leaves the masks in m unused"),
         (
             '[[data.sets]]\nimages = "a"\nloss_weight = inf',
-            "data.sets.loss_weight = inf: input should be a finite number",
+            "data.sets.loss_weight = inf: must be a finite number",
         ),
         ('[[data.sets]]\nimages = "a"\ntrigger = "two  words"', "trigger = 'two  words' has white space"),
         (
@@ -202,8 +203,8 @@ def test_flat_settings_tell_sets_apart_and_may_leave_paths_out(tmp_path: Path) -
         "cache.folder=/secret/cache",
     ])  # fmt: skip
     assert "secret" in "".join(private.flat().values())
-    assert "secret" not in "".join(private.flat(paths=False).values())
-    assert json.loads(private.flat(paths=False)["data.sets"])[0]["repeats"] == 1
+    assert "secret" not in "".join(private.flat(DECIDES_RESUMING).values())
+    assert json.loads(private.flat(DECIDES_RESUMING)["data.sets"])[0]["repeats"] == 1
 
 
 @given(st.text("[]data.set{}\"'= \n01a_", max_size=120))

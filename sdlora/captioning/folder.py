@@ -61,8 +61,7 @@ def caption_folder(
     if not re.fullmatch(r"\.?[A-Za-z0-9]+", extension):
         raise ConfigError(f"{extension!r} is not a file extension; expected one such as .txt")
     extension = "." + extension.lstrip(".")
-    # The trigger that is named here plays no part: captions are looked for, none is made by rules.
-    listing = find_sources(DataSection(images=str(folder), trigger="-", caption_extension=extension))
+    listing = find_sources(DataSection(images=str(folder), caption_extension=extension))
     raise_errors(finding for finding in listing.findings if finding.code in _NO_PLACE)
     problems = [str(finding) for finding in listing.findings if finding.code == "folder-unreadable"]
     wanted = _without_captions(listing.sources, extension, problems)

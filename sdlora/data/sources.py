@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..config.kohya_dataset import read_dataset_config
-from ..config.sections import Config, DataSection, OutputSection, SetSection
+from ..config.resolve import resolve_data
+from ..config.sections import DataSection, SetSection
 from ..files import printable
 from .caption_files import CaptionFinder
 from .captions import CaptionRules
@@ -58,43 +58,22 @@ class Listing:
     findings: tuple[Finding, ...]
 
 
-def resolve_config(config: Config) -> Config:
-    """``config`` with every folder in ``data.sets``, and with what ``data.dataset_config`` says.
-
-    The same again where that is so already. Every stage of a run reads its settings here, and so does its identity.
-
-    Raises:
-        ConfigError: ``data.dataset_config`` is at fault.
-    """
-    data, train = config.data, config.train
-    if data.dataset_config is not None:
-        data, train = read_dataset_config(data, train)
-    if data.images is not None:
-        only = SetSection(images=data.images, metadata=data.metadata)
-        data = data.model_copy(update={"images": None, "metadata": None, "sets": (only,)})
-    return config.model_copy(update={"data": data, "train": train})
-
-
-def resolve_data(data: DataSection) -> DataSection:
-    """The data section of ``resolve_config``."""
-    return resolve_config(Config(data=data, output=OutputSection(path="_.safetensors"))).data
-
-
-def caption_rules(one: SetSection, data: DataSection) -> CaptionRules:
-    """The rules of the captions of a set."""
-
-    none = "" if one.role == "regularisation" else data.trigger
+def caption_rules(section: SetSection, data: DataSection) -> CaptionRules:
+    """The rules of the captions of a complete set."""
+    trigger = section.trigger
+    if trigger is None:
+        trigger = "" if section.role == "regularisation" else data.trigger or ""
     return CaptionRules(
-        trigger=none if one.trigger is None else one.trigger,
+        trigger=trigger,
         trigger_as=data.trigger_as,
         template=data.caption_template,
-        prefix=data.caption_prefix if one.caption_prefix is None else one.caption_prefix,
-        suffix=data.caption_suffix if one.caption_suffix is None else one.caption_suffix,
+        prefix=section.caption_prefix,
+        suffix=section.caption_suffix,
         replace=data.caption_replace,
-        wildcards=data.wildcards if one.wildcards is None else one.wildcards,
-        shuffle_tags=data.shuffle_tags if one.shuffle_tags is None else one.shuffle_tags,
-        keep_tokens=data.keep_tokens if one.keep_tokens is None else one.keep_tokens,
-        tag_dropout=data.tag_dropout if one.tag_dropout is None else one.tag_dropout,
+        wildcards=section.wildcards,
+        shuffle_tags=section.shuffle_tags,
+        keep_tokens=section.keep_tokens,
+        tag_dropout=section.tag_dropout,
     )
 
 
@@ -162,9 +141,9 @@ def _sources_of(number: int, one: SetSection, data: DataSection, report: Finding
                 role=one.role,
                 repeats=one.repeats * image.folder.repeats,
                 loss_weight=one.loss_weight * (1.0 if row is None else row.weight),
-                resolution=data.sides_of(one),
-                crop=one.crop or data.crop,
-                flip=data.flip if one.flip is None else one.flip,
+                resolution=one.own_sides,
+                crop=one.crop,
+                flip=one.flip,
             )
         )
     captions.tell_missing()

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..base.words import Words, clip_words, words_in
-from ..config.loading import load_config
+from ..config.loading import load_config, load_dataset
+from ..config.resolve import resolve_config, resolve_data
 from ..config.sections import BaseSection, Config, DataSection
 from ..data.buckets import BucketUse, Placement, bucket_rules, bucket_table
 from ..data.findings import Finding, Severity
-from ..data.sources import Listing, find_sources, resolve_config, resolve_data
+from ..data.sources import Listing, find_sources
 from ..progress import Progress, progress_bar
 from .caption_checks import tag_counts
 from .checks import examine_all, lint
@@ -93,23 +94,16 @@ def linted_sections(
         "data.caption_extension": caption_extension,
         "base.path": base,
     }
-    named = True
     file = target if target.endswith(".toml") and not Path(target).is_dir() else None
     if file is None:
-        options["output.path"] = "unwritten.safetensors"
         options["data.images"] = target
-        named = trigger is not None or any(own.startswith("data.trigger=") for own in overrides)
-        if not named:
-            options["data.trigger"] = "none"
     overrides += [
         f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in options.items() if value is not None
     ]
+    if file is None:
+        return load_dataset(None, overrides)
     config = load_config(file, overrides)
-    data = resolve_data(config.data)
-    if not named:
-        # A configuration has a trigger; what counts is that of the set, which may be none.
-        data = data.model_copy(update={"sets": tuple(one.model_copy(update={"trigger": ""}) for one in data.sets)})
-    return data, config.base
+    return config.data, config.base
 
 
 def lint_dataset(

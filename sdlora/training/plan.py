@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..base.checkpoint import BaseCheckpoint, find_base
+from ..config.resolve import resolve_config
 from ..config.sections import Config
 from ..data.buckets import BucketRules, Placement, bucket_rules
 from ..data.findings import Finding, raise_errors
 from ..data.items import Item, dataset_digest, load_items
-from ..data.sources import find_sources, resolve_config
+from ..data.sources import find_sources
 from ..errors import ConfigError
 from ..progress import Progress
 from .batches import BatchPlan
