@@ -43,6 +43,7 @@ SURFACE = {
     "cache info": {"folder", "as_json"},
     "cache prune": {"max_gigabytes", "everything", "folder", "as_json"},
     "quickstart": {"out", "as_json"},
+    "settings": {"section", "as_json"},
     "lint": {
         *("arguments", "trigger", "resolution", "caption_extension", "base", "fix", "out", "sheet", "as_json"),
     },

@@ -199,9 +199,7 @@ SUBSETS = "[[datasets]]\n{0}\n[[datasets.subsets]]\nimage_dir = 'a'\n{1}\n[[data
         (("", "", "image_dir = 'a'"), "not valid TOML"),
     ],
 )
-def test_settings_of_the_run_must_agree_in_all_subsets(
-    tmp_path: Path, values: tuple[str, ...], message: str
-) -> None:
+def test_settings_of_the_run_must_agree_in_all_subsets(tmp_path: Path, values: tuple[str, ...], message: str) -> None:
     assert any(message in line for line in refused(tmp_path, SUBSETS.format(*values)))
 
 

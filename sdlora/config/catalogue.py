@@ -12,6 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from .data_section import ImageSettings
 from .sections import Config, Section
 from .setting import Affects, setting_of
 
@@ -58,7 +59,7 @@ def all_sections() -> tuple[SectionFacts, ...]:
         SectionFacts(
             name=name,
             documentation=" ".join(cleandoc(section.__doc__ or "").split()),
-            settings=tuple(_facts(name, key, field) for key, field in section.model_fields.items()),
+            settings=tuple(_facts(name, key, section.model_fields[key]) for key in _own_keys_first(section)),
         )
         for name, section in _sections(Config)
     )
@@ -88,17 +89,25 @@ def _sections(parent: type[Section], prefix: str = "") -> Iterator[tuple[str, ty
                 yield from _sections(kind, f"{prefix}{key}.")
 
 
+def _own_keys_first(section: type[Section]) -> list[str]:
+    """The keys of ``section``, those that it inherits after its own."""
+    return sorted(section.model_fields, key=lambda key: key not in section.__annotations__)
+
+
 def _facts(section: str, key: str, field: FieldInfo) -> SettingFacts:
     setting = setting_of(field)
+    values = setting.values or _values_in_words(field)
+    overrides = section == "data.sets" and key in ImageSettings.model_fields
+    documentation = f"Overrides ``data.{key}`` for this set." if overrides else field.description or ""
     return SettingFacts(
         section=section,
         key=key,
-        values=setting.values or _values_in_words(field),
+        values="path" if setting.affects == "place" and values == "text" else values,
         required=field.is_required(),
-        default=None if field.is_required() else json.loads(json.dumps(field.default)),
+        default=None if field.is_required() or overrides else json.loads(json.dumps(field.default)),
         affects=setting.affects,
         kohya=setting.kohya,
-        documentation=" ".join((field.description or "").split()),
+        documentation=" ".join(documentation.split()),
     )
 
 

@@ -13,10 +13,10 @@ _EXPECTED = {
     "tuple_type": 'must be a list, for example ["a", "b"]',
     "model_type": "must be a table",
     "literal_error": "must be {expected}",
-    "greater_than_equal": "must be at least {ge:g}",
-    "greater_than": "must be more than {gt:g}",
-    "less_than_equal": "must be at most {le:g}",
-    "less_than": "must be less than {lt:g}",
+    "greater_than_equal": "must be at least {ge}",
+    "greater_than": "must be more than {gt}",
+    "less_than_equal": "must be at most {le}",
+    "less_than": "must be less than {lt}",
     "finite_number": "must be a finite number",
     "string_too_short": "must not be empty",
     "string_too_long": "must have at most {max_length} characters",
@@ -36,4 +36,5 @@ def expectation(error: Any, example: object = None) -> str:
         message: str = error["msg"]
         return message[0].lower() + message[1:]
     shown = example if type(example) is int else 300
-    return expected.format(**{"example": shown, **error.get("ctx", {})})
+    given = {key: f"{value:g}" if isinstance(value, float) else value for key, value in error.get("ctx", {}).items()}
+    return expected.format(**{"example": shown, **given})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-from .catalogue import all_sections, all_settings
+from .catalogue import all_settings
 from .kohya_names import ABBREVIATIONS, ELSEWHERE, NOT_SUPPORTED, UNNECESSARY
 from .sections import Config
 
@@ -51,8 +51,3 @@ def near_spelling(name: str, known: Iterable[str]) -> str:
     """A question for the one of ``known`` that is spelled like ``name``; "" where none is."""
     near = difflib.get_close_matches(name, list(known), 1, _NEAR)
     return f"; did you mean {near[0]}?" if near else ""
-
-
-def known_sections() -> list[str]:
-    """The names of all sections, ``data.sets`` among them."""
-    return [section.name for section in all_sections()]
