@@ -51,7 +51,7 @@ def test_the_settings_that_decide_resuming() -> None:
     expected = {
         key for key in settings if key not in never and (not key.startswith("output.") or key == "output.precision")
     }
-    assert len(settings) == 67
+    assert len(settings) == 71
     assert set(config.flat(DECIDES_RESUMING)) == expected
     sets = {setting.key for setting in all_settings() if setting.section == "data.sets" and setting.affects == "place"}
     assert sets == {"images", "metadata", "masks"}
@@ -66,9 +66,8 @@ def test_a_set_takes_from_data_what_it_does_not_state() -> None:
         (True, 1, "random", (512,)),
     ]
     assert resolve_data(resolved) == resolved
-    config = resolve_config(
-        Config(data=data.model_copy(update={"trigger": "x"}), output=OutputSection(path="x.safetensors"))
-    )
+    named = data.model_copy(update={"trigger": "zorb"})
+    config = resolve_config(Config(data=named, output=OutputSection(path="x.safetensors")))
     written = json.loads(config.flat()["data.sets"])
     common = {"loss_weight": 1.0, "repeats": 1, "role": "train", "subfolders": True}
     assert written == [{**common, "images": "a", "flip": False, "keep_tokens": 3}, {**common, "images": "b"}]
@@ -140,7 +139,7 @@ def test_settings_are_listed_by_section_and_by_name() -> None:
     text = reference_text(select_sections("lora.rank"))
     assert text.startswith("[lora]\n\nlora.rank (default 16)\n    Rank of ")
     assert text.endswith("whole number, at least 1, at most 1024 | affects the weights | kohya: network_dim")
-    with pytest.raises(ConfigError, match="no section or setting lore; did you mean lora?"):
+    with pytest.raises(ConfigError, match=r"no section or setting lore; did you mean lora\?"):
         select_sections("lore")
 
 
