@@ -29,7 +29,8 @@ import torch
 from sdlora.base.load import Base, choose_device, load_base
 from sdlora.base.precision import choose_precision
 from sdlora.cache.entries import prune
-from sdlora.cache.store import EncodedCache, Job, fill
+from sdlora.cache.filling import Job, fill
+from sdlora.cache.store import EncodedCache
 from sdlora.config.loading import load_config
 from sdlora.progress import Silence
 from sdlora.training.latents import encode_with, encoders_for, latent_jobs

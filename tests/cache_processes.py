@@ -17,7 +17,9 @@ from random import Random
 
 import torch
 
-from sdlora.cache.store import CacheKey, EncodedCache, Job, fill, latent_key
+from sdlora.cache.filling import Job, fill
+from sdlora.cache.keys import CacheKey, latent_key
+from sdlora.cache.store import EncodedCache
 from sdlora.data.buckets import Placement
 from sdlora.progress import Silence
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from sdlora.cache.entries import entries, file_of
-from sdlora.cache.store import EncodedCache, open_cache, text_key
+from sdlora.cache.keys import text_key
+from sdlora.cache.store import EncodedCache, open_cache
 from sdlora.config.sections import CacheSection
 from tests.cache_processes import key_of, tensors_of
 from tests.cached import present, put_aged

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from sdlora.cache.entries import cache_info, entries, prune
-from sdlora.cache.store import EncodedCache, Job, fill
+from sdlora.cache.filling import Job, fill
+from sdlora.cache.store import EncodedCache
 from sdlora.progress import Silence
 from tests.cache_processes import key_of, run_fill, tensors_of
 from tests.cached import same

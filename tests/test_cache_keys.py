@@ -20,7 +20,9 @@ from sdlora.base.encode import encode_pixels, encode_prompts
 from sdlora.base.fingerprints import text_fingerprint, vae_fingerprint
 from sdlora.base.load import Base, load_base
 from sdlora.base.tokens import plain, tokenize
-from sdlora.cache.store import CacheKey, EncodedCache, Job, fill, latent_key, text_key
+from sdlora.cache.filling import Job, fill
+from sdlora.cache.keys import CacheKey, latent_key, text_key
+from sdlora.cache.store import EncodedCache
 from sdlora.config.sections import BaseSection
 from sdlora.data.buckets import Placement
 from sdlora.data.images import open_image, place

@@ -11,7 +11,8 @@ from ..base.encode import Conditioning, encode_prompts
 from ..base.fingerprints import text_fingerprint
 from ..base.load import Base
 from ..base.tokens import COMMA_REACH, PromptTokens, Tokens, padded, plain, token_count, tokenize
-from ..cache.store import EncodedCache, text_key
+from ..cache.keys import text_key
+from ..cache.store import EncodedCache
 from ..config.sections import Config
 from ..data.items import Item
 from ..families import TOKENS_IN_CHUNK, WORDS_IN_CHUNK

@@ -17,7 +17,9 @@ from torch import Tensor
 from ..base.encode import Framing, encode_pixels
 from ..base.fingerprints import vae_fingerprint
 from ..base.load import Base
-from ..cache.store import EncodedCache, Job, fill, latent_key
+from ..cache.filling import Job, fill
+from ..cache.keys import latent_key
+from ..cache.store import EncodedCache
 from ..config.sections import Config
 from ..data.buckets import Placement
 from ..data.images import as_pixels, cut_out, open_image, open_mask, scale
