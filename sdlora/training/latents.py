@@ -174,7 +174,7 @@ def framing_of(item: Item, view: View) -> Framing:
 def _masks(items: Sequence[Item], views: Sequence[View], config: Config, cell: int) -> dict[View, Tensor]:
     """The masks of the views that have one, (1, h, w) float32 in [0, 1]; the mask of each image is opened once.
 
-    ``cell`` is the side in pixels of the square that one latent value stands for.
+    ``cell`` is the side in pixels of the square that one latent value covers.
     """
     if config.data.mask == "none":
         return {}
