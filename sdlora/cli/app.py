@@ -19,13 +19,14 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Train style LoRAs for Stable Diffusion, generate images with several at once, inspect LoRA files.",
+    help="Train style LoRAs for Stable Diffusion, generate images with several of them, inspect and convert LoRA files.",
 )
 
 BaseOption = Annotated[
-    str, typer.Option("--base", metavar="BASE", help="'mini', a checkpoint file, or a diffusers folder.")
+    str,
+    typer.Option("--base", metavar="BASE", help="'mini', a checkpoint file, or a diffusers folder."),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else.")]
 
 
 P = ParamSpec("P")

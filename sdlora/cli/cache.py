@@ -1,4 +1,4 @@
-"""``sdlora cache info|prune``: what encoded images and captions take of the disk."""
+"""``sdlora cache info|prune``: the encoded images and captions on disk."""
 
 from __future__ import annotations
 
@@ -10,28 +10,29 @@ import typer
 from ..errors import ConfigError
 from .app import JsonOption, app, emit, guard
 
-cache_app = typer.Typer(no_args_is_help=True, help="Look after what encoded images and captions take of the disk.")
+cache_app = typer.Typer(no_args_is_help=True, help="Show and reduce the encoded images and captions on disk.")
 app.add_typer(cache_app, name="cache")
 FolderOption = Annotated[
-    Path | None, typer.Option("--folder", metavar="DIR", help="As cache.folder; default: in the user's cache folder.")
+    Path | None,
+    typer.Option("--folder", metavar="DIR", help="Folder of the cache; default: that in the user's cache folder."),
 ]
 
 
 @cache_app.command()
 @guard
 def info(folder: FolderOption = None, as_json: JsonOption = False) -> None:
-    """Tell how many encoded images and captions are kept, and how large they are."""
+    """Show how many encoded images and captions are kept, and their size."""
     from ..cache.entries import cache_info, encoded_folder
 
-    told = cache_info(_existing(folder) or encoded_folder())
+    usage = cache_info(_existing(folder) or encoded_folder())
     if as_json:
-        emit(told.to_json())
+        emit(usage.to_json())
         return
-    typer.echo(f"{told.folder}: {told.entries:,} entries, {told.bytes / 1e6:,.1f} MB")
-    for kind, size in told.kinds.items():
+    typer.echo(f"{usage.folder}: {usage.entries:,} entries, {usage.bytes / 1e6:,.1f} MB")
+    for kind, size in usage.kinds.items():
         typer.echo(f"  {kind:<8} {size.entries:,} entries, {size.bytes / 1e6:,.1f} MB")
-    if told.entries:
-        typer.echo(f"  last used between {told.oldest} and {told.newest}")
+    if usage.entries:
+        typer.echo(f"  last used between {usage.oldest} and {usage.newest}")
 
 
 @cache_app.command("prune")
@@ -39,13 +40,18 @@ def info(folder: FolderOption = None, as_json: JsonOption = False) -> None:
 def prune_(
     max_gigabytes: Annotated[
         float | None,
-        typer.Option("--max-gigabytes", min=0, metavar="N", help="How much may stay; default: cache.max_gigabytes."),
+        typer.Option(
+            "--max-gigabytes",
+            min=0,
+            metavar="N",
+            help="Largest size of the rest; default: that of cache.max_gigabytes.",
+        ),
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Remove every entry.")] = False,
     folder: FolderOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Remove what was longest not used, until the rest fits."""
+    """Remove the least recently used entries, until the rest fits."""
     if everything and max_gigabytes is not None:
         raise typer.BadParameter("give --max-gigabytes or --all", param_hint="--all")
     from ..cache.entries import cache_info, encoded_folder, prune

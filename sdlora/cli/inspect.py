@@ -15,11 +15,13 @@ def inspect(
     file: Annotated[str, typer.Argument(metavar="FILE", help="A LoRA, a checkpoint file or folder, or 'mini'.")],
     with_hashes: Annotated[
         bool,
-        typer.Option("--hash", help="A checkpoint's SHA-256, AutoV1, AutoV2 and AutoV3 too; reads all of it once."),
+        typer.Option(
+            "--hash", help="Also compute the SHA-256, AutoV1, AutoV2 and AutoV3 of a checkpoint; reads the whole file."
+        ),
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Tell what a LoRA file or a checkpoint is: family, modules, ranks, hashes, metadata, problems."""
+    """Show what a LoRA file or a checkpoint is: family, modules, ranks, hashes, metadata, problems."""
     from ..tools.inspect import inspect as inspect_file
     from ..tools.inspect_report import as_text
 

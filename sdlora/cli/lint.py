@@ -1,4 +1,4 @@
-"""``sdlora lint``: every fault of a dataset, before a model is loaded."""
+"""``sdlora lint``: all faults of a dataset, without loading a model."""
 
 from __future__ import annotations
 
@@ -16,20 +16,30 @@ def lint_(
     arguments: Annotated[
         list[str], typer.Argument(metavar="DIR | CONFIG.toml [section.key=value]...", show_default=False)
     ],
-    trigger: Annotated[str | None, typer.Option(metavar="WORD", help="The word that calls the style.")] = None,
+    trigger: Annotated[str | None, typer.Option(metavar="WORD", help="Trigger word.")] = None,
     resolution: Annotated[
-        int | None, typer.Option(min=64, max=4096, help="In pixels; default: the base's own.")
+        int | None, typer.Option(min=64, max=4096, help="Side of a square image in pixels; default: the base's own.")
     ] = None,
-    caption_extension: Annotated[str | None, typer.Option(metavar=".EXT", help="Default: .txt")] = None,
-    base: Annotated[str | None, typer.Option(metavar="BASE", help="'mini', a file or a folder.")] = None,
-    fix: Annotated[bool, typer.Option("--fix", help="Mend what is safe to mend, in a copy: --out names it.")] = False,
-    out: Annotated[Path | None, typer.Option(metavar="COPY", help="The new folder that --fix writes.")] = None,
+    caption_extension: Annotated[
+        str | None, typer.Option(metavar=".EXT", help="Extension of the caption files; default: .txt.")
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="BASE", help="'mini', a checkpoint file, or a diffusers folder."),
+    ] = None,
+    fix: Annotated[
+        bool, typer.Option("--fix", help="Write a repaired copy to --out; originals stay untouched.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(metavar="COPY", help="New folder for the repaired copy.")] = None,
     sheet: Annotated[
-        Path | None, typer.Option(metavar="FILE.png", help="Draw each image as it is trained on, with its caption.")
+        Path | None,
+        typer.Option(
+            metavar="FILE.png", help="Write a contact sheet: each image as it is trained on, with its caption."
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Look for every fault of a dataset, before a model is loaded; exit code 1 where one forbids training."""
+    """Find all faults of a dataset, without loading a model. Exit code 1 if one prevents training."""
     if fix != (out is not None):
         raise typer.BadParameter("--fix and --out COPY go together", param_hint="--fix")
     if sheet is not None and sheet.suffix.lower() != ".png":
@@ -69,8 +79,7 @@ def lint_(
         if sheets:
             lines += ["", *(f"{file}: contact sheet" for file in sheets)]
         if copy is not None:
-            lines += ["", f"{copy.folder}: {copy.images} images, {len(copy.repairs)} repairs"]
-            lines += copy.lines()
+            lines += ["", f"{copy.folder}: {copy.images} images, {len(copy.repairs)} repairs", *copy.lines()]
         typer.echo("\n".join(lines))
     if report.has_errors:
         raise typer.Exit(1)

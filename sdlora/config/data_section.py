@@ -11,6 +11,9 @@ from pydantic_core import PydanticCustomError
 
 from .setting import Section, Setting
 
+MaskKind = Literal["none", "alpha", "files"]
+"""What weights the loss within an image: nothing, its alpha channel, or a mask file."""
+
 
 def _resolution(value: Any) -> Any:
     sides = value if isinstance(value, tuple) else (value,)
@@ -152,7 +155,7 @@ class DataSection(ImageSettings):
     """The sides of buckets are multiples of this many pixels. By default the least that the base allows."""
     bucket_no_upscale: Annotated[bool, Setting(kohya="bucket_no_upscale")] = False
     """Whether small images get small buckets, instead of being enlarged."""
-    mask: Annotated[Literal["none", "alpha", "files"], Setting(kohya="alpha_mask")] = "none"
+    mask: Annotated[MaskKind, Setting(kohya="alpha_mask")] = "none"
     """What weights the loss within an image: nothing; its transparency; or ``files``, the images ``mask/NAME.png`` in
     its folder or those in the ``masks`` folder of its set."""
     alpha_background: Annotated[

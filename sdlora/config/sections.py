@@ -9,7 +9,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from .data_section import DataSection, ImageSettings, SetSection
+from .data_section import DataSection, ImageSettings, MaskKind, SetSection
 from .setting import Affects, Section, Setting, setting_of
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "DataSection",
     "DatasetConfig",
     "LoraSection",
+    "MaskKind",
     "ObjectiveSection",
     "OptimizerSection",
     "OutputSection",
