@@ -16,6 +16,7 @@ from sdlora.config.resolve import resolve_config, resolve_data
 from sdlora.config.sections import Config, DataSection, OutputSection, SetSection
 from sdlora.config.setting import DECIDES_RESUMING
 from sdlora.errors import ConfigError
+from sdlora.training.checkpoint import RunIdentity
 from tests.conftest import ROOT
 
 NEEDED = ("data.images=images", "data.trigger=zorb", "output.path=x.safetensors")
@@ -151,3 +152,12 @@ def test_the_command_prints_settings(sdlora) -> None:
     assert "output.path (required)" in sdlora("settings").stdout
     wrong = sdlora("settings", "lore")
     assert (wrong.returncode, wrong.stderr) == (1, "error: no section or setting lore; did you mean lora?\n")
+
+
+def test_a_run_of_another_version_is_one_clear_difference() -> None:
+    identity = RunIdentity(config={"train.steps": "9"}, dataset="d", base="b")
+    assert RunIdentity.from_json(identity.to_json()) == identity
+    earlier = json.loads(identity.to_json())
+    del earlier["format"]
+    differences = identity.differences(RunIdentity.from_json(json.dumps(earlier | {"config": {"train.rank": "3"}})))
+    assert differences == ["another version of sdlora, with other settings, made it"]

@@ -64,26 +64,36 @@ def generate(
         clip_skip=clip_skip,
         attention=attention,
     )
-    from ..generation import studio
-    from ..generation.infotext import save_png
-
     options: dict[str, Any] = {"negative": negative, "seed": seed, "steps": steps, "cfg": cfg}
     options |= {"size": shape, "sampler": sampler, "precision": precision, "base": section, "loras": lora or ()}
     target = out or Path("out")
-    if strip:
-        image, parameters = studio.generate_strip(prompt, scale=2, **options)
-        files = [target if target.suffix == ".png" else target / f"{_slug(prompt[0])}-strip.png"]
-        save_png(image, files[0], parameters)
-    else:
-        images = studio.generate(prompt, count=count, **options)
-        files = _files(target, [f"{_slug(image.request.prompt)}-{image.request.seed}" for image in images])
-        for image, file in zip(images, files, strict=True):
-            save_png(image.image, file, image.parameters)
+    files = _write_strip(prompt, target, options) if strip else _write_images(prompt, count, target, options)
     if as_json:
         emit({"images": [str(file) for file in files], "seed": seed, "prompts": prompt, "loras": list(lora or ())})
     else:
         for file in files:
             typer.echo(str(file))
+
+
+def _write_strip(prompts: list[str], target: Path, options: dict[str, Any]) -> list[Path]:
+    from ..generation.infotext import save_png
+    from ..generation.studio import generate_strip
+
+    image, parameters = generate_strip(prompts, scale=2, **options)
+    file = target if target.suffix == ".png" else target / f"{_slug(prompts[0])}-strip.png"
+    save_png(image, file, parameters)
+    return [file]
+
+
+def _write_images(prompts: list[str], count: int, target: Path, options: dict[str, Any]) -> list[Path]:
+    from ..generation.infotext import save_png
+    from ..generation.studio import generate
+
+    images = generate(prompts, count=count, **options)
+    files = _files(target, [f"{_slug(image.request.prompt)}-{image.request.seed}" for image in images])
+    for image, file in zip(images, files, strict=True):
+        save_png(image.image, file, image.parameters)
+    return files
 
 
 def _files(target: Path, names: list[str]) -> list[Path]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .app import JsonOption, app, emit, guard
+
+if TYPE_CHECKING:
+    from ..lint.repair import RepairReport
+    from ..lint.report import LintReport
 
 
 @app.command("lint")
@@ -44,7 +49,7 @@ def lint_(
         raise typer.BadParameter("--fix and --out COPY go together", param_hint="--fix")
     if sheet is not None and sheet.suffix.lower() != ".png":
         raise typer.BadParameter(f"{sheet} does not end in .png", param_hint="--sheet")
-    from ..lint.report import lint_data, linted_sections, report_lines
+    from ..lint.report import lint_data, linted_sections
     from ..progress import progress_bar
 
     data, section = linted_sections(
@@ -69,17 +74,27 @@ def lint_(
 
             copy = write_repaired(report.data, report.listing.sources, report.examined, out=out, progress=progress)
     if as_json:
-        answer = report.to_json() | {"sheets": [str(file) for file in sheets]}
-        if copy is not None:
-            answer["copy"] = {"folder": str(copy.folder), "images": copy.images}
-            answer["repairs"] = [vars(repair) for repair in copy.repairs]
-        emit(answer)
+        emit(_as_json(report, sheets, copy))
     else:
-        lines = report_lines(report)
-        if sheets:
-            lines += ["", *(f"{file}: contact sheet" for file in sheets)]
-        if copy is not None:
-            lines += ["", f"{copy.folder}: {copy.images} images, {len(copy.repairs)} repairs", *copy.lines()]
-        typer.echo("\n".join(lines))
+        typer.echo(_as_text(report, sheets, copy))
     if report.has_errors:
         raise typer.Exit(1)
+
+
+def _as_json(report: LintReport, sheets: Sequence[Path], copy: RepairReport | None) -> dict[str, Any]:
+    answer = report.to_json() | {"sheets": [str(file) for file in sheets]}
+    if copy is not None:
+        answer["copy"] = {"folder": str(copy.folder), "images": copy.images}
+        answer["repairs"] = [vars(repair) for repair in copy.repairs]
+    return answer
+
+
+def _as_text(report: LintReport, sheets: Sequence[Path], copy: RepairReport | None) -> str:
+    from ..lint.report import report_lines
+
+    lines = report_lines(report)
+    if sheets:
+        lines += ["", *(f"{file}: contact sheet" for file in sheets)]
+    if copy is not None:
+        lines += ["", f"{copy.folder}: {copy.images} images, {len(copy.repairs)} repairs", *copy.lines()]
+    return "\n".join(lines)

@@ -161,7 +161,7 @@ class DataSection(ImageSettings):
     alpha_background: Annotated[
         str, AfterValidator(_colour), Setting(values="a colour in hexadecimal, such as #ffffff")
     ] = "#ffffff"
-    """Colour behind transparent images."""
+    """Background colour of transparent images."""
 
     @property
     def sides(self) -> tuple[int, ...]:
