@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image, ImageCms
 
 from sdlora.config.loading import load_config
-from sdlora.lint.report import LintReport, lint_config, lint_data, linted_sections
+from sdlora.lint.report import LintReport
+from sdlora.lint.run import lint_data, lint_dataset, linted_sections
 from sdlora.progress import Silence
 
 
@@ -196,7 +197,7 @@ def sets_toml(*sets: str, more: str = "") -> str:
 
 
 def linted(file: Path) -> LintReport:
-    return lint_config(load_config(file), progress=Silence())
+    return lint_dataset(load_config(file), progress=Silence())
 
 
 def lint_folder(folder: Path, *overrides: str, trigger: str | None = "zorb", **options) -> LintReport:

@@ -15,7 +15,9 @@ from PIL import Image
 from sdlora.config.sections import DataSection
 from sdlora.data.buckets import Placement, bucket_rules
 from sdlora.data.captions import CaptionRules
-from sdlora.data.items import Item
+from sdlora.data.examine import ExaminedImage
+from sdlora.data.image_facts import ImageFacts
+from sdlora.data.kept_images import KeptImages
 from sdlora.data.masks import mask_on_grid
 from sdlora.data.sources import Role, Source
 from sdlora.data.views import View, crop_positions
@@ -95,7 +97,7 @@ def test_processes_share_a_batch_without_gap_or_double(count: int, processes: in
     assert sorted(slots) == list(range(count))
 
 
-def item(number: int, *, size: tuple[int, int] = (100, 100), role: Role = "train", **more: object) -> Item:
+def item(number: int, *, size: tuple[int, int] = (100, 100), role: Role = "train", **more: object) -> ExaminedImage:
     rules = CaptionRules(trigger="zorb", shuffle_tags=True, wildcards=True, tag_dropout=0.3)
     fields: dict[str, object] = {
         "file": Path(f"{number}.png"), "name": f"{number}.png", "set_number": 0, "caption_file": None, "mask": None,
@@ -103,21 +105,26 @@ def item(number: int, *, size: tuple[int, int] = (100, 100), role: Role = "train
         "repeats": 1, "loss_weight": 1.0, "role": role, "resolution": (), "crop": "center", "flip": False,
     }  # fmt: skip
     source = Source(**(fields | more))  # ty: ignore[invalid-argument-type]
-    return Item(source=source, width=size[0], height=size[1], digest=str(number), mask_digest=None)
+    facts = ImageFacts(
+        width=size[0], height=size[1], format="PNG", mode="RGB", bits=8, orientation=1, frames=1, alpha="none",
+        transparent=0.0, hidden_colour=False, profile=None, digest=str(number), thumbnail=b"", mean=128.0, spread=64.0,
+    )  # fmt: skip
+    return ExaminedImage(source=source, facts=facts, mask=None)
 
 
-def training_set(items: list[Item], *, batch_size: int = 3, seed: int = 7, **settings: object) -> TrainingSet:
+def training_set(items: list[ExaminedImage], *, batch_size: int = 3, seed: int = 7, **settings: object) -> TrainingSet:
     data = DataSection(images="x", trigger="zorb", **settings)  # ty: ignore[invalid-argument-type]
     rules = bucket_rules(data, resolution=64, step=16)
     shown = {key: getattr(data, key) for key in ("crop", "flip") if key in settings}
     items = [replace(own, source=replace(own.source, **shown)) for own in items]
-    return plan_training_set(items, rules, data, batch_size=batch_size, seed=seed, prior_loss_weight=0.5)
+    kept = KeptImages(data.alpha_background, limit=0)
+    return plan_training_set(items, rules, kept=kept, batch_size=batch_size, seed=seed, prior_loss_weight=0.5)
 
 
 EVERYTHING = {"crop": "random", "flip": True, "resolution": (64, 96)}
 
 
-def mixed() -> list[Item]:
+def mixed() -> list[ExaminedImage]:
     return [
         *(item(i, size=((100, 100), (150, 90), (60, 130))[i % 3], repeats=1 + i % 2) for i in range(5)),
         *(item(i, role="regularisation", loss_weight=2.0) for i in (5, 6)),

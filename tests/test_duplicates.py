@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sdlora.data.image_facts import examine
+from sdlora.data.image_facts import examine_image
 from sdlora.lint.duplicates import exact_groups, near_pairs, perceptual_hashes
 from tests.drawn import noise
 
@@ -53,7 +53,7 @@ def test_near_duplicates_are_found_and_others_are_not(tmp_path: Path) -> None:
     add(originals[5].transpose(Image.Transpose.FLIP_LEFT_RIGHT), "mirrored.png")
     add(Image.new("RGB", (64, 64), "red"), "red.png")
     add(Image.new("RGB", (64, 64), "blue"), "blue.png")
-    facts = [examine(file) for file in files]
+    facts = [examine_image(file) for file in files]
     assert exact_groups(facts) == [(4, files.index(tmp_path / "same.bmp"))]
     pairs = {(files[pair.first].name, files[pair.second].name) for pair in near_pairs(facts)}
     assert pairs == {
@@ -79,7 +79,7 @@ def test_what_is_alike_by_its_hash_alone_is_no_duplicate(tmp_path: Path) -> None
     facts = []
     for number, levels in enumerate((other, one, again)):
         Image.fromarray(levels).save(tmp_path / f"{number}.png")
-        facts.append(examine(tmp_path / f"{number}.png"))
+        facts.append(examine_image(tmp_path / f"{number}.png"))
     hashes = perceptual_hashes(np.stack([np.frombuffer(own.thumbnail, np.uint8) for own in facts]))
     assert np.bitwise_count(hashes[0] ^ hashes[2]).sum() < 64
     assert [(pair.first, pair.second) for pair in near_pairs(facts)] == [(1, 2)]
@@ -92,5 +92,5 @@ def test_a_film_makes_as_many_pairs_as_frames(tmp_path: Path) -> None:
     for number in range(40):
         frame = Image.fromarray((image + rng.integers(-3, 4, image.shape)).clip(0, 255).astype(np.uint8))
         frame.save(tmp_path / f"{number}.png")
-        facts.append(examine(tmp_path / f"{number}.png"))
+        facts.append(examine_image(tmp_path / f"{number}.png"))
     assert [(pair.first, pair.second) for pair in near_pairs(facts)] == [(0, number) for number in range(1, 40)]

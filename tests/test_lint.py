@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sdlora.base.words import clip_words, words_in
+from sdlora.config.sections import Config, OutputSection
 from sdlora.data import decoding
-from sdlora.data.items import load_items
+from sdlora.errors import DataError
 from sdlora.lint.report import summary_lines
+from sdlora.training.plan import plan_run
 from tests.conftest import ROOT
 from tests.lint_sets import (
     add,
@@ -29,6 +31,7 @@ from tests.lint_sets import (
     told,
     unreadable_images,
 )
+from tests.sets import examined
 
 
 def test_one_of_each_fault_is_found_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,10 +84,15 @@ def test_what_forbids_training_is_what_lint_calls_an_error(tmp_path: Path) -> No
     (folder / "mask").mkdir()
     Image.new("L", (64, 64), 255).save(folder / "mask" / "clean1.png")
     report = lint_folder(folder, "data.mask=files")
-    _, faults = load_items(report.listing, background="#ffffff", mask="files")
-    refused = {(own.code, own.file) for own in (*report.listing.findings, *faults) if own.severity == "error"}
+    _, faults = examined(report.listing, mask="files")
+    refused = {(f.code, f.file) for f in (*report.listing.findings, *faults) if f.severity == "error"}
     assert len(refused) > 12
-    assert {(own.code, own.file) for own in report.findings if own.severity == "error"} == refused
+    errors = [finding for finding in report.findings if finding.severity == "error"]
+    assert {(finding.code, finding.file) for finding in errors} == refused
+    config = Config(data=report.data, output=OutputSection(path=str(tmp_path / "x.safetensors")))
+    with pytest.raises(DataError) as caught:
+        plan_run(config, report.dataset)
+    assert caught.value.problems == tuple(map(str, errors))
 
 
 @pytest.mark.parametrize("name", ["ü 空 a b", "-x"])
@@ -96,7 +104,7 @@ def test_a_clean_folder_yields_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     assert report.images == 6
     assert not report.has_errors
     assert [(own.width, own.height, own.count, own.worst_cut) for own in report.buckets] == [(128, 128, 6, 0)]
-    assert summary_lines(report) == ["6 images: nothing to complain of"]
+    assert summary_lines(report) == ["6 images: no problems found"]
 
 
 @pytest.mark.parametrize(("name", "trigger"), [("blueprint", "blupaper"), ("pixel", "pixgrid")])
@@ -216,7 +224,7 @@ def test_regularisation_images_need_no_trigger(tmp_path: Path) -> None:
     ]
     (tmp_path / "run.toml").write_text(sets_toml(*sets))
     report = linted(tmp_path / "run.toml")
-    assert summary_lines(report) == ["17 images, 6 for regularisation, 5 for validation: nothing to complain of"]
+    assert summary_lines(report) == ["17 images, 6 for regularisation, 5 for validation: no problems found"]
     assert sum(count for _, count in report.tags) == 6
     # Nothing is trained on validation images, so no bucket holds them.
     assert [(own.width, own.height, own.count) for own in report.buckets] == [(128, 128, 12)]

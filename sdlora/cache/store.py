@@ -53,7 +53,7 @@ class CacheKey:
 def latent_key(
     *, pixels: str, placement: Placement, flipped: bool, vae: str, dtype: torch.dtype, device: torch.device
 ) -> CacheKey:
-    """Of an image's latents: ``pixels`` is ``Item.digest``, ``vae`` the fingerprint of the encoder and its scale.
+    """Of an image's latents: ``pixels`` is its ``shown_digest``, ``vae`` the fingerprint of the encoder and its scale.
 
     ``dtype`` and the kind of ``device`` are what the VAE computes in and on: both decide how it rounds.
     """

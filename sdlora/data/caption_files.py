@@ -8,8 +8,8 @@ from pathlib import Path
 
 from ..config.sections import DataSection, SetSection
 from .decoding import EXTENSIONS
-from .findings import Severity
-from .folders import FindingCollector, Folder, ListedImage, extension_of, stem_of
+from .findings import FindingCollector, Severity
+from .folders import Folder, ListedImage, extension_of, stem_of
 from .tables import Row, is_table
 
 CAPTION_EXTENSIONS = (".txt", ".caption", ".cap", ".tags", ".json")
@@ -63,7 +63,7 @@ class CaptionFinder:
             caption = Caption(texts=self._alternatives(row.caption or "", row.tags, image.path), file=table)
             if file is not None:
                 message = f"a caption here and one in {table.name}, which is the one that is used"
-                self._report.tell("caption-twice", file, message, "remove one of them", "warning")
+                self._report.add("caption-twice", file, message, "remove one of them", "warning")
             self._check_length(caption.texts, image.path)
         elif file is not None:
             caption = Caption(texts=self._read(file), file=file)
@@ -81,19 +81,19 @@ class CaptionFinder:
             text = stored[:MAX_CAPTION_BYTES].decode("utf-8-sig")
         except OSError as error:
             message = f"cannot be read: {error.strerror}"
-            self._report.tell("caption-unreadable", file, message, "give yourself the right to read it")
+            self._report.add("caption-unreadable", file, message, "give yourself the right to read it")
             return ()
         except UnicodeDecodeError as error:
             message = f"not UTF-8 text (byte {error.start})"
-            self._report.tell("caption-not-utf8", file, message, "save it again as UTF-8")
+            self._report.add("caption-not-utf8", file, message, "save it again as UTF-8")
             return ()
         if len(stored) > MAX_CAPTION_BYTES:
             message = f"more than {MAX_CAPTION_BYTES:,} bytes, which is no caption"
-            self._report.tell("caption-too-long", file, message, "shorten it")
+            self._report.add("caption-too-long", file, message, "shorten it")
             return ()
         texts = self._alternatives(text, "", file)
         if not texts:
-            self._report.tell("caption-empty", file, "empty", "write what the image shows", self._missing_is)
+            self._report.add("caption-empty", file, "empty", "write what the image shows", self._missing_is)
         self._check_length(texts, file)
         return texts
 
@@ -104,7 +104,7 @@ class CaptionFinder:
         elif self._lines == "first" and len(lines) > 1:
             message = f"{len(lines)} lines, of which only the first is read"
             remedy = 'set data.caption_lines = "draw" to draw one in each epoch, or "join" to read all as one'
-            self._report.tell("caption-lines", file, message, remedy, "warning")
+            self._report.add("caption-lines", file, message, remedy, "warning")
             lines = lines[:1]
         if tags:
             lines = [f"{line}, {tags}" for line in lines] or [tags]
@@ -115,7 +115,7 @@ class CaptionFinder:
         if words > MAX_WORDS:
             message = f"a caption of {words} words; at most {MAX_WORDS} tokens are read"
             drawn = ', or set data.caption_lines = "draw" where each line is a caption'
-            self._report.tell("caption-too-long", file, message, "shorten it" + drawn * (self._lines == "join"))
+            self._report.add("caption-too-long", file, message, "shorten it" + drawn * (self._lines == "join"))
 
     def tell_missing(self) -> None:
         """Of the images that were asked for: those without a caption, and the files that were meant to be one."""
@@ -135,27 +135,27 @@ class CaptionFinder:
         if len(bare) == len(self._found) > 1:
             message = f"none of its {len(bare)} images has a caption"
             remedy = f"write {bare[0].stem}{self._extension} and so on, or set data.allow_missing_captions = true"
-            self._report.tell("caption-missing", self._root, message, remedy, self._missing_is)
+            self._report.add("caption-missing", self._root, message, remedy, self._missing_is)
             return
         for image in alone:
             near, wanted = self._misnamed(image), image.stem + self._extension
             remedy = f"rename {near} as {wanted}" if near else f"write {wanted} beside it"
             if not self._found[image.path].texts:
-                self._report.tell("caption-missing", image.path, "no caption", remedy, self._missing_is)
+                self._report.add("caption-missing", image.path, "no caption", remedy, self._missing_is)
             elif near or image.folder.path in captioned_folders:
                 message = f"no caption, so it is trained on {self._found[image.path].texts[0]!r}"
-                self._report.tell("caption-missing", image.path, message, remedy, "warning")
+                self._report.add("caption-missing", image.path, message, remedy, "warning")
 
     def _tell_elsewhere(self, extension: str, images: Sequence[tuple[ListedImage, str]], *, general: bool) -> None:
         if general:
             message = f"found {len(images)} {extension} files; you asked for {self._extension}"
             remedy = f'set data.caption_extension = "{extension}"'
-            self._report.tell("caption-extension", self._root, message, remedy, self._missing_is)
+            self._report.add("caption-extension", self._root, message, remedy, self._missing_is)
             return
         for image, beside in images:
             remedy = f"set data.caption_extension, or rename it {image.stem}{self._extension}"
             message = f"no caption, but found {beside}"
-            self._report.tell("caption-extension", image.path, message, remedy, self._missing_is)
+            self._report.add("caption-extension", image.path, message, remedy, self._missing_is)
 
     def _beside(self, image: ListedImage) -> str | None:
         """A caption file of ``image`` with an extension that was not asked for."""
@@ -183,15 +183,15 @@ class CaptionFinder:
                 beside = {extension_of(other) for other in folder.by_stem[stem]}
                 if extension in UNREAD_EXTENSIONS:
                     message = f"{extension} is not read, so this is not used"
-                    self._report.tell("image-format", file, message, "save it as PNG, or move it away", "warning")
+                    self._report.add("image-format", file, message, "save it as PNG, or move it away", "warning")
                 elif file in self._claimed or is_table(name):
                     continue
                 elif beside & EXTENSIONS and extension in CAPTION_EXTENSIONS:
                     extra[extension] = extra.get(extension, 0) + 1
                 elif extension == self._extension and not (beside & UNREAD_EXTENSIONS or stem.lower() in NO_CAPTIONS):
                     message, remedy = f"a caption, but there is no image {stem}", "rename or remove it"
-                    self._report.tell("caption-unused", file, message, remedy, "warning")
+                    self._report.add("caption-unused", file, message, remedy, "warning")
         for extension, count in extra.items():
             message = f"{count} {extension} files are not read; captions come from elsewhere"
             remedy = f'set data.caption_extension = "{extension}" if they are the captions that you want'
-            self._report.tell("caption-extra", self._root, message, remedy, "note")
+            self._report.add("caption-extra", self._root, message, remedy, "note")

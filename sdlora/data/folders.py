@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..files import printable
 from .decoding import EXTENSIONS
-from .findings import Finding, Severity
+from .findings import FindingCollector
 
 NOT_SEARCHED = frozenset({"mask", "__MACOSX", "__pycache__"})
 """Folders that hold no images to train on; neither do those whose name begins with a dot."""
@@ -20,18 +20,6 @@ MASK_LABEL = "-masklabel"
 """OneTrainer's mask of NAME.png is NAME-masklabel.png."""
 HIGH_REPEATS = 200
 """From here on a number in front of a folder's name is more likely a year."""
-
-
-class FindingCollector:
-    """Findings as they are made."""
-
-    def __init__(self) -> None:
-        self.findings: list[Finding] = []
-
-    def tell(self, code: str, file: Path, message: str, remedy: str, severity: Severity = "error") -> None:
-        self.findings.append(
-            Finding(code=code, severity=severity, file=printable(file), message=message, remedy=remedy)
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,11 +113,11 @@ def list_folders(root: Path, *, subfolders: bool, report: FindingCollector) -> t
             told = _repeat_folder(folder)
             if told and told[0] == 0:
                 message = "0 repeats by its name, so its images are not used"
-                report.tell("repeats-zero", path / folder, message, "name another number, or move it away", "warning")
+                report.add("repeats-zero", path / folder, message, "name another number, or move it away", "warning")
                 continue
             if told and told[0] >= HIGH_REPEATS:
                 message = f"{told[0]} repeats of each image by its name"
-                report.tell("repeats-high", path / folder, message, "rename it if no repeats are meant", "warning")
+                report.add("repeats-high", path / folder, message, "rename it if no repeats are meant", "warning")
             inner = f"{name}/{folder}" if name else folder
             yield from walk(path / folder, inner, *(told or (repeats, class_prompt)))
 
@@ -146,16 +134,16 @@ def _entries(path: Path, report: FindingCollector) -> tuple[tuple[str, ...], tup
                 if entry.name.startswith("."):
                     continue
                 if printable(Path(entry.name)) != entry.name:
-                    report.tell("name-not-utf8", path / entry.name, "a name that is not UTF-8", "rename it")
+                    report.add("name-not-utf8", path / entry.name, "a name that is not UTF-8", "rename it")
                 elif entry.is_dir():
                     folders += [] if entry.name in NOT_SEARCHED else [entry.name]
                 elif entry.is_file():
                     files.append(entry.name)
                 elif extension_of(entry.name) in EXTENSIONS:
-                    report.tell("link-broken", path / entry.name, "a link to nothing", "mend or remove it")
+                    report.add("link-broken", path / entry.name, "a link to nothing", "mend or remove it")
     except OSError as error:
         message = f"this folder cannot be listed: {error.strerror}"
-        report.tell("folder-unreadable", path, message, "give yourself the right to read it, or move it away")
+        report.add("folder-unreadable", path, message, "give yourself the right to read it, or move it away")
     return tuple(sorted(files)), tuple(sorted(folders))
 
 

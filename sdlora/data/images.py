@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageColor
 
+from ..config.sections import MaskKind
 from ..files import printable
 from .buckets import Placement
 from .decoding import ORIENTATION, ImageError, format_of, has_alpha, opened, orientation_of, turned
@@ -17,8 +18,10 @@ from .findings import Finding
 if TYPE_CHECKING:
     import torch
 
+WHITE = "#ffffff"
 
-def open_image(file: Path, background: str = "#ffffff") -> Image.Image:
+
+def open_image(file: Path, background: str = WHITE) -> Image.Image:
     """Decode ``file`` fully: first frame, EXIF orientation applied, transparency composited on ``background``, as RGB.
 
     Raises:
@@ -44,9 +47,7 @@ def open_alpha(file: Path) -> np.ndarray | None:
         return np.asarray(alpha, np.float32) / 255
 
 
-def open_mask(
-    image: Path, mask: Path | None, size: tuple[int, int], kind: Literal["none", "alpha", "files"]
-) -> np.ndarray | None:
+def open_mask(image: Path, mask: Path | None, size: tuple[int, int], kind: MaskKind) -> np.ndarray | None:
     """How much each pixel of ``image`` weighs in the loss: float32 (height, width) in [0, 1]; None where all weigh alike.
 
     Args:

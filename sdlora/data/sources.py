@@ -14,8 +14,8 @@ from ..files import printable
 from .caption_files import CaptionFinder
 from .captions import CaptionRules
 from .decoding import EXTENSIONS
-from .findings import Finding
-from .folders import FindingCollector, ListedImage, extension_of, list_folders
+from .findings import Finding, FindingCollector
+from .folders import ListedImage, extension_of, list_folders
 from .mask_files import find_masks
 from .tables import TableRows
 
@@ -127,7 +127,7 @@ def _sources_of(number: int, one: SetSection, data: DataSection, report: Finding
     root = Path(one.images)
     if not root.is_dir():
         message = "not a folder" if root.exists() else "no such folder"
-        report.tell("folder-missing", root, message, "name the folder of training images")
+        report.add("folder-missing", root, message, "name the folder of training images")
         return []
     folders = list_folders(root, subfolders=one.subfolders, report=report)
     rows = TableRows(folders, report)
@@ -140,7 +140,7 @@ def _sources_of(number: int, one: SetSection, data: DataSection, report: Finding
         entries = sum(len(folder.files) for folder in folders)
         message = f"no image among its {entries} files"
         kinds = " ".join(sorted(EXTENSIONS))
-        report.tell("folder-empty", root, message, f"put images there whose names end in {kinds}")
+        report.add("folder-empty", root, message, f"put images there whose names end in {kinds}")
     _tell_collisions(images, rows, report)
     masks = Path(one.masks) if one.masks is not None else None
     mask_of = find_masks(folders, images, masks=masks, kind=data.mask, report=report)
@@ -182,7 +182,7 @@ def _tell_collisions(images: Sequence[ListedImage], rows: TableRows, report: Fin
     for first, *others in by_stem.values():
         if others:
             message = f"shares its caption file with {', '.join(other.file_name for other in others)}"
-            report.tell("stem-collision", first.path, message, "rename or remove one")
+            report.add("stem-collision", first.path, message, "rename or remove one")
 
 
 def _shared_images(sources: Sequence[Source]) -> Iterator[Finding]:

@@ -17,8 +17,8 @@ from typing import Any
 
 from ..files import printable
 from .decoding import EXTENSIONS
-from .findings import Finding
-from .folders import FindingCollector, Folder, ListedImage, extension_of
+from .findings import Finding, FindingCollector
+from .folders import Folder, ListedImage, extension_of
 
 NAME_KEYS = ("file_name", "image_path")
 """Of the image's file: the imagefolder's, and kohya's in .jsonl."""
@@ -99,7 +99,7 @@ class TableRows:
             if len(tables) > 1:
                 message = f"several tables of captions: {', '.join(tables)}"
                 remedy = "name the right one by data.metadata, or the set's own metadata, or leave one"
-                self._report.tell("table-several", folder.path, message, remedy)
+                self._report.add("table-several", folder.path, message, remedy)
             for name in tables[:1]:
                 self._read(folder.path / name, (folder.path,), others=False)
 
@@ -110,7 +110,7 @@ class TableRows:
         if unused and self._rows:
             message = f"{len(unused)} of its {len(self._images)} images are not in {printable(file)} and not used"
             remedy = f"add rows, for example of {self._images[unused[0]].name}, or move them away"
-            self._report.tell("image-unused", root, message, remedy, "warning")
+            self._report.add("image-unused", root, message, remedy, "warning")
         return [self._images[key] for key in self._rows]
 
     def _read(self, file: Path, bases: Sequence[Path], *, others: bool) -> None:
@@ -121,11 +121,11 @@ class TableRows:
             images = next(filter(None, found), ())
             if not images:
                 message = f"{row.where} names {row.name!r}, which is no image of this set"
-                self._report.tell("row-without-image", file, message, "correct the name, or remove the row")
+                self._report.add("row-without-image", file, message, "correct the name, or remove the row")
             for key in dict.fromkeys(_key(image.path) for image in images):
                 if key in self._rows:
                     message = f"{row.where} names {row.name!r} again, after {self._rows[key][1].where}"
-                    self._report.tell("row-duplicate", file, message, "keep one of them")
+                    self._report.add("row-duplicate", file, message, "keep one of them")
                 else:
                     self._rows[key] = (file, row)
 

@@ -13,7 +13,7 @@ from ..base.load import Base
 from ..base.tokens import COMMA_REACH, PromptTokens, Tokens, padded, plain, token_count, tokenize
 from ..cache.store import EncodedCache, text_key
 from ..config.sections import Config
-from ..data.items import Item
+from ..data.examine import ExaminedImage
 from ..families import TOKENS_IN_CHUNK, WORDS_IN_CHUNK
 
 KEPT_BYTES = 2**29
@@ -27,7 +27,7 @@ KEPT_TOKENS = 8192
 class CaptionEmbeddings:
     """All captions get the chunks of the longest, so that what one is told does not hang on its neighbours in a batch."""
 
-    def __init__(self, base: Base, items: Iterable[Item], config: Config, cache: EncodedCache):
+    def __init__(self, base: Base, items: Iterable[ExaminedImage], config: Config, cache: EncodedCache):
         self._base, self._cache, self._limit = base, cache, config.data.max_token_length
         self.chunks = max([1, *(most_chunks(base, item, self._limit) for item in items)])
         self._tokens = lru_cache(maxsize=KEPT_TOKENS)(self._tokenized)
@@ -75,7 +75,7 @@ class CaptionEmbeddings:
         return row
 
 
-def most_chunks(base: Base, item: Item, limit: int) -> int:
+def most_chunks(base: Base, item: ExaminedImage, limit: int) -> int:
     """Chunks of the longest caption that can be drawn for ``item``."""
     rules, captions = item.source.rules, item.source.captions
     texts = rules.longest(captions)

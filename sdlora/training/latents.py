@@ -20,8 +20,9 @@ from ..base.load import Base
 from ..cache.store import EncodedCache, Job, fill, latent_key
 from ..config.sections import Config
 from ..data.buckets import Placement
-from ..data.images import as_pixels, cut_out, open_image, open_mask, scale
-from ..data.items import Item
+from ..data.examine import ExaminedImage
+from ..data.images import as_pixels, cut_out, open_mask, scale
+from ..data.kept_images import KeptImages
 from ..data.masks import mask_on_grid
 from ..data.views import View
 from ..progress import Progress
@@ -45,7 +46,13 @@ class EncodedImage:
 
 
 def encode_views(
-    base: Base, items: Sequence[Item], views: Sequence[View], config: Config, cache: EncodedCache, progress: Progress
+    base: Base,
+    items: Sequence[ExaminedImage],
+    views: Sequence[View],
+    config: Config,
+    cache: EncodedCache,
+    kept: KeptImages,
+    progress: Progress,
 ) -> dict[View, EncodedImage]:
     """Look up or encode ``views`` of ``items``; images are opened by threads while others are encoded.
 
@@ -55,8 +62,8 @@ def encode_views(
     """
     masks = _masks(items, views, config, base.checkpoint.latent_factor)
     cached: dict[View, EncodedImage] = {}
-    kept = 0
-    jobs = latent_jobs(base, items, views, config)
+    held = 0
+    jobs = latent_jobs(base, items, views, config, kept)
     encoded = fill(
         cache,
         jobs,
@@ -67,8 +74,8 @@ def encode_views(
     )
     for view, tensors in zip(views, encoded, strict=True):
         mask = masks.get(view)
-        kept += sum(tensor.nbytes for tensor in tensors.values())
-        device = base.device if kept <= DEVICE_BYTES else torch.device("cpu")
+        held += sum(tensor.nbytes for tensor in tensors.values())
+        device = base.device if held <= DEVICE_BYTES else torch.device("cpu")
         cached[view] = EncodedImage(
             mean=tensors["mean"].to(device),
             std=tensors["std"].to(device),
@@ -88,13 +95,15 @@ def encoders_for(base: Base, views: Sequence[View]) -> int:
     return threads if base.device.type == "cpu" and threads * largest <= PIXELS_AT_ONCE else 1
 
 
-def latent_jobs(base: Base, items: Sequence[Item], views: Sequence[View], config: Config) -> list[Job[np.ndarray]]:
+def latent_jobs(
+    base: Base, items: Sequence[ExaminedImage], views: Sequence[View], config: Config, kept: KeptImages
+) -> list[Job[np.ndarray]]:
     """One for each view; what it loads is uint8 (h, w, 3), without computing with torch, whose threads the encoder has."""
     vae = vae_fingerprint(base) if config.cache.disk else ""
 
     @lru_cache(maxsize=SCALED_IMAGES)
     def scaled(item: int, placement: Placement) -> _Once:
-        return _Once(lambda: scale(open_image(items[item].source.file, config.data.alpha_background), placement))
+        return _Once(lambda: scale(kept.open(items[item].source.file), placement))
 
     def loader(view: View) -> Callable[[], np.ndarray]:
         # Crops of the same scaled image differ in nothing else.
@@ -104,7 +113,7 @@ def latent_jobs(base: Base, items: Sequence[Item], views: Sequence[View], config
     return [
         Job(
             key=latent_key(
-                pixels=items[view.item].digest,
+                pixels=items[view.item].shown_digest(config.data.alpha_background),
                 placement=view.placement,
                 flipped=view.flipped,
                 vae=vae,
@@ -141,7 +150,7 @@ def encode_with(base: Base) -> Callable[[np.ndarray], Mapping[str, Tensor]]:
     return encode
 
 
-def framing_of(item: Item, view: View) -> Framing:
+def framing_of(item: ExaminedImage, view: View) -> Framing:
     """What SDXL is told of ``view``; of a mirrored image, where the part lies in the mirrored whole."""
     return Framing(
         original_width=item.width,
@@ -153,7 +162,7 @@ def framing_of(item: Item, view: View) -> Framing:
     )
 
 
-def _masks(items: Sequence[Item], views: Sequence[View], config: Config, cell: int) -> dict[View, Tensor]:
+def _masks(items: Sequence[ExaminedImage], views: Sequence[View], config: Config, cell: int) -> dict[View, Tensor]:
     """Of the views that have one; each image's is opened once."""
     if config.data.mask == "none":
         return {}
