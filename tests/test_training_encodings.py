@@ -71,6 +71,7 @@ def test_flipped_views_are_mirrored_images(tiny_base: Path, tmp_path: Path) -> N
 def test_views_of_a_image_are_cut_from_one_decoding(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from sdlora.data import kept_images
     from sdlora.training import latents
 
     images = write_images(tmp_path / "set", 2, sizes=((400, 130),))
@@ -81,9 +82,10 @@ def test_views_of_a_image_are_cut_from_one_decoding(
         opened.append(file)
         return open_image(file, background)
 
-    monkeypatch.setattr(latents, "open_image", counting)
+    monkeypatch.setattr(kept_images, "open_image", counting)
     plan = plan_config(config_for(tiny_base, images, tmp_path / "x.safetensors", *more))
     base = load_base(plan.base, device=torch.device("cpu"), dtype=torch.float32)
+    plan.kept.clear()
     views = plan.training.views(60)
     assert len(views) == 20
     jobs = latents.latent_jobs(base, plan.items, views, plan.config, plan.kept)
