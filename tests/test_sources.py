@@ -15,7 +15,7 @@ from sdlora.data.findings import raise_errors
 from sdlora.data.sources import Listing, find_sources
 from sdlora.errors import DataError
 from tests.conftest import write_images
-from tests.sets import codes, found, images_in, listed, loaded, put, texts
+from tests.sets import codes, found, images_in, listed, examined, put, texts
 
 
 def test_pairs_images_with_captions(tmp_path: Path) -> None:
@@ -41,7 +41,7 @@ def test_every_fault_in_one_report(tmp_path: Path) -> None:
     Image.new("RGB", (64, 64)).save(folder / "8.jpg")
     (folder / "9.txt").write_bytes(b"x" * 100_000)
     listing = listed(folder)
-    _, faults = loaded(listing)
+    _, faults = examined(listing)
     with pytest.raises(DataError) as caught:
         raise_errors((*listing.findings, *faults))
     problems = dict.fromkeys(caught.value.problems)

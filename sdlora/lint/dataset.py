@@ -1,4 +1,4 @@
-"""A dataset that was listed, decoded, placed and checked once: what lint reports, a plan and a run's identity rest on."""
+"""The record of a dataset that was listed, decoded, placed and checked once; reports and plans are made from it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ExaminedDataset:
     placements: tuple[Placement, ...]
     """One for each of ``images``, at the largest resolution at which it is shown."""
     findings: tuple[Finding, ...]
-    """Of files, images, captions and triggers; errors first."""
+    """Findings about files, images, captions and triggers; errors first."""
     kept: KeptImages
     """Decoded images that need not be decoded again."""
 
