@@ -41,7 +41,7 @@ def examined(
 
 
 def put(file: Path, content: str | bytes = "") -> Path:
-    """An image where ``file`` is named as one and nothing is given, else the given content."""
+    """Write ``content``, or an image where ``file`` has the name of one and no content is given."""
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.suffix.lower() in (".png", ".jpg", ".webp") and not content:
         GREY.save(file)

@@ -105,18 +105,18 @@ def test_no_bytes_bring_a_reader_down(
     file.write_bytes(whole.getvalue()[:start] + data + whole.getvalue()[start + len(data) :])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        told = []
+        codes = []
         for reader in (examine_image, open_image):
             try:
                 reader(file)
-                told.append(None)
+                codes.append(None)
             except ImageError as error:
-                told.append(error.finding.code)
+                codes.append(error.finding.code)
     # What is looked at is what is trained on.
-    assert told[0] == told[1]
+    assert codes[0] == codes[1]
 
 
-def test_what_is_not_a_image(tmp_path: Path) -> None:
+def test_what_is_not_an_image(tmp_path: Path) -> None:
     (tmp_path / "empty.png").touch()
     assert fault_of(tmp_path / "empty.png") == "image-empty"
     (tmp_path / "text.png").write_text("not an image")

@@ -123,7 +123,7 @@ def find_sources(data: DataSection) -> Listing:
 def _sources_of(number: int, section: SetSection, data: DataSection, report: FindingCollector) -> list[Source]:
     root = Path(section.images)
     if not root.is_dir():
-        message = "not a folder" if root.exists() else "this folder does not exist"
+        message = "not a folder" if root.exists() else "no such folder"
         report.add("folder-missing", root, message, "name the folder of training images")
         return []
     folders = list_folders(root, subfolders=section.subfolders, report=report)

@@ -67,7 +67,7 @@ def read_table(file: Path) -> Table:
         else:
             rows = tuple(reader(file.read_bytes().decode("utf-8-sig")))
             if not (rows or reading.findings):
-                reading.fault("table-empty", "an empty table", "write one for each image, or remove it")
+                reading.fault("table-empty", "no rows in this table", "write one for each image, or remove it")
     except OSError as error:
         reading.fault(
             "table-unreadable", f"this table cannot be read: {error.strerror}", "check the path and its permissions"
