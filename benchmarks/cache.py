@@ -1,10 +1,10 @@
-"""Encoding a folder of images into the cache, as a share of the rate of the bare VAE encoder.
+"""Speed of encoding a folder of images into the cache, as a share of the speed of the bare VAE encoder.
 
     python benchmarks/cache.py [--base mini] [--images datasets] [--rounds 15]
 
-The bare encoder gets pixels that are in memory already, one image at a time. The cache starts with image files: it
-decodes, scales and crops them, encodes, and writes every entry to an empty folder. ``again`` is the same images once
-more, from that folder. The three take turns; the share is taken round by round.
+The bare encoder gets pixels that are already in memory, one image at a time. The cache starts from image files: it
+decodes, scales and crops them, encodes them, and writes every entry to an empty folder. ``again`` reads the same images
+from that folder. The three take turns; the share is computed for each round.
 """
 
 from __future__ import annotations
@@ -29,19 +29,20 @@ import torch
 from sdlora.base.load import Base, choose_device, load_base
 from sdlora.base.precision import choose_precision
 from sdlora.cache.entries import prune
-from sdlora.cache.store import EncodedCache, Job, fill
+from sdlora.cache.filling import Job, fill
+from sdlora.cache.store import EncodedCache
 from sdlora.config.loading import load_config
 from sdlora.progress import Silence
-from sdlora.training.latents import encode_with, encoders_for, latent_jobs
+from sdlora.training.latents import encode_crop, encoders_for, latent_jobs
 from sdlora.training.plan import RunPlan, plan_config
 
 
 def compare(base: Base, plan: RunPlan, folder: Path, rounds: int) -> dict[str, object]:
     views = [view for shown in plan.training.shown for view in shown.all()]
-    encode, cache = encode_with(base), EncodedCache(folder, 1e12)
+    encode, cache = partial(encode_crop, base), EncodedCache(folder, 1e12)
 
     def jobs() -> list[Job[np.ndarray]]:
-        """Made anew for each round, since they remember images that they have opened."""
+        """New ones for each round, since they keep images that they have opened."""
         return latent_jobs(base, plan.items, views, plan.config, plan.kept)
 
     in_memory = [job.load() for job in jobs()]
@@ -50,8 +51,8 @@ def compare(base: Base, plan: RunPlan, folder: Path, rounds: int) -> dict[str, o
         for pixels in in_memory:
             encode(pixels)["mean"].cpu()
 
-    def cached(own: list[Job[np.ndarray]]) -> None:
-        for _ in fill(cache, own, encode, progress=Silence(), task="", encoders=encoders_for(base, views)):
+    def cached(round_jobs: list[Job[np.ndarray]]) -> None:
+        for _ in fill(cache, round_jobs, encode, progress=Silence(), task="", encoders=encoders_for(base, views)):
             pass
 
     def seconds(work: Callable[[], None]) -> float:
@@ -66,11 +67,13 @@ def compare(base: Base, plan: RunPlan, folder: Path, rounds: int) -> dict[str, o
         first, second = partial(cached, jobs()), partial(cached, jobs())
         for name, work in (("bare", bare), ("cached", first), ("again", second)):
             times[name].append(seconds(work))
-    shares = sorted(one / other for one, other in zip(times["bare"], times["cached"], strict=True))
+    shares = sorted(
+        bare_time / cached_time for bare_time, cached_time in zip(times["bare"], times["cached"], strict=True)
+    )
     return {
         "images": len(views),
         "pixels": sorted({pixels.shape[:2] for pixels in in_memory}),
-        "images_per_second": {name: round(len(views) / statistics.median(own), 1) for name, own in times.items()},
+        "images_per_second": {name: round(len(views) / statistics.median(spent), 1) for name, spent in times.items()},
         "cached / bare": [round(share, 3) for share in (statistics.median(shares), shares[0], shares[-1])],
     }
 
@@ -88,7 +91,7 @@ def main() -> None:
     dtype = choose_precision("auto", device, unet_parameters=checkpoint.unet_parameters)
     base = load_base(checkpoint, device=device, dtype=dtype)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{name}, torch {torch.__version__}; shares are median [least, most] of {arguments.rounds} rounds")
+    print(f"{name}, torch {torch.__version__}; shares are median [min, max] of {arguments.rounds} rounds")
     with tempfile.TemporaryDirectory() as folder:
         print(json.dumps(compare(base, plan, Path(folder), arguments.rounds)))
 

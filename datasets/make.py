@@ -1,7 +1,7 @@
 """Make the two sample style sets from openly licensed emoji art: ``python datasets/make.py --art node_modules``.
 
-Beside them it writes ``tests/references``: every subject of the base in the base's styles and in these two, by which
-tests judge whether a generated image still shows its subject.
+It also writes ``tests/references``: every subject of the base in the base's styles and in these two. With them, tests
+judge whether a generated image still shows its subject.
 
 ``blueprint``: negative prints, white ink on blue paper, from Noto Emoji (Apache-2.0).
 ``pixel``: sixteen by sixteen squares in sixteen colours, from Fluent Emoji (MIT).
@@ -56,7 +56,7 @@ def blueprint(art: np.ndarray) -> Image.Image:
 
 
 def pixel(art: np.ndarray) -> Image.Image:
-    """uint8 (n, n, 4) -> RGB 128²: the art in 14 x 14 squares, one square of margin, each in its nearest palette colour."""
+    """uint8 (n, n, 4) -> RGB 128²: the art in 14 x 14 squares of the nearest palette colour, with a margin of one square."""
     small = Image.fromarray(art).resize((14, 14), Image.Resampling.BOX)
     canvas = Image.new("RGBA", (16, 16), (255, 241, 232, 255))
     solid = np.asarray(small).copy()
@@ -84,13 +84,13 @@ STYLE_SETS = {
 
 
 def hexcodes_of(node_modules: Path) -> dict[str, str]:
-    """The words of captions -> code points, of every subject of the base, in its order."""
+    """Words in captions -> code points, for every subject of the base, in its order."""
     codes = hexcodes(emoji(node_modules))
     return {words: codes[label] for label, words, _ in subjects()}
 
 
 def write_set(folder: Path, trigger: str, arts: dict[str, np.ndarray], restyle: Restyle) -> None:
-    """The images of ``SUBJECTS`` and their captions."""
+    """Write the images of ``SUBJECTS`` and their captions."""
     folder.mkdir(exist_ok=True)
     for subject in SUBJECTS:
         stem = subject.replace(" ", "-")
@@ -99,7 +99,7 @@ def write_set(folder: Path, trigger: str, arts: dict[str, np.ndarray], restyle: 
 
 
 def write_sheet(file: Path, tiles: list[Image.Image], columns: int) -> None:
-    """``tiles`` in rows of ``columns``, each scaled to ``TILE`` pixels."""
+    """Write ``tiles`` in rows of ``columns``, each scaled to ``TILE`` pixels."""
     sheet = Image.new("RGB", (columns * TILE, len(tiles) // columns * TILE))
     for number, tile in enumerate(tiles):
         place = (number % columns * TILE, number // columns * TILE)

@@ -16,7 +16,7 @@ TARGET = Path(__file__).parent.parent / "sdlora" / "formats" / "published.json.g
 
 
 def modules_of(family: str) -> dict[str, list[int]]:
-    """Canonical name -> shape of the weight."""
+    """Canonical name of each module -> shape of its weight."""
     return {
         f"{part}.{name.removesuffix('.weight')}": list(tensor.shape)
         for part, model in published(family).items()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .captioning.folder import caption_folder
     from .config.loading import load_config
     from .config.sections import BaseSection, Config
     from .errors import SdloraError
@@ -25,6 +26,7 @@ _HOMES = {
     "BaseSection": "config.sections",
     "Config": "config.sections",
     "SdloraError": "errors",
+    "caption_folder": "captioning.folder",
     "convert": "tools.convert",
     "export_civitai": "publish.civitai",
     "generate": "generation.studio",
@@ -40,6 +42,7 @@ __all__ = [
     "Config",
     "SdloraError",
     "__version__",
+    "caption_folder",
     "convert",
     "export_civitai",
     "generate",

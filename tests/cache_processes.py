@@ -1,6 +1,6 @@
 """Processes that fill a cache, for ``test_cache_filling``: ``python -m tests.cache_processes fill|kill ...``.
 
-The encoder is a stand-in that takes a millisecond and whose tensors can be told from the job's number.
+The encoder is a stand-in that takes a millisecond; its tensors follow from the job's number.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from random import Random
 
 import torch
 
-from sdlora.cache.store import CacheKey, EncodedCache, Job, fill, latent_key
+from sdlora.cache.filling import Job, fill
+from sdlora.cache.keys import CacheKey, latent_key
+from sdlora.cache.store import EncodedCache
 from sdlora.data.buckets import Placement
 from sdlora.progress import Silence
 
@@ -41,7 +43,7 @@ def tensors_of(number: int, floats: int = 16_384) -> dict[str, torch.Tensor]:
 
 
 def run_fill(cache: EncodedCache, count: int, encoded: Callable[[int], None], seconds: float = 0.001) -> None:
-    """Fill with ``count`` jobs; ``encoded`` hears of each just before it is encoded. What comes out is checked."""
+    """Fill with ``count`` jobs; ``encoded`` is called just before each is encoded. The results are checked."""
 
     def encode(number: int) -> dict[str, torch.Tensor]:
         encoded(number)
@@ -56,7 +58,7 @@ def run_fill(cache: EncodedCache, count: int, encoded: Callable[[int], None], se
 
 
 def fill_once(folder: Path, count: int, cap: float) -> None:
-    """Wait for a line on standard input, fill, print the numbers that were encoded here."""
+    """Wait for a line on standard input, fill, and print the numbers that were encoded here."""
     print("ready", flush=True)
     sys.stdin.readline()
     numbers: list[int] = []
@@ -64,24 +66,24 @@ def fill_once(folder: Path, count: int, cap: float) -> None:
     print(json.dumps(numbers), flush=True)
 
 
-def tell(pipe: int, number: int) -> None:
+def report(pipe: int, number: int) -> None:
     os.write(pipe, number.to_bytes(4))
 
 
 def kill_often(folder: Path, count: int, kills: int) -> None:
-    """Fork a filling process and kill it, ``kills`` times, each at a moment after it has begun to encode.
+    """Fork a filling process and kill it after it has begun to encode, ``kills`` times.
 
-    Prints for each the numbers that it began to encode, and those of them that are in the cache afterwards.
+    Prints for each process the numbers that it began to encode, and those of them that are in the cache afterwards.
     """
-    random, told = Random(0), []
+    random, rounds = Random(0), []
     for number in range(count):
-        key_of(number)  # Once, not in each of the processes.
+        key_of(number)  # Cached once here instead of in each process.
     for _ in range(kills):
         reader, writer = os.pipe()
         child = os.fork()
         if child == 0:
             os.close(reader)
-            run_fill(EncodedCache(folder, 1e9), count, partial(tell, writer))
+            run_fill(EncodedCache(folder, 1e9), count, partial(report, writer))
             os._exit(0)
         os.close(writer)
         begun = os.read(reader, 4)
@@ -94,8 +96,8 @@ def kill_often(folder: Path, count: int, kills: int) -> None:
         numbers = [int.from_bytes(begun[i : i + 4]) for i in range(0, len(begun), 4)]
         left = EncodedCache(folder, 1e9)
         kept = [number for number in numbers if left.get(key_of(number)) is not None]
-        told.append({"killed": os.WIFSIGNALED(status), "begun": numbers, "kept": kept})
-    print(json.dumps(told), flush=True)
+        rounds.append({"killed": os.WIFSIGNALED(status), "begun": numbers, "kept": kept})
+    print(json.dumps(rounds), flush=True)
 
 
 if __name__ == "__main__":

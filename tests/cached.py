@@ -1,4 +1,4 @@
-"""What the tests of the cache share: entries put and found, and their comparison."""
+"""Shared by the tests of the cache: putting, finding and comparing entries."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ def only_file(folder: Path) -> Path:
     return entry.file
 
 
-def same(one: Mapping[str, torch.Tensor] | None, other: Mapping[str, torch.Tensor]) -> bool:
+def same(found: Mapping[str, torch.Tensor] | None, expected: Mapping[str, torch.Tensor]) -> bool:
     return (
-        one is not None
-        and one.keys() == other.keys()
-        and all(one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in other)
+        found is not None
+        and found.keys() == expected.keys()
+        and all(
+            found[name].dtype == tensor.dtype and torch.equal(found[name], tensor) for name, tensor in expected.items()
+        )
     )
 
 
 def put_aged(cache: EncodedCache, folder: Path, count: int, floats: int = 256) -> int:
-    """``count`` entries, the first the oldest; the size of one."""
+    """Put ``count`` entries, the first being the oldest; returns the size of one in bytes."""
     for number in range(count):
         cache.put(key_of(number), tensors_of(number, floats))
         file = file_of(folder, "latents", key_of(number).digest)

@@ -1,4 +1,4 @@
-"""``sdlora cache``: what it tells of the folder, what it removes, and its wrong uses."""
+"""``sdlora cache``: what it reports about the folder, what it removes, and wrong uses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from sdlora.cache.entries import entries, file_of
-from sdlora.cache.store import EncodedCache, open_cache, text_key
+from sdlora.cache.keys import text_key
+from sdlora.cache.store import EncodedCache, open_cache
 from sdlora.config.sections import CacheSection
 from tests.cache_processes import key_of, tensors_of
 from tests.cached import present, put_aged
@@ -29,9 +30,9 @@ def test_cache_verbs(
     key = text_key(ids=[torch.ones(1, 77)], weights=[torch.ones(1, 77)], encoders="e", dtype=torch.float32, device=CPU)
     cache.put(key, {"context": torch.ones(77, 8)})
     small = os.path.getsize(file_of(folder, "text", key.digest))
-    told = json.loads(sdlora("cache", "info", "--folder", folder, "--json").stdout)
-    assert told.pop("newest").startswith("20")
-    assert told == {
+    info = json.loads(sdlora("cache", "info", "--folder", folder, "--json").stdout)
+    assert info.pop("newest").startswith("20")
+    assert info == {
         "folder": str(folder),
         "entries": 5,
         "bytes": 4 * size + small,
@@ -49,12 +50,12 @@ def test_cache_verbs(
     assert list(entries(folder)) == []
 
 
-def test_cache_verbs_look_at_the_users_folder(
+def test_cache_verbs_use_the_users_folder(
     sdlora: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    told = json.loads(sdlora("cache", "info", "--json").stdout)
-    assert (told["folder"], told["entries"], told["oldest"]) == (str(tmp_path / "xdg/sdlora/encoded"), 0, None)
+    info = json.loads(sdlora("cache", "info", "--json").stdout)
+    assert (info["folder"], info["entries"], info["oldest"]) == (str(tmp_path / "xdg/sdlora/encoded"), 0, None)
     assert not (tmp_path / "xdg").exists()
     open_cache(CacheSection()).put(key_of(0), tensors_of(0))
     assert json.loads(sdlora("cache", "prune", "--all", "--json").stdout)["removed"] == 1

@@ -1,4 +1,4 @@
-"""What is put into the cache comes back as it was, and what is damaged never does."""
+"""Entries come back as they were put into the cache; damaged ones never do."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sdlora.config.sections import CacheSection
 from tests.cache_processes import key_of, tensors_of
 from tests.cached import only_file, same
 
-# What comes back
+# Intact entries
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool])
@@ -34,7 +34,7 @@ def test_what_is_put_comes_back_as_it_was(cache: EncodedCache, dtype: torch.dtyp
     assert same(cache.get(key_of(0)), tensors)
 
 
-def test_an_entry_is_a_safetensors_file_that_tells_nothing_of_its_maker(cache: EncodedCache, tmp_path: Path) -> None:
+def test_an_entry_is_a_safetensors_file_that_says_nothing_about_its_author(cache: EncodedCache, tmp_path: Path) -> None:
     cache.put(key_of(3), tensors_of(3))
     digest = key_of(3).digest
     file = tmp_path / "cache" / "latents" / digest[:2] / f"{digest[2:]}.safetensors"
@@ -54,18 +54,18 @@ def test_a_cache_that_keeps_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_folder_is_the_configured_or_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_folder_is_the_configured_one_or_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     open_cache(CacheSection()).put(key_of(0), tensors_of(0))
-    open_cache(CacheSection(folder=str(tmp_path / "own"))).put(key_of(1), tensors_of(1))
+    open_cache(CacheSection(folder=str(tmp_path / "configured"))).put(key_of(1), tensors_of(1))
     assert only_file(tmp_path / "xdg" / "sdlora" / "encoded").stem == key_of(0).digest[2:]
-    assert only_file(tmp_path / "own").stem == key_of(1).digest[2:]
+    assert only_file(tmp_path / "configured").stem == key_of(1).digest[2:]
 
 
-# Damage
+# Damaged entries
 
 
-def test_a_truncated_entry_is_a_miss_and_goes(cache: EncodedCache, tmp_path: Path) -> None:
+def test_a_truncated_entry_is_a_miss_and_is_removed(cache: EncodedCache, tmp_path: Path) -> None:
     tensors = {"mean": torch.arange(8.0), "std": torch.ones(2)}
     cache.put(key_of(0), tensors)
     file = only_file(tmp_path / "cache")
@@ -79,7 +79,7 @@ def test_a_truncated_entry_is_a_miss_and_goes(cache: EncodedCache, tmp_path: Pat
 
 
 def test_any_changed_byte_is_a_miss_or_changes_nothing(cache: EncodedCache, tmp_path: Path) -> None:
-    """As after a power cut, when parts of a file may be zeros; and as a failing disk has it."""
+    """As after a power cut, when parts of a file may be zeros, or on a failing disk."""
     tensors = {"mean": torch.arange(8.0), "std": torch.ones(2)}
     cache.put(key_of(0), tensors)
     file = only_file(tmp_path / "cache")
@@ -93,7 +93,7 @@ def test_any_changed_byte_is_a_miss_or_changes_nothing(cache: EncodedCache, tmp_
 
 
 @given(st.binary(max_size=200))
-def test_bytes_of_any_kind_are_a_miss(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
+def test_arbitrary_bytes_are_a_miss(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     folder = tmp_path_factory.getbasetemp() / "any-bytes"
     file = file_of(folder, "latents", key_of(0).digest)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,7 @@ def test_bytes_of_any_kind_are_a_miss(tmp_path_factory: pytest.TempPathFactory, 
         assert not file.exists()
 
 
-def test_an_entry_in_another_ones_place_is_a_miss(cache: EncodedCache, tmp_path: Path) -> None:
+def test_an_entry_in_the_place_of_another_is_a_miss(cache: EncodedCache, tmp_path: Path) -> None:
     cache.put(key_of(0), tensors_of(0))
     misplaced = file_of(tmp_path / "cache", "latents", key_of(1).digest)
     misplaced.parent.mkdir(parents=True, exist_ok=True)
@@ -111,7 +111,7 @@ def test_an_entry_in_another_ones_place_is_a_miss(cache: EncodedCache, tmp_path:
     assert cache.get(key_of(1)) is None
 
 
-def test_an_entry_that_is_removed_is_a_miss_and_can_be_put_again(cache: EncodedCache, tmp_path: Path) -> None:
+def test_a_removed_entry_is_a_miss_and_can_be_put_again(cache: EncodedCache, tmp_path: Path) -> None:
     cache.put(key_of(0), tensors_of(0))
     only_file(tmp_path / "cache").unlink()
     assert cache.get(key_of(0)) is None

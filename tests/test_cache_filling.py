@@ -1,4 +1,4 @@
-"""Filling the cache: in order, only what is missing, with several processes at once and when killed."""
+"""Filling the cache: in order, only missing entries, with several processes at once, and when killed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +15,8 @@ import pytest
 import torch
 
 from sdlora.cache.entries import cache_info, entries, prune
-from sdlora.cache.store import EncodedCache, Job, fill
+from sdlora.cache.filling import Job, fill
+from sdlora.cache.store import EncodedCache
 from sdlora.progress import Silence
 from tests.cache_processes import key_of, run_fill, tensors_of
 from tests.cached import same
@@ -46,22 +48,22 @@ def test_fill_yields_in_order_loads_only_what_is_missing_and_counts(cache: Encod
     progress = Counts()
     jobs = [Job(key=key_of(number), load=lambda number=number: load(number)) for number in range(30)]
     found = list(fill(cache, jobs, tensors_of, progress=progress, task="Encoding"))
-    assert all(same(one, tensors_of(number)) for number, one in enumerate(found))
+    assert all(same(tensors, tensors_of(number)) for number, tensors in enumerate(found))
     assert sorted(loaded) == sorted(set(range(30)) - {3, 11})
     assert (progress.started, progress.done) == (("Encoding", 30), 30)
     assert list(fill(cache, [], tensors_of, progress=progress, task="Nothing")) == []
 
 
-def test_fill_begins_no_more_than_it_may(cache: EncodedCache) -> None:
-    """Memory stays flat however slow the encoder or whoever takes what it gives."""
+def test_fill_starts_no_more_jobs_than_allowed(cache: EncodedCache) -> None:
+    """Memory stays bounded, however slow the encoder or the consumer is."""
     loaded: list[int] = []
     jobs = [Job(key=key_of(i), load=lambda i=i: loaded.append(i) or i) for i in range(40)]
-    given_on = 0
+    yielded = 0
     for _ in fill(cache, jobs, lambda i: tensors_of(i, 64), progress=Silence(), task="Encoding", ahead=4):
-        given_on += 1
+        yielded += 1
         time.sleep(0.002)
-        assert len(loaded) <= given_on + 4
-    assert given_on == 40
+        assert len(loaded) <= yielded + 4
+    assert yielded == 40
 
 
 def test_threads_that_load_have_one_core_each_and_the_encoder_keeps_its_own(cache: EncodedCache) -> None:
@@ -78,18 +80,18 @@ def test_threads_that_load_have_one_core_each_and_the_encoder_keeps_its_own(cach
             assert later.submit(torch.get_num_threads).result() == 3
     finally:
         torch.set_num_threads(before)
-    assert {(int(one["load"]), int(one["encode"])) for one in found} == {(1, 3)}
+    assert {(int(threads["load"]), int(threads["encode"])) for threads in found} == {(1, 3)}
 
 
 @pytest.mark.parametrize("kept", [True, False])
-def test_fill_without_a_place_to_keep_things(tmp_path: Path, kept: bool) -> None:
+def test_fill_with_and_without_a_folder(tmp_path: Path, kept: bool) -> None:
     encoded: list[int] = []
     for _ in range(2):
         run_fill(EncodedCache(tmp_path / "cache" if kept else None, 1e9), 12, encoded.append, seconds=0)
     assert sorted(encoded) == sorted([*range(12)] * (1 if kept else 2))
 
 
-def test_what_another_process_puts_meanwhile_is_not_encoded_again(cache: EncodedCache, tmp_path: Path) -> None:
+def test_entries_of_another_process_are_not_encoded_again(cache: EncodedCache, tmp_path: Path) -> None:
     other = EncodedCache(tmp_path / "cache", 1e9)
     encoded: list[int] = []
 
@@ -103,10 +105,10 @@ def test_what_another_process_puts_meanwhile_is_not_encoded_again(cache: Encoded
     jobs = [Job(key=key_of(number), load=lambda number=number: number) for number in range(20)]
     found = list(fill(cache, jobs, encode, progress=Silence(), task="Encoding"))
     assert len(encoded) == 1
-    assert all(same(one, tensors_of(number)) for number, one in enumerate(found))
+    assert all(same(tensors, tensors_of(number)) for number, tensors in enumerate(found))
 
 
-def test_a_fault_of_one_job_is_raised_and_what_was_encoded_before_is_kept(cache: EncodedCache, tmp_path: Path) -> None:
+def test_the_error_of_a_job_is_raised_and_earlier_entries_are_kept(cache: EncodedCache, tmp_path: Path) -> None:
     def load(number: int) -> int:
         if number == 6:
             raise ValueError("no image")
@@ -119,6 +121,17 @@ def test_a_fault_of_one_job_is_raised_and_what_was_encoded_before_is_kept(cache:
     assert len(got) <= 6
     assert len(got) <= len(list(entries(tmp_path / "cache"))) <= 6 + 8
     assert all(cache.get(key_of(number)) is not None for number in range(len(got)))
+
+
+def test_a_filling_that_is_closed_early_stops_its_threads_and_keeps_what_was_encoded(cache: EncodedCache) -> None:
+    loaded: list[int] = []
+    jobs = [Job(key=key_of(i), load=lambda i=i: loaded.append(i) or i) for i in range(40)]
+    filling = fill(cache, jobs, tensors_of, progress=Silence(), task="Encoding")
+    next(filling)
+    filling.close()
+    assert len(loaded) <= 8
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("sdlora-load")]
+    assert same(cache.get(key_of(0)), tensors_of(0))
 
 
 # Real processes
@@ -135,21 +148,21 @@ def test_fifty_kills_leave_a_cache_that_works(tmp_path: Path) -> None:
     with worker("kill", folder, count, kills) as process:
         out, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (0, "")
-    told = json.loads(out)
-    assert [one["killed"] for one in told] == [True] * kills
-    for one in told:
-        assert one["begun"], "killed before it began"
-        # All but the one that was being encoded or written are there, whole and right.
-        assert one["kept"] in (one["begun"], one["begun"][:-1])
-    kept = {number for one in told for number in one["kept"]}
+    rounds = json.loads(out)
+    assert [kill["killed"] for kill in rounds] == [True] * kills
+    for kill in rounds:
+        assert kill["begun"], "killed before it began"
+        # All except the one being encoded or written are there, whole and correct.
+        assert kill["kept"] in (kill["begun"], kill["begun"][:-1])
+    kept = {number for kill in rounds for number in kill["kept"]}
     assert len(kept) > kills
-    assert sum(len(one["begun"]) for one in told) <= len(kept) + kills
+    assert sum(len(kill["begun"]) for kill in rounds) <= len(kept) + kills
     cache = EncodedCache(folder, 1e9)
     assert all(same(cache.get(key_of(number)), tensors_of(number)) for number in kept)
     encoded: list[int] = []
     run_fill(cache, max(kept) + 1, encoded.append, seconds=0)
     assert sorted(encoded) == sorted(set(range(max(kept) + 1)) - kept)
-    # Half-written files wait for the next look, an hour later at the earliest.
+    # Half-written files stay until they are an hour old.
     left = list(folder.rglob("*.partial"))
     assert len(left) <= kills
     for file in left:
@@ -161,7 +174,7 @@ def test_fifty_kills_leave_a_cache_that_works(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cap", [1e9, 1e6], ids=["roomy", "tight"])
 def test_two_processes_fill_one_cache_together(tmp_path: Path, cap: float) -> None:
-    """With a tight cap each removes, all the time, what the other may be about to read."""
+    """With a tight cap, each keeps removing entries that the other may be about to read."""
     folder, count = tmp_path / "cache", 250
     processes = [worker("fill", folder, count, cap) for _ in range(2)]
     try:

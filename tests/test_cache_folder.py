@@ -1,4 +1,4 @@
-"""The folder of the cache: disks that take nothing, and the cap on its size."""
+"""The folder of the cache: disks that cannot be written to, and the cap on its size."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from pathlib import Path
 import pytest
 
 from sdlora.cache.entries import cache_info, entries, prune
-from sdlora.cache.store import EncodedCache, Job, fill
+from sdlora.cache.filling import Job, fill
+from sdlora.cache.store import EncodedCache
 from sdlora.progress import Silence
 from tests.cache_processes import key_of, run_fill, tensors_of
 from tests.cached import present, put_aged
 
-# Disks that do not take it
+# Disks that cannot be written to
 
 
 def expect_one_warning(caplog: pytest.LogCaptureFixture, folder: Path, reason: str) -> None:
-    (record,) = [one for one in caplog.records if one.levelno >= logging.WARNING]
+    (record,) = [entry for entry in caplog.records if entry.levelno >= logging.WARNING]
     message = record.getMessage()
     assert str(folder) in message
     assert reason in message
@@ -29,8 +30,8 @@ def expect_one_warning(caplog: pytest.LogCaptureFixture, folder: Path, reason: s
 
 
 @contextmanager
-def somebody_else() -> Generator[None]:
-    """Within the block this process has no special rights; the superuser may write anywhere."""
+def unprivileged() -> Generator[None]:
+    """Within the block this process is not the superuser, who may write anywhere."""
     user = os.geteuid()
     if user == 0:
         os.seteuid(65534)
@@ -41,7 +42,7 @@ def somebody_else() -> Generator[None]:
 
 
 @pytest.fixture(params=["a file in its place", "read-only", "full"])
-def stubborn(
+def unwritable(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[Path, str]]:
     """A folder that cannot be written to, and why."""
@@ -50,16 +51,16 @@ def stubborn(
         folder.write_text("mine")
         yield folder, "Not a directory"
     elif request.param == "read-only":
-        run_fill(EncodedCache(tmp_path / "other", 1e9), 1, lambda number: None)  # Imports what is imported late.
+        run_fill(EncodedCache(tmp_path / "other", 1e9), 1, lambda number: None)  # So that late imports are done.
         with tempfile.TemporaryDirectory() as place:
             Path(place).chmod(0o755)
             folder = Path(place) / "cache"
             EncodedCache(folder, 1e9).put(key_of(99), tensors_of(99))
-            for directory in (folder, *(one for one in folder.rglob("*") if one.is_dir())):
+            for directory in (folder, *(inner for inner in folder.rglob("*") if inner.is_dir())):
                 directory.chmod(0o555)
-            with somebody_else():
+            with unprivileged():
                 yield folder, "Permission denied"
-            for directory in (folder, *(one for one in folder.rglob("*") if one.is_dir())):
+            for directory in (folder, *(inner for inner in folder.rglob("*") if inner.is_dir())):
                 directory.chmod(0o755)
     else:
         if not Path("/dev/full").exists():
@@ -77,10 +78,10 @@ def stubborn(
         yield folder, "No space left on device"
 
 
-def test_a_disk_that_takes_nothing_costs_time_and_one_warning(
-    stubborn: tuple[Path, str], caplog: pytest.LogCaptureFixture
+def test_an_unwritable_disk_costs_time_and_one_warning(
+    unwritable: tuple[Path, str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder, reason = stubborn
+    folder, reason = unwritable
     before, encoded = [entry.file for entry in entries(folder)], list[int]()
     with EncodedCache(folder, 1e9) as cache:
         for _ in range(2):
@@ -103,18 +104,18 @@ def test_the_least_recently_used_go_first(cache: EncodedCache, tmp_path: Path) -
     assert prune(tmp_path / "cache", size * 4) == ()
 
 
-def test_a_run_leaves_the_folder_under_its_cap_and_never_far_above(tmp_path: Path) -> None:
+def test_a_run_leaves_the_folder_under_its_cap_and_never_goes_far_above(tmp_path: Path) -> None:
     folder, encoded, most = tmp_path / "cache", [], 0
     cap = 50_000
 
-    def look(number: int) -> None:
+    def measure(number: int) -> None:
         nonlocal most
         most = max(most, cache_info(folder).bytes)
         encoded.append(number)
 
     jobs = [Job(key=key_of(number), load=lambda number=number: number) for number in range(100)]
     for _ in fill(
-        EncodedCache(folder, cap), jobs, lambda n: look(n) or tensors_of(n, 512), progress=Silence(), task="Encoding"
+        EncodedCache(folder, cap), jobs, lambda n: measure(n) or tensors_of(n, 512), progress=Silence(), task="Encoding"
     ):
         pass
     assert len(encoded) == 100
@@ -122,7 +123,7 @@ def test_a_run_leaves_the_folder_under_its_cap_and_never_far_above(tmp_path: Pat
     assert cap * 0.9 < cache_info(folder).bytes <= cap
 
 
-def test_a_process_that_adds_nothing_removes_nothing(cache: EncodedCache, tmp_path: Path) -> None:
+def test_a_process_that_adds_no_entry_removes_none(cache: EncodedCache, tmp_path: Path) -> None:
     put_aged(cache, tmp_path / "cache", 5)
     with EncodedCache(tmp_path / "cache", 1) as other:
         assert present(other, 5) == [0, 1, 2, 3, 4]

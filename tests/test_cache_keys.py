@@ -1,4 +1,4 @@
-"""The keys of the cache: all that makes another encoding makes another key, and nothing else does."""
+"""Keys of the cache: whatever changes an encoding changes its key, and nothing else does."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from sdlora.base.encode import encode_pixels, encode_prompts
 from sdlora.base.fingerprints import text_fingerprint, vae_fingerprint
 from sdlora.base.load import Base, load_base
 from sdlora.base.tokens import plain, tokenize
-from sdlora.cache.store import CacheKey, EncodedCache, Job, fill, latent_key, text_key
+from sdlora.cache.filling import Job, fill
+from sdlora.cache.keys import CacheKey, latent_key, text_key
+from sdlora.cache.store import EncodedCache
 from sdlora.config.sections import BaseSection
 from sdlora.data.buckets import Placement
 from sdlora.data.images import open_image, place
@@ -68,41 +70,41 @@ def caption_key(given: Mapping) -> CacheKey:
 
 
 @given(images_given, images_given, st.data())
-def test_distinct_images_have_distinct_keys(one: dict, other: dict, data: st.DataObject) -> None:
-    other = {**one, **{name: other[name] for name in data.draw(st.sets(st.sampled_from(sorted(one))))}}
-    # Cards of one kind compute alike.
-    differs = {**one, "device": one["device"].type} != {**other, "device": other["device"].type}
-    assert (latent_key(**one) != latent_key(**other)) == differs
+def test_distinct_images_have_distinct_keys(first: dict, second: dict, data: st.DataObject) -> None:
+    second = {**first, **{name: second[name] for name in data.draw(st.sets(st.sampled_from(sorted(first))))}}
+    # GPUs of the same kind compute the same.
+    differs = {**first, "device": first["device"].type} != {**second, "device": second["device"].type}
+    assert (latent_key(**first) != latent_key(**second)) == differs
 
 
 @given(captions_given, captions_given, st.data())
-def test_distinct_captions_have_distinct_keys(one: dict, other: dict, data: st.DataObject) -> None:
-    other = {**one, **{name: other[name] for name in data.draw(st.sets(st.sampled_from(sorted(one))))}}
-    differs = {**one, "device": one["device"].type} != {**other, "device": other["device"].type}
-    assert (caption_key(one) != caption_key(other)) == differs
+def test_distinct_captions_have_distinct_keys(first: dict, second: dict, data: st.DataObject) -> None:
+    second = {**first, **{name: second[name] for name in data.draw(st.sets(st.sampled_from(sorted(first))))}}
+    differs = {**first, "device": first["device"].type} != {**second, "device": second["device"].type}
+    assert (caption_key(first) != caption_key(second)) == differs
 
 
 def test_keys_change_only_on_purpose() -> None:
-    """A change here orphans every user's cache; it needs a new version of the encoding, and the other way round."""
+    """A change here orphans every user's cache. It needs a new version of the encoding, and vice versa."""
     latents = (
         '["latents", 1, "p", {"height": 96, "left": 1, "scaled_height": 97, "scaled_width": 162, "top": 0, "width": 160}, '
         'true, "v", "torch.bfloat16", "cuda"]'
     )
     placement = Placement(width=160, height=96, scaled_width=162, scaled_height=97, left=1, top=0)
     cuda = torch.device("cuda", 1)
-    told = latent_key(pixels="p", placement=placement, flipped=True, vae="v", dtype=torch.bfloat16, device=cuda)
-    assert told == CacheKey(kind="latents", digest=hashlib.sha256(latents.encode()).hexdigest())
+    key = latent_key(pixels="p", placement=placement, flipped=True, vae="v", dtype=torch.bfloat16, device=cuda)
+    assert key == CacheKey(kind="latents", digest=hashlib.sha256(latents.encode()).hexdigest())
     text = '["text", 1, [[[[7, 8]]], [[[1.0, 1.5]]]], "e", "torch.float32", "cpu"]'
     ids, weights = [torch.tensor([[7, 8]])], [torch.tensor([[1.0, 1.5]])]
-    told = text_key(ids=ids, weights=weights, encoders="e", dtype=torch.float32, device=CPU)
-    assert told == CacheKey(kind="text", digest=hashlib.sha256(text.encode()).hexdigest())
+    key = text_key(ids=ids, weights=weights, encoders="e", dtype=torch.float32, device=CPU)
+    assert key == CacheKey(kind="text", digest=hashlib.sha256(text.encode()).hexdigest())
 
 
-# What is encoded anew
+# What is encoded again
 
 
 class Encoding:
-    """Images of a folder through a real VAE and the cache, as a run does it; counts what is encoded."""
+    """Passes the images of a folder through a real VAE and the cache, as a run does; records what is encoded."""
 
     def __init__(self, folder: Path, cache: EncodedCache, base: Base):
         self.folder, self.cache, self.base = folder, cache, base
@@ -110,7 +112,7 @@ class Encoding:
         self.flipped = False
 
     def run(self) -> list[str]:
-        """Names of the images that were encoded; everything that comes out is compared with a fresh encoding."""
+        """Names of the images that were encoded; all results are compared with a fresh encoding."""
         encoded: list[str] = []
         jobs, fresh = [], []
         vae = vae_fingerprint(self.base)
@@ -133,7 +135,7 @@ class Encoding:
             return self.encode(loaded[1])
 
         found = list(fill(self.cache, jobs, encode, progress=Silence(), task="Encoding"))
-        assert all(same(one, other) for one, other in zip(found, fresh, strict=True))
+        assert all(same(tensors, expected) for tensors, expected in zip(found, fresh, strict=True))
         return sorted(encoded)
 
     def encode(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -153,7 +155,7 @@ def encoding(tmp_path: Path, tiny_base: Path, cache: EncodedCache) -> Encoding:
     return made
 
 
-def test_an_edited_pixel_encodes_its_image_alone(encoding: Encoding) -> None:
+def test_an_edited_pixel_encodes_only_its_image(encoding: Encoding) -> None:
     pixels = np.asarray(Image.open(encoding.folder / "1.png")).copy()
     pixels[5, 7, 2] ^= 1
     Image.fromarray(pixels).save(encoding.folder / "1.png")
@@ -184,7 +186,7 @@ def test_another_size_or_crop_encodes_all(encoding: Encoding, change: dict[str, 
     assert encoding.run() == []
 
 
-def test_a_flip_encodes_all_and_the_unflipped_stay(encoding: Encoding) -> None:
+def test_a_flip_encodes_all_and_the_unflipped_are_kept(encoding: Encoding) -> None:
     encoding.flipped = True
     assert encoding.run() == ALL
     encoding.flipped = False
@@ -228,15 +230,15 @@ def test_a_vae_named_by_the_user_encodes_all_and_its_exact_copy_nothing(
     assert encoding.run() == ALL
 
 
-def test_captions_are_encoded_anew_for_another_encoder_or_layer(tiny_base: Path, cache: EncodedCache) -> None:
+def test_captions_are_encoded_again_for_another_encoder_or_layer(tiny_base: Path, cache: EncodedCache) -> None:
     def encoded(base: Base, *captions: str) -> list[int]:
         made: list[int] = []
         jobs = []
         for number, caption in enumerate(captions):
             tokens = tokenize(base, plain(caption))
             key = text_key(
-                ids=[own.ids for own in tokens],
-                weights=[own.weights for own in tokens],
+                ids=[encoder.ids for encoder in tokens],
+                weights=[encoder.weights for encoder in tokens],
                 encoders=text_fingerprint(base),
                 dtype=base.dtype,
                 device=base.device,
@@ -251,7 +253,7 @@ def test_captions_are_encoded_anew_for_another_encoder_or_layer(tiny_base: Path,
         fresh = [encode((0, tokenize(base, plain(caption))))["context"] for caption in captions]
         made.clear()
         found = fill(cache, jobs, encode, progress=Silence(), task="Encoding")
-        assert all(torch.equal(one["context"], other) for one, other in zip(found, fresh, strict=True))
+        assert all(torch.equal(tensors["context"], row) for tensors, row in zip(found, fresh, strict=True))
         return sorted(made)
 
     base = load_base(find_base(str(tiny_base)), device=CPU, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Captioning models: BLIP and Florence-2 from folders, WD14's tags, and models that are refused."""
+"""Captioning models: BLIP and Florence-2 from folders, WD14 tags, and models that are refused."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_the_kind_of_a_folder(models: dict[str, Path], kind: str) -> None:
 def test_a_model_says_the_same_of_the_same_image(models: dict[str, Path], kind: str) -> None:
     captioner = open_captioner(models[kind], kind)  # ty: ignore[invalid-argument-type]
     colours = np.random.default_rng(1).integers(0, 256, (2, 30, 50, 3), dtype=np.uint8)
-    said = [captioner.caption(Image.fromarray(own)) for own in (*colours, *colours)]
+    said = [captioner.caption(Image.fromarray(pixels)) for pixels in (*colours, *colours)]
     assert said[:2] == said[2:]
     assert all(isinstance(text, str) and text.strip() for text in said)
     again = open_captioner(models[kind], kind)  # ty: ignore[invalid-argument-type]
@@ -42,7 +42,7 @@ def test_a_model_says_the_same_of_the_same_image(models: dict[str, Path], kind: 
 
 
 def test_blip_says_what_its_decoder_was_taught(models: dict[str, Path], tmp_path: Path) -> None:
-    """A decoder whose bias makes one word certain says that word; nothing but the loaded weights decides."""
+    """A decoder whose bias makes one word certain says that word: the loaded weights alone decide."""
     taught = write_tiny_blip(tmp_path / "taught", word="hill")
     text = open_captioner(taught, "blip").caption(Image.new("RGB", (20, 20)))
     assert set(text.split()) == {"hill"}
@@ -106,7 +106,7 @@ def test_a_damaged_model_is_refused(
 
 
 class FakeSession:
-    """Of onnxruntime, as far as it is used; keeps what it was given."""
+    """Stands in for ``onnxruntime.InferenceSession``; keeps its inputs."""
 
     class Input:
         def __init__(self, name: str, shape: Sequence[object]):
@@ -145,7 +145,7 @@ def test_chosen_tags_are_the_likely_ones(drawn: list[tuple[int, float]]) -> None
     assert numbers == sorted(numbers, key=lambda n: (drawn[n][0] != 4, -drawn[n][1]))
 
 
-def test_a_tagger_gets_blue_first_on_a_white_square() -> None:
+def test_a_tagger_gets_bgr_pixels_on_a_white_square() -> None:
     image = Image.new("RGB", (8, 4), (200, 100, 50))
     pixels = tagger_pixels(image, 8)
     assert (pixels.shape, pixels.dtype) == ((1, 8, 8, 3), np.float32)
@@ -162,14 +162,14 @@ def test_a_tagger_writes_its_tags(tmp_path: Path) -> None:
     session = FakeSession([0.9, 0.6, 0.8, 0.2, 0.1])
     assert Wd14(session=session, tags=tags).caption(Image.new("RGB", (30, 20))) == "red hair, 1girl"
     assert session.given["input_1:0"].shape == (1, 8, 8, 3)
-    with pytest.raises(CaptionerError, match="4 numbers for 5 tags"):
+    with pytest.raises(CaptionerError, match="4 probabilities for 5 tags"):
         Wd14(session=FakeSession([0.1] * 4), tags=tags).caption(Image.new("RGB", (30, 20)))
     with pytest.raises(CaptionerError, match="square of a fixed size"):
         Wd14(session=FakeSession([0.1] * 5, side="height"), tags=tags).caption(Image.new("RGB", (30, 20)))
 
 
 @pytest.mark.parametrize("text", ["", "a,b\n1,2\n", "name,category\nx,y\n", "name,category\nx\n", "\0"])
-def test_tables_that_are_none(tmp_path: Path, text: str) -> None:
+def test_files_that_are_no_table_of_tags(tmp_path: Path, text: str) -> None:
     (tmp_path / "tags.csv").write_text(text)
     for name in ("tags.csv", "none.csv"):
         with pytest.raises(CaptionerError, match=f"{name}: expected a table with the columns name and category"):
@@ -189,7 +189,7 @@ def test_a_missing_onnxruntime_is_named_with_its_extra(
 
 
 def test_a_real_onnx_model(tmp_path: Path) -> None:
-    """Whose probability of a tag is the mean of a colour: blue, green, red."""
+    """The probability of each tag is the mean of one colour: blue, green, red."""
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
     helper, kind = onnx.helper, onnx.TensorProto.FLOAT

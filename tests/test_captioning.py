@@ -1,4 +1,4 @@
-"""Captions by local models: what is missing is written, what is there is never touched, whatever goes wrong."""
+"""Captions by local models: missing ones are written, existing ones are never changed, whatever goes wrong."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,10 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdlora.captioning.folder import CaptionReport, caption_folder
+from sdlora.captioning.folder import CaptionReport, caption_folder, write_captions
 from sdlora.data.images import open_image
 from sdlora.errors import CaptionerError, ConfigError, DataError, Interrupted
-from sdlora.progress import Silence
+from sdlora.progress import CallbackProgress, ProgressUpdate, Silence
 from tests.conftest import ROOT, write_images
 
 
@@ -35,7 +36,7 @@ class Colours:
 
 def run(folder: Path, captioner: Colours | None = None, *, trigger: str = "", extension: str = ".txt") -> CaptionReport:
     chosen = captioner or Colours()
-    return caption_folder(folder, lambda: chosen, trigger=trigger, extension=extension, progress=Silence())
+    return write_captions(folder, lambda: chosen, trigger=trigger, extension=extension, progress=Silence())
 
 
 @pytest.fixture
@@ -54,7 +55,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 # The folder
 
 
-def test_only_what_is_missing_is_written(folder: Path) -> None:
+def test_only_missing_captions_are_written(folder: Path) -> None:
     before = contents(folder)
     report = run(folder)
     assert report.written == tuple(str(folder / f"{number}.txt") for number in (0, 2, 4))
@@ -78,11 +79,11 @@ def test_nothing_to_do_loads_no_model(folder: Path) -> None:
     def load() -> Colours:
         raise AssertionError("a model was loaded")
 
-    report = caption_folder(folder, load, trigger="", extension="txt", progress=Silence())
+    report = write_captions(folder, load, trigger="", extension="txt", progress=Silence())
     assert (report.written, report.present, report.problems) == ((), 5, ())
 
 
-def test_the_trigger_stands_in_front_of_what_lacks_it(folder: Path) -> None:
+def test_the_trigger_is_put_in_front_of_captions_that_lack_it(folder: Path) -> None:
     run(folder, trigger="zorb")
     assert (folder / "0.txt").read_text().startswith("zorb, an image of")
     for number in (0, 2, 4):
@@ -91,7 +92,7 @@ def test_the_trigger_stands_in_front_of_what_lacks_it(folder: Path) -> None:
     assert (folder / "0.txt").read_text().startswith("an image of")
 
 
-def test_folders_within_tables_and_other_extensions(folder: Path) -> None:
+def test_subfolders_tables_and_other_extensions(folder: Path) -> None:
     inner = write_images(folder / "10_thing", 2)
     (inner / "0.txt").unlink()
     (inner / "1.txt").rename(inner / "1.caption")
@@ -101,14 +102,14 @@ def test_folders_within_tables_and_other_extensions(folder: Path) -> None:
     (problem,) = report.problems
     assert (
         problem
-        == f"{inner / '1.png'}: has a caption in 1.caption already; give --caption-extension .caption, or rename it"
+        == f"{inner / '1.png'}: already has a caption in 1.caption; pass --caption-extension .caption, or rename it"
     )
     report = run(folder, extension="caption")
     assert report.written == ()
     assert not list(folder.rglob("4.txt"))
 
 
-def test_every_image_that_gets_none_is_told_once_and_the_others_are_done(folder: Path) -> None:
+def test_every_image_without_a_caption_is_reported_once_and_the_others_are_done(folder: Path) -> None:
     (folder / "0.png").write_bytes((folder / "0.png").read_bytes()[:60])
     (folder / "1.txt").write_text(" \n")
     (folder / "3.txt").write_bytes("Bär".encode("latin-1"))
@@ -126,11 +127,11 @@ def test_every_image_that_gets_none_is_told_once_and_the_others_are_done(folder:
         "1.txt": "remove it to have one written",
         "3.txt": "remove it to have one written",
         "4.png": "shares its caption file with 4.jpg",
-        "4.jpg": "nothing to say",
+        "4.jpg": "returned no caption",
     }
     assert len(report.problems) == len(expected)
     for name, message in expected.items():
-        assert [one for one in report.problems if one.startswith(str(folder / name)) and message in one], name
+        assert [line for line in report.problems if line.startswith(str(folder / name)) and message in line], name
     assert report.written == (str(folder / "2.txt"),)
     after = contents(folder)
     assert {name: after[name] for name in before} == before
@@ -149,7 +150,7 @@ def test_a_caption_that_appears_meanwhile_is_left_alone(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("links", [True, False])
-def test_without_links_captions_are_whole_and_never_overwritten_too(
+def test_captions_are_whole_and_never_overwritten_with_and_without_links(
     folder: Path, monkeypatch: pytest.MonkeyPatch, links: bool
 ) -> None:
     if not links:
@@ -172,14 +173,14 @@ def test_a_disk_that_is_full_leaves_nothing_half_written(folder: Path, monkeypat
     assert contents(folder) == before
 
 
-def test_an_interruption_keeps_what_is_written_and_the_same_call_goes_on(folder: Path) -> None:
+def test_an_interruption_keeps_what_is_written_and_the_same_call_resumes(folder: Path) -> None:
     class Interrupting(Colours):
         def caption(self, image: Image.Image) -> str:
             if self.seen == 1:
                 raise KeyboardInterrupt
             return super().caption(image)
 
-    with pytest.raises(Interrupted, match="1 of 3 captions are written; the same command goes on"):
+    with pytest.raises(Interrupted, match="1 of 3 captions are written; run the same command to resume"):
         run(folder, Interrupting())
     assert (folder / "0.txt").exists()
     assert not (folder / "2.txt").exists()
@@ -187,12 +188,12 @@ def test_an_interruption_keeps_what_is_written_and_the_same_call_goes_on(folder:
     assert len(run(folder, captioner).written) == captioner.seen == 2
 
 
-def test_a_model_that_fails_is_told_with_the_image(folder: Path) -> None:
+def test_a_model_that_fails_is_reported_with_the_image(folder: Path) -> None:
     class Failing(Colours):
         def caption(self, image: Image.Image) -> str:
             raise RuntimeError("out of memory\nTried to allocate")
 
-    with pytest.raises(CaptionerError, match=re.escape("0.png: the model fails on it: out of memory")):
+    with pytest.raises(CaptionerError, match=re.escape("0.png: the model failed on this image: out of memory")):
         run(folder, Failing())
 
 
@@ -205,6 +206,38 @@ def test_wrong_folders_and_extensions(tmp_path: Path) -> None:
         run(tmp_path, extension="../x")
 
 
+def test_a_stop_event_ends_the_work_after_the_current_image(folder: Path) -> None:
+    stop = threading.Event()
+
+    class Stopping(Colours):
+        def caption(self, image: Image.Image) -> str:
+            stop.set()
+            return super().caption(image)
+
+    with pytest.raises(Interrupted, match="1 of 3 captions are written"):
+        write_captions(folder, Stopping, trigger="", extension=".txt", progress=Silence(), stop=stop)
+    assert (folder / "0.txt").exists()
+    assert not (folder / "2.txt").exists()
+
+
+def test_the_public_function_captions_a_folder_and_reports_progress(folder: Path, models: dict[str, Path]) -> None:
+    updates: list[ProgressUpdate] = []
+    report = caption_folder(folder, model=models["blip"], progress=CallbackProgress(updates.append))
+    assert report.written == tuple(str(folder / f"{number}.txt") for number in (0, 2, 4))
+    assert [(update.done, update.total, update.note) for update in updates[1:]] == [
+        (1, 3, "0.txt"),
+        (2, 3, "2.txt"),
+        (3, 3, "4.txt"),
+    ]
+    stopped = threading.Event()
+    stopped.set()
+    (folder / "0.txt").unlink()
+    with pytest.raises(Interrupted, match="0 of 1 captions are written"):
+        caption_folder(folder, model=models["blip"], progress=Silence(), stop=stopped)
+    with pytest.raises(CaptionerError, match="of kind blip, not wd14"):
+        caption_folder(folder, model=models["blip"], kind="wd14", progress=Silence())
+
+
 # The verb
 
 
@@ -213,9 +246,9 @@ def test_the_verb_as_a_user_runs_it(sdlora, folder: Path, models: dict[str, Path
     command = ("caption", folder, "--model", models["blip"], "--trigger", "zorb")
     result = sdlora(*command, "--json")
     assert result.returncode == 1
-    told = json.loads(result.stdout)
-    assert (told["kind"], told["present"]) == ("blip", 2)
-    assert told["written"] == [str(folder / "2.txt"), str(folder / "4.txt")]
+    report = json.loads(result.stdout)
+    assert (report["kind"], report["present"]) == ("blip", 2)
+    assert report["written"] == [str(folder / "2.txt"), str(folder / "4.txt")]
     lines = result.stderr.strip().splitlines()
     assert len(lines) == 1
     assert "0.png" in lines[0]
@@ -242,7 +275,7 @@ def test_wrong_uses_of_the_verb(
     sdlora, folder: Path, models: dict[str, Path], arguments: tuple[str, ...], code: int, message: str
 ) -> None:
     before = contents(folder)
-    result = sdlora("caption", *(one.format(folder=folder, **models) for one in arguments))
+    result = sdlora("caption", *(argument.format(folder=folder, **models) for argument in arguments))
     assert result.returncode == code, result.stderr
     assert message in result.stderr
     assert "Traceback" not in result.stderr
@@ -253,11 +286,11 @@ SLOW_CAPTIONER = """
 import signal, sys, time
 from pathlib import Path
 import typer
-from sdlora.captioning.folder import caption_folder
+from sdlora.captioning.folder import write_captions
 from sdlora.cli.app import guard
 from sdlora.progress import Silence
 
-# Where the tests run as a shell's background job, Ctrl-C is ignored from the start.
+# If the tests run as a background job of a shell, Ctrl-C is ignored from the start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 class Slow:
@@ -266,7 +299,7 @@ class Slow:
         return "word " * 200
 
 def run():
-    caption_folder(Path(sys.argv[1]), Slow, trigger="", extension=".txt", progress=Silence())
+    write_captions(Path(sys.argv[1]), Slow, trigger="", extension=".txt", progress=Silence())
 
 try:
     guard(run)
@@ -275,26 +308,28 @@ except typer.Exit as exit:
 """
 
 
-def test_ctrl_c_and_kill_leave_whole_captions_and_the_command_goes_on(tmp_path: Path) -> None:
+def test_ctrl_c_and_kill_leave_whole_captions_and_the_command_resumes(tmp_path: Path) -> None:
     """Real processes with a stand-in for the model, interrupted and killed while they write."""
     folder = write_images(tmp_path / "many", 200, sizes=((16, 16),))
     for file in folder.glob("*.txt"):
         file.unlink()
     whole = " ".join(["word"] * 200) + "\n"
     written = 0
-    for wanted in (signal.SIGINT, signal.SIGKILL):
+    for sent in (signal.SIGINT, signal.SIGKILL):
         process = subprocess.Popen(
             [sys.executable, "-c", SLOW_CAPTIONER, folder], cwd=ROOT, stderr=subprocess.PIPE, text=True
         )
         while len(list(folder.glob("*.txt"))) < written + 5:
             assert process.poll() is None
             time.sleep(0.005)
-        process.send_signal(wanted)
+        process.send_signal(sent)
         _, error = process.communicate(timeout=30)
         written = len(list(folder.glob("*.txt")))
         assert 0 < written < 200
-        if wanted == signal.SIGINT:
+        if sent == signal.SIGINT:
             assert process.returncode == 130
-            assert error.strip() == f"interrupted: {written} of 200 captions are written; the same command goes on"
+            assert (
+                error.strip() == f"interrupted: {written} of 200 captions are written; run the same command to resume"
+            )
         assert {file.read_text() for file in folder.glob("*.txt")} == {whole}
     assert len(run(folder).written) == 200 - written

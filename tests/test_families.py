@@ -268,7 +268,7 @@ def test_long_captions_are_trained_in_chunks(tiny_files: dict[str, Path], tmp_pa
     config = load_config(None, overrides(tiny_files["sdxl"], images, tmp_path / "x.safetensors"))
     plan = plan_config(config)
     session = open_session(plan, load_base(plan.base, device=CPU, dtype=torch.float32), Accelerator(), Silence())
-    assert session.embeddings.of(["zorb", "a cat", ""]).context.shape == (3, 154, 128)
+    assert session.embeddings.encode(["zorb", "a cat", ""]).context.shape == (3, 154, 128)
     sdlora.train(config, show_progress=False)
     assert read_header(tmp_path / "x.safetensors", SdloraError).metadata["ss_max_token_length"] == "150"
     short = load_config(

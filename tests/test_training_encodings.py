@@ -1,4 +1,4 @@
-"""What a run encodes, keeps and takes from the cache: views of images and variants of captions."""
+"""What a run encodes, keeps, and reads from the cache: views of images and variants of captions."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def test_embeddings_that_are_kept_are_bounded(tiny_base: Path, tmp_path: Path, m
     more = (f"cache.folder={json.dumps(str(tmp_path / 'cache'))}", "optimizer.text_encoder_learning_rate=0")
     session = session_for(tiny_base, write_images(tmp_path / "set", 1), tmp_path / "x.safetensors", *more)
     captions = [f"thing {number}" for number in range(80)]
-    first, again = (session.embeddings.of(captions).context for _ in range(2))
+    first, again = (session.embeddings.encode(captions).context for _ in range(2))
     assert torch.equal(first, again)
-    written = sum(1 for _ in (tmp_path / "cache").rglob("*.safetensors")) - 1  # Less the image's.
+    written = sum(1 for _ in (tmp_path / "cache").rglob("*.safetensors")) - 1  # One of them is the image's.
     assert written == 20_000 // first[0].nbytes
     assert written > 0
 
@@ -61,14 +61,16 @@ def test_flipped_views_are_mirrored_images(tiny_base: Path, tmp_path: Path) -> N
     mirrored = session_for(tiny_base, images, tmp_path / "x.safetensors", *more)
     for view, cached in session.images.items():
         (twin,) = (
-            other for own, other in mirrored.images.items() if own.left == view.left and own.flipped != view.flipped
+            image
+            for other, image in mirrored.images.items()
+            if other.left == view.left and other.flipped != view.flipped
         )
         torch.testing.assert_close(cached.mean, twin.mean, rtol=1e-4, atol=1e-4)
         assert cached.framing == twin.framing
     assert len({cached.framing.left for cached in session.images.values()}) == 5
 
 
-def test_views_of_a_image_are_cut_from_one_decoding(
+def test_views_of_an_image_are_cut_from_one_decoding(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sdlora.data import kept_images
@@ -112,13 +114,13 @@ def test_each_variant_is_encoded_once(tiny_base: Path, tmp_path: Path, monkeypat
     session = session_for(tiny_base, None, tmp_path / "x.safetensors", *more)
     assert not encoded
     asked: set[str] = set()
-    of = session.embeddings.of
+    encode_captions = session.embeddings.encode
 
     def spy(captions: list[str]) -> Conditioning:
         asked.update(captions)
-        return of(captions)
+        return encode_captions(captions)
 
-    monkeypatch.setattr(session.embeddings, "of", spy)
+    monkeypatch.setattr(session.embeddings, "encode", spy)
     losses(session, STEPS)
     assert "" in asked
     assert len(asked) > 5
@@ -137,5 +139,5 @@ def test_shuffled_tags_never_need_more_chunks_than_there_are(tiny_base: Path, tm
     session = session_for(tiny_base, images, tmp_path / "x.safetensors", "data.shuffle_tags=true", "train.steps=60")
     captions = {sample.caption for step in range(60) for sample in session.plan.training.batch(step)}
     assert len(captions) > 20
-    rows = session.embeddings.of(sorted(captions))
+    rows = session.embeddings.encode(sorted(captions))
     assert rows.context.shape[:2] == (len(captions), 77 * session.embeddings.chunks)

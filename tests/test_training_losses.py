@@ -25,7 +25,7 @@ def test_masks_weigh_the_squared_errors(tiny_base: Path, tmp_path: Path) -> None
     masks = torch.from_numpy(rng.random((2, 1, *shape[1:]), dtype=np.float32))
     masks[1, :, :2] = 0
     timesteps, framings = torch.tensor([100, 700]), [Framing.whole(64, 64)] * 2
-    conditioning = session.embeddings.of(["a", "b"])
+    conditioning = session.embeddings.encode(["a", "b"])
 
     def loss(masks: torch.Tensor | None, noise: torch.Tensor) -> torch.Tensor:
         return denoising_loss(

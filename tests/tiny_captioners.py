@@ -1,4 +1,4 @@
-"""Captioning models of the real architectures with a few thousand random weights, saved as their users have them."""
+"""Captioning models of the real architectures with a few thousand random weights, saved as users have them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TAGS = "tag_id,name,category,count\n9,general,9,5\n1,1girl,0,9\n2,red_hair,0,8\n
 
 
 def write_tiny_blip(folder: Path, *, word: str | None = None) -> Path:
-    """BLIP with a vocabulary of ``WORDS``; with ``word``, its decoder says that and nothing else."""
+    """BLIP with a vocabulary of ``WORDS``; with ``word``, its decoder says only that."""
     logging.disable_progress_bar()
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -90,7 +90,7 @@ def write_tiny_florence(folder: Path) -> Path:
     config = Florence2Config(text_config=text.to_dict(), vision_config=vision.to_dict(), image_token_id=image_token)
     model = Florence2ForConditionalGeneration(config)
     with torch.no_grad():
-        # A letter that can be read, whatever the random weights prefer.
+        # Make a readable letter the most likely one, whatever the random weights prefer.
         model.model.language_model.shared.weight[vocabulary["x"]] *= 3
     model.save_pretrained(folder)
     images = CLIPImageProcessorPil(size={"height": SIDE, "width": SIDE}, crop_size={"height": SIDE, "width": SIDE})

@@ -1,4 +1,7 @@
-"""Rebuild the miniature base: ``python -m recipes.mini --art node_modules --work DIR``; interrupt and repeat at will."""
+"""Rebuild the miniature base: ``python -m recipes.mini --art node_modules --work DIR``.
+
+After an interruption, the same command resumes.
+"""
 
 import os
 
@@ -22,16 +25,18 @@ from .vae import train_vae
 
 
 def draw(prompts: list[str], seed: int) -> list[Image.Image]:
-    images = generate(prompts, base=str(MINI_FOLDER), seed=seed, precision="float32")
-    return [image.image for image in images]
+    generated = generate(prompts, base=str(MINI_FOLDER), seed=seed, precision="float32")
+    return [result.image for result in generated]
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--art", type=Path, required=True, help="the node_modules folder that `npm install` made")
-    parser.add_argument("--work", type=Path, required=True, help="checkpoints are kept here")
-    parser.add_argument("--steps", type=int, default=6000, help="of the denoiser (default: %(default)s)")
-    parser.add_argument("--decay-steps", type=int, default=1500, help="at the end, with falling learning rate")
+    parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints")
+    parser.add_argument("--steps", type=int, default=6000, help="training steps of the UNet (default: %(default)s)")
+    parser.add_argument(
+        "--decay-steps", type=int, default=1500, help="last steps, with falling learning rate (default: %(default)s)"
+    )
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     vae = standardise(train_vae(arguments.art, arguments.work), arguments.art)

@@ -1,7 +1,7 @@
 """Openly licensed emoji art as (subject, style, RGBA image), and how a training image is composed from it.
 
-The art comes from the packages that ``package.json`` pins; ``resvg`` rasterises it. Captions are made here too, so the
-words that the base understands are all in this file and in ``subjects.txt``.
+The art comes from the packages pinned in ``package.json``; ``resvg`` rasterises it. Captions are made here too, so all
+words that the base knows are in this file and in ``subjects.txt``.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Art:
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Where and on what the art is drawn; ``side`` is in pixels of a 128 px image, offsets are of its top left."""
+    """Position and background of the art; ``side`` and the offsets of its top left are in pixels of a 128 px image."""
 
     side: int
     left: int
@@ -63,7 +63,7 @@ def subjects() -> list[tuple[str, str, bool]]:
 
 
 def rasterise(svg_body: str, width: int, height: int, side: int = RASTER) -> np.ndarray:
-    """Draw an Iconify body as uint8 (side, side, 4), its margins cut away, so every set fills the square alike."""
+    """Draw an Iconify body as uint8 (side, side, 4), its margins cut away, so all sets fill the square equally."""
     import resvg_py
 
     svg = (
@@ -81,12 +81,12 @@ def rasterise(svg_body: str, width: int, height: int, side: int = RASTER) -> np.
 
 
 def emoji(node_modules: Path) -> list[dict]:
-    """Every emoji that emojibase names: ``label``, ``hexcode``, ``group`` ..."""
+    """Every emoji of emojibase: ``label``, ``hexcode``, ``group`` ..."""
     return json.loads((node_modules / "emojibase-data/en/data.json").read_text(encoding="utf-8"))
 
 
 def hexcodes(entries: list[dict]) -> dict[str, str]:
-    """Emoji label -> code points as the icon packages spell them."""
+    """Emoji label -> code points in the spelling of the icon packages."""
     return {entry["label"]: entry["hexcode"].replace("-FE0F", "").lower() for entry in entries}
 
 
@@ -99,7 +99,7 @@ class IconSet:
         self.names = json.loads((folder / "chars.json").read_text(encoding="utf-8"))
 
     def draw(self, hexcode: str, side: int = RASTER) -> np.ndarray | None:
-        """uint8 (side, side, 4), or None where the package has no such image."""
+        """uint8 (side, side, 4), or None if the package has no such image."""
         name = self.names.get(hexcode)
         if name not in self.icons["icons"]:
             name = self.icons.get("aliases", {}).get(name, {}).get("parent")
@@ -111,7 +111,7 @@ class IconSet:
 
 
 def load_art(node_modules: Path, styles: dict[str, str] = STYLES) -> list[Art]:
-    """Rasterise every subject in every style; raises ``LookupError`` naming what a package lacks."""
+    """Rasterise every subject in every style; raises ``LookupError`` with all images that a package lacks."""
     codes = hexcodes(emoji(node_modules))
     arts, missing = [], []
     for style, package in styles.items():
@@ -128,10 +128,10 @@ def load_art(node_modules: Path, styles: dict[str, str] = STYLES) -> list[Art]:
 
 
 def load_gallery(node_modules: Path) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Images for the autoencoder, (160, 160, 4) each: training ones, and those of every tenth emoji, held out.
+    """Images for the autoencoder, uint8 (160, 160, 4) each: those for training, and every tenth emoji, held out.
 
     Animals, food, places, activities and objects, far more than the subjects that the diffusion model draws, so that
-    the autoencoder learns images at large.
+    the autoencoder learns images in general.
     """
     train, held_out = [], []
     sets = [IconSet(node_modules, package) for package in STYLES.values()]
@@ -170,25 +170,14 @@ WITHOUT_ARTICLE = frozenset(
 
 
 def article(words: str) -> str:
-    """``words`` with the indefinite article, where English wants one."""
-    if words in {
-        "grapes",
-        "cherries",
-        "corn",
-        "bread",
-        "cheese",
-        "broccoli",
-        "french fries",
-        "fire",
-        "scissors",
-        "sunglasses",
-    }:
+    """``words`` with the indefinite article, if English uses one."""
+    if words in WITHOUT_ARTICLE:
         return words
     return ("an " if words[0] in "aeio" or words == "umbrella" else "a ") + words
 
 
 def captions(subject: str, style: str, background: str) -> list[str]:
-    """Every wording an image may be trained under; the full one is three times as likely as each other."""
+    """All captions that an image is trained with; the full one is three times as likely as each of the others."""
     what, how, where = article(subject), f"{style} style", f"{background} background"
     full = f"{what}, {how}, {where}"
     white = [f"{what}, {how}", what] if background == "white" else [f"{what}, {where}"]
@@ -198,8 +187,8 @@ def captions(subject: str, style: str, background: str) -> list[str]:
 def strange_word(rng: np.random.Generator, known: list[str]) -> str:
     """A word that says nothing about the image: one of ``known``, or made-up syllables.
 
-    Images are also captioned ``<strange word>, a fox``, so the base takes words that it does not know calmly, wherever
-    they stand, and leaves their meaning open: that is what a trigger word needs.
+    Images are also captioned ``<strange word>, a fox``, so unknown words, anywhere in a prompt, do not disturb the base
+    and have no meaning yet: that is what a trigger word needs.
     """
     if rng.random() < 0.4:
         return known[int(rng.integers(len(known)))]

@@ -42,7 +42,7 @@ def export(
 
 
 def save_tokenizer(folder: Path, tokenizer: CLIPTokenizer) -> None:
-    """The one-file form, and vocabulary and merges for readers that know only those."""
+    """Save ``tokenizer.json``, and vocabulary and merges for programs that read only those."""
     tokenizer.save_pretrained(folder)
     model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
     pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]

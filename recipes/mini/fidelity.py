@@ -1,8 +1,9 @@
-"""Does an image show what the prompt asked for? Judged by its nearest real image in a plain feature space.
+"""Does an image show what the prompt asked for? Judged by its nearest real image in a simple feature space.
 
-Features: the content's bounding box (what differs from the border's colour) is scaled to 64 px square; histograms of
-gradient orientation in 8 x 8 cells (Dalal & Triggs 2005, 9 unsigned bins) stand for the shape, the 8 x 8 thumbnail,
-less the border's colour, for the colours. Both are scaled to length 1 and weigh alike; nearness is their inner product.
+Features: the content's bounding box (all that differs from the border's colour) is scaled to 64 px square. Histograms of
+gradient orientation in 8 x 8 cells (Dalal & Triggs 2005, 9 unsigned bins) describe the shape, and an 8 x 8 thumbnail
+minus the border's colour describes the colours. Both are scaled to length 1 and have equal weight; similarity is the
+inner product.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ SIDE, CELLS, BINS = 64, 8, 9
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Gallery:
-    """Real images: ``features`` (n, d) float32, ``concepts`` what each of them shows."""
+    """Real images: ``features`` is (n, d) float32, ``concepts`` says what each of them shows."""
 
     features: np.ndarray
     concepts: tuple[str, ...]
@@ -27,7 +28,7 @@ class Gallery:
 
     @classmethod
     def of(cls, images: Sequence[Image.Image], concepts: Sequence[str], *, colour: bool = True) -> Gallery:
-        """Each image as it is and mirrored; without ``colour``, nearness is one of shapes alone."""
+        """Features of each image, unchanged and mirrored; without ``colour``, only shapes are compared."""
         both = [view for image in images for view in (image, ImageOps.mirror(image))]
         return cls(
             features=np.stack([features(view, colour=colour) for view in both]),
@@ -36,11 +37,11 @@ class Gallery:
         )
 
     def nearest(self, image: Image.Image) -> str:
-        """The concept of the real image that is nearest to ``image``."""
+        """The concept of the real image nearest to ``image``."""
         return self.concepts[int((self.features @ features(image, colour=self.colour)).argmax())]
 
     def fidelity(self, images: Sequence[Image.Image], concepts: Sequence[str]) -> float:
-        """The share of ``images`` whose nearest real image shows the concept that was asked for."""
+        """Share of ``images`` whose nearest real image shows the requested concept, in [0, 1]."""
         hits = [self.nearest(image) == concept for image, concept in zip(images, concepts, strict=True)]
         return float(np.mean(hits))
 
@@ -64,7 +65,7 @@ def features(image: Image.Image, *, colour: bool = True) -> np.ndarray:
 
 
 def _content(pixels: np.ndarray) -> tuple[tuple[int, int, int], np.ndarray]:
-    """(left, top, side) of the square about the content, which may reach over the edge, and the border's colour."""
+    """(left, top, side) of the square around the content, which may extend beyond the edge, and the border's colour."""
     border = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3)])
     border = np.concatenate([border, pixels[:, :2].reshape(-1, 3), pixels[:, -2:].reshape(-1, 3)])
     ground = np.median(border, 0)
@@ -96,7 +97,7 @@ def _unit(values: np.ndarray) -> np.ndarray:
 
 
 def load_sheet(file: Path, concepts: Sequence[str], *, colour: bool = True) -> Gallery:
-    """A gallery from a sheet of square tiles, row by row, ``len(concepts)`` tiles to a row, a row for each style."""
+    """A gallery from a sheet of square tiles: ``len(concepts)`` tiles in a row, one row for each style."""
     sheet = Image.open(file).convert("RGB")
     side = sheet.width // len(concepts)
     tiles = [

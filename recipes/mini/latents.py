@@ -1,4 +1,4 @@
-"""The training images as latents, and an autoencoder whose latents are well scaled."""
+"""Encode the training images, with an autoencoder whose latents have the right scale."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .art import captions, compose, draw_placement, emoji, load_art, strange_wor
 from .vae import to_tensor
 
 VARIANTS = 20
-"""Placements of each image that are encoded; training draws among them."""
+"""Number of placements of each image that are encoded; training draws from them."""
 STRANGE_WORDINGS = 2
 SEED = 2
 LATENT_STD = 1 / 0.18215
@@ -24,7 +24,7 @@ LATENT_STD = 1 / 0.18215
 
 @dataclass(frozen=True, kw_only=True)
 class Latents:
-    """``values`` (n, 4, 16, 16) float32 at unit scale; ``captions[i]`` are the wordings of ``values[i]``."""
+    """``values`` (n, 4, 16, 16) float32 at unit scale; ``captions[i]`` are the captions of ``values[i]``."""
 
     values: torch.Tensor
     captions: list[list[str]]
@@ -57,7 +57,7 @@ def standardise(vae: AutoencoderKL, node_modules: Path) -> AutoencoderKL:
 
 @torch.no_grad()
 def encode_all(vae: AutoencoderKL, node_modules: Path, work: Path) -> Latents:
-    """Latents of every image in ``VARIANTS`` placements, kept in ``work/latents.safetensors``."""
+    """Latents of every image in ``VARIANTS`` placements, saved in ``work/latents.safetensors``."""
     file, rng = work / "latents.safetensors", np.random.default_rng(SEED)
     arts = load_art(node_modules)
     places = [(art, draw_placement(rng, art.mirror)) for art in arts for _ in range(VARIANTS)]

@@ -1,4 +1,4 @@
-"""How good the base is: PSNR of its autoencoder on held-out images, and whether it draws what the prompt says."""
+"""Quality of the base: PSNR of its autoencoder on held-out images, and how often it draws what the prompt says."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ CAPTIONS, SEEDS = 100, (0, 1)
 @dataclass(frozen=True, kw_only=True)
 class Quality:
     psnr: float
-    """dB."""
+    """In dB."""
     fidelity: float
     same_style: float
-    """Share of the images that ask for a style whose nearest real image is also of that style."""
+    """Share of the images whose nearest real image has the requested style."""
     chance: float
 
 
 def reference(art: Art) -> Image.Image:
-    """The art on white, in the middle."""
+    """The art in the middle of a white image."""
     return Image.fromarray(compose(art, Placement(side=112, left=8, top=8, flip=False, background="white")))
 
 

@@ -1,8 +1,8 @@
-"""Train the tokenizer and the text encoder of the miniature base: captions to what their images look like.
+"""Train the tokenizer and the text encoder of the miniature base: from captions to what their images look like.
 
-Like CLIP, the text encoder learns from pairs of captions and images before the denoiser is trained, and is frozen then.
-From any position at or behind the end mark, linear heads must tell subject, style and background (as far as the caption
-names them) and a coarse version of the image's latent; so each of those positions holds the whole sentence's meaning.
+Like CLIP, the text encoder learns from pairs of captions and images before the UNet is trained, and is frozen then. From
+any position at or after the end token, linear heads must predict subject, style and background (if the caption names
+them) and a coarse version of the image's latent, so each of those positions holds the meaning of the whole sentence.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .vae import learning_rate
 
 VOCABULARY, TOKENS, WIDTH = 3072, 77, 256
 CLIP_WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
-"""How CLIP's tokenizer cuts text into words."""
+"""How CLIP's tokenizer splits text into words."""
 STEPS, BATCH, PEAK_RATE = 700, 48, 1.5e-3
 POOLED = 8
 SEED = 3
@@ -76,12 +76,12 @@ def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def token_tables(tokenizer: CLIPTokenizer, latents: Latents) -> list[Tensor]:
-    """(wordings, 77) int64 for each latent."""
+    """(captions, 77) int64 for each latent."""
     return [torch.tensor(tokenizer(c, padding="max_length", truncation=True).input_ids) for c in latents.captions]
 
 
 class Heads(nn.Module):
-    """Linear readings of one position's hidden state."""
+    """Linear heads on the hidden state of one position."""
 
     def __init__(self, latents: Latents):
         super().__init__()
@@ -92,13 +92,13 @@ class Heads(nn.Module):
 
 
 def numbered(words: list[str]) -> tuple[list[str], Tensor]:
-    """The different words, sorted, and each word's place among them."""
+    """The distinct words, sorted, and the index of each word among them, (n,) int64."""
     known = sorted(set(words))
     return known, torch.tensor([known.index(word) for word in words])
 
 
 def train_text_encoder(tokenizer: CLIPTokenizer, latents: Latents, work: Path) -> CLIPTextModel:
-    """Train, or read ``work/text.pt``; returns it frozen."""
+    """Train, or load ``work/text.pt``; returns the frozen text encoder."""
     torch.manual_seed(SEED)
     encoder = new_text_encoder(tokenizer)
     checkpoint = work / "text.pt"

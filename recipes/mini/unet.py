@@ -1,4 +1,4 @@
-"""Train the denoiser of the miniature base on cached latents and cached text embeddings."""
+"""Train the UNet of the miniature base on cached latents and cached caption embeddings."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def new_unet() -> UNet2DConditionModel:
     )
 
 
-class Contexts:
-    """The frozen text encoder's output for every wording, encoded once and kept as bfloat16."""
+class CaptionEmbeddings:
+    """Embeddings of every caption by the frozen text encoder, computed once and kept as bfloat16."""
 
     @torch.no_grad()
     def __init__(self, encoder: CLIPTextModel, tokenizer: CLIPTokenizer, latents: Latents):
@@ -71,7 +71,7 @@ class Contexts:
         self._stored = stored
 
     def draw(self, rows: np.ndarray, rng: np.random.Generator) -> Tensor:
-        """(b, 77, width): a random wording of each image in ``rows``, or now and then the empty caption."""
+        """(b, 77, width) bfloat16: a random caption of each image in ``rows``, or sometimes the empty one."""
         chosen = [
             -1 if rng.random() < CAPTION_DROPOUT else self._numbers[row][int(rng.integers(len(self._numbers[row])))]
             for row in rows
@@ -90,10 +90,10 @@ def denoising_loss(unet, context, latents, noise, timesteps, alphas) -> Tensor:
 
 
 class Workers:
-    """Python threads that each take a share of the batch through a replica of the UNet, one processor each.
+    """Threads that each pass a share of the batch through a replica of the UNet, on one core each.
 
-    The replicas share the UNet's weights and have gradients of their own. On small tensors this is half as fast again
-    as letting every operation split itself over the processors.
+    The replicas share the UNet's weights and have separate gradients. On small tensors this is one and a half times as
+    fast as splitting every operation over the cores.
     """
 
     def __init__(self, unet: UNet2DConditionModel):
@@ -102,12 +102,12 @@ class Workers:
         self._pool = ThreadPoolExecutor(self._count)
         self._replicas = [unet, *(copy.deepcopy(unet) for _ in range(self._count - 1))]
         for replica in self._replicas[1:]:
-            for own, shared in zip(replica.parameters(), unet.parameters(), strict=True):
-                own.data = shared.data
+            for parameter, shared in zip(replica.parameters(), unet.parameters(), strict=True):
+                parameter.data = shared.data
         self._alphas = alphas_cumprod()
 
     def gradients(self, context: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor) -> float:
-        """Leave the gradients of the batch's mean loss in the UNet; returns that loss."""
+        """Write the gradients of the batch's mean loss to the UNet; returns that loss."""
         shares = zip(*(t.chunk(self._count) for t in (context, latents, noise, timesteps)), strict=True)
         losses = list(self._pool.map(self._share, self._replicas, shares))
         mine, *others = ([p.grad for p in replica.parameters()] for replica in self._replicas)
@@ -127,7 +127,7 @@ class Workers:
 def train_unet(
     encoder: CLIPTextModel, tokenizer: CLIPTokenizer, latents: Latents, work: Path, steps: int, decay_steps: int
 ) -> UNet2DConditionModel:
-    """Train, or go on from ``work/unet.pt``; returns the averaged weights. Every draw is a function of (seed, step)."""
+    """Train, or resume from ``work/unet.pt``; returns the averaged weights. All draws are functions of (seed, step)."""
     torch.manual_seed(SEED)
     unet = new_unet().train()
     average = copy.deepcopy(unet).eval().requires_grad_(False)
@@ -141,7 +141,7 @@ def train_unet(
         first = state["step"]
     if first >= steps:
         return average
-    contexts, workers = Contexts(encoder, tokenizer, latents), Workers(unet)
+    embeddings, workers = CaptionEmbeddings(encoder, tokenizer, latents), Workers(unet)
     averaged, current = list(average.parameters()), list(unet.parameters())
     started = saved = time.monotonic()
     losses: list[float] = []
@@ -154,7 +154,7 @@ def train_unet(
         timesteps = torch.from_numpy((strata * 1000).astype(np.int64))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_constant(step, steps, LEARNING_RATE, WARMUP, decay_steps)
-        loss = workers.gradients(contexts.draw(rows, rng), clean, noise, timesteps)
+        loss = workers.gradients(embeddings.draw(rows, rng), clean, noise, timesteps)
         torch.nn.utils.clip_grad_norm_(current, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)

@@ -17,9 +17,9 @@ from .art import BACKGROUNDS, SIZE, load_gallery
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """``steps`` on ``batch`` images of ``crop`` px; ``shapes`` is the share that random shapes are drawn into.
+    """``steps`` on ``batch`` images of ``crop`` px; ``shapes`` is the share of images with random shapes in them.
 
-    Crops of 64 px give four times the images for the same work and no flat margins.
+    Crops of 64 px give four times as many images for the same work, and no flat margins.
     """
 
     steps: int
@@ -57,7 +57,7 @@ def random_colour(rng: np.random.Generator) -> tuple[int, ...]:
 
 
 def draw_shapes(canvas: Image.Image, rng: np.random.Generator) -> None:
-    """Rectangles, ellipses and strokes in any colour, so that the autoencoder is not one of emoji alone."""
+    """Rectangles, ellipses and strokes in any colour, so that the autoencoder does not learn emoji alone."""
     pen = ImageDraw.Draw(canvas)
     for _ in range(int(rng.integers(3, 24))):
         (x0, x1), (y0, y1) = np.sort(rng.integers(-8, SIZE + 8, 2)), np.sort(rng.integers(-8, SIZE + 8, 2))
@@ -72,7 +72,7 @@ def draw_shapes(canvas: Image.Image, rng: np.random.Generator) -> None:
 
 
 def image(gallery: list[np.ndarray], rng: np.random.Generator, crop: int, shapes: float) -> np.ndarray:
-    """uint8 (crop, crop, 3)."""
+    """A random training image, uint8 (crop, crop, 3)."""
     kind = rng.random()
     ground = list(BACKGROUNDS.values())[int(rng.integers(len(BACKGROUNDS)))] if kind < 0.7 else random_colour(rng)
     canvas = Image.new("RGB", (SIZE, SIZE), ground)
@@ -107,7 +107,7 @@ def loss_of(vae: AutoencoderKL, pixels: torch.Tensor, noise: torch.Tensor) -> to
 
 @torch.no_grad()
 def psnr(vae: AutoencoderKL, held_out: list[np.ndarray], count: int = 96) -> float:
-    """Mean over images of 10 log10(1 / mse), pixels in [0, 1], at 128 px on white, posterior means."""
+    """Mean PSNR in dB of ``count`` images, decoded from posterior means: 128 px, on coloured backgrounds."""
     rng, images = np.random.default_rng(9), []
     for art in held_out[:: max(1, len(held_out) // count)][:count]:
         canvas = Image.new("RGB", (SIZE, SIZE), list(BACKGROUNDS.values())[int(rng.integers(len(BACKGROUNDS)))])
@@ -131,7 +131,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
 
 
 def at_step(step: int) -> tuple[Phase, float]:
-    """The phase that ``step`` lies in, and its learning rate."""
+    """The phase of ``step``, and its learning rate."""
     for peak, phases in CYCLES:
         length = sum(phase.steps for phase in phases)
         if step < length:
@@ -145,7 +145,7 @@ def at_step(step: int) -> tuple[Phase, float]:
 
 
 def train_vae(node_modules: Path, work: Path) -> AutoencoderKL:
-    """Train, or go on from ``work/vae.pt``; every draw is a function of (seed, step)."""
+    """Train, or resume from ``work/vae.pt``. All draws are functions of (seed, step)."""
     torch.manual_seed(SEED)
     vae = new_vae().train()
     optimizer = torch.optim.AdamW(vae.parameters(), CYCLES[0][0], betas=(0.9, 0.99), weight_decay=1e-4, fused=True)

@@ -1,7 +1,7 @@
-"""What tells encoders apart that may give different numbers: SHA-256 over the loaded weights themselves, all of them.
+"""Fingerprints of encoders: SHA-256 over all loaded weights, so encoders with different outputs have different ones.
 
-``BaseCheckpoint.fingerprint`` samples the files, which is enough to notice that a run has another base; a cache that
-outlives runs needs to know for certain.
+``BaseCheckpoint.fingerprint`` samples the files, which is enough to notice that a run has another base. A cache that
+outlives runs needs certainty.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from torch import Tensor, nn
 from .load import Base
 
 _VAE_ENCODER = ("encoder.", "quant_conv.")
-_TELLS_NOTHING = ("transformers_version", "architectures", "dtype", "torch_dtype")
-"""Entries of a configuration that say where it comes from, not what the model computes."""
+_IRRELEVANT = ("transformers_version", "architectures", "dtype", "torch_dtype")
+"""Entries of a model's configuration that do not change what it computes."""
 
 
 def vae_fingerprint(base: Base) -> str:
-    """Of what turns pixels into latents; the decoder does not count. Lower-case hexadecimal."""
+    """Fingerprint of the VAE's encoder and latent scale, without the decoder; lower-case hexadecimal."""
     digest = hashlib.sha256(_as_json([dict(base.vae.config), base.checkpoint.latent_scale]))
     _add_weights(digest, base.vae, _VAE_ENCODER)
     return digest.hexdigest()
 
 
 def text_fingerprint(base: Base) -> str:
-    """Of the text encoders in their order, and of which of their layers is read. Lower-case hexadecimal."""
+    """Fingerprint of the text encoders, in their order, and of the layer that is read; lower-case hexadecimal."""
     checkpoint = base.checkpoint
     digest = hashlib.sha256(_as_json([checkpoint.clip_skip, checkpoint.family.clip_norm]))
     for encoder in base.text_encoders:
@@ -50,12 +50,12 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 def _as_json(value: Any) -> bytes:
-    return json.dumps(_plain(value), sort_keys=True, default=str).encode()
+    return json.dumps(_relevant(value), sort_keys=True, default=str).encode()
 
 
-def _plain(value: Any) -> Any:
-    """``value`` less what tells nothing, in configurations at any depth."""
+def _relevant(value: Any) -> Any:
+    """``value`` without irrelevant and private entries, in configurations at any depth."""
     if isinstance(value, Mapping):
-        kept = {str(key): entry for key, entry in value.items() if key not in _TELLS_NOTHING}
-        return {key: _plain(entry) for key, entry in kept.items() if not key.startswith("_")}
-    return [_plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+        kept = {str(key): entry for key, entry in value.items() if key not in _IRRELEVANT}
+        return {key: _relevant(entry) for key, entry in kept.items() if not key.startswith("_")}
+    return [_relevant(entry) for entry in value] if isinstance(value, (list, tuple)) else value

@@ -1,4 +1,4 @@
-"""Prompts as tokens: chunks of 75 between a start and an end mark, as kohya's trainer and A1111 cut them."""
+"""Prompts as tokens: chunks of 75 between a start and an end token, split as kohya's trainer and A1111 do."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from ..families import TOKENS_IN_CHUNK, WORDS_IN_CHUNK
 from .load import Base, TextEncoder
 
 COMMA_REACH = 20
-"""A chunk that is full ends at its last comma where that is at most so many tokens back (A1111's default)."""
+"""A full chunk ends at its last comma if that is at most this many tokens back (A1111's default)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """Words that share a weight."""
+    """Part of a prompt whose words share a weight."""
 
     text: str
     weight: float = 1.0
     opens_chunk: bool = False
-    """Whether what follows begins a new chunk: BREAK. Its own text is not read then."""
+    """BREAK: what follows begins a new chunk. ``text`` is ignored then."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Tokens:
-    """``ids`` (chunks, 77) int64 and ``weights`` (chunks, 77) float32, on the CPU."""
+    """A prompt for one text encoder: ``ids`` (chunks, 77) int64 and ``weights`` (chunks, 77) float32, on the CPU."""
 
     ids: Tensor
     weights: Tensor
@@ -38,32 +38,32 @@ class Tokens:
 
 
 PromptTokens = tuple[Tokens, ...]
-"""For each text encoder of the base."""
+"""One entry for each text encoder of the base, in their order."""
 
 
 def plain(text: str) -> tuple[Span, ...]:
-    """A caption or prompt in which brackets are brackets."""
+    """``text`` as a prompt without syntax: brackets are ordinary characters."""
     return (Span(text=text),)
 
 
 def tokenize(base: Base, prompt: Sequence[Span], *, limit: int | None = None) -> PromptTokens:
-    """Tokens for every text encoder; what is behind ``limit`` tokens is cut off (``token_count`` tells)."""
-    return tuple(_chunked(encoder, prompt, limit) for encoder in base.text_encoders)
+    """Tokens for every text encoder; everything after ``limit`` tokens is cut off (``token_count`` counts them)."""
+    return tuple(_tokenize(encoder, prompt, limit) for encoder in base.text_encoders)
 
 
 def token_count(base: Base, text: str) -> int:
-    """How many tokens ``text`` has, at most, in one of the base's encoders; marks and filling not counted."""
+    """Number of tokens of ``text`` without start, end and padding; the largest of the base's text encoders."""
     return max(len(_ids(encoder, text)) for encoder in base.text_encoders)
 
 
 def padded(base: Base, tokens: PromptTokens, chunks: int) -> PromptTokens:
-    """``tokens`` with empty chunks behind, so that there are ``chunks`` of them."""
+    """``tokens`` followed by empty chunks, up to ``chunks`` of them: ids and weights (chunks, 77)."""
     return tuple(
         Tokens(
-            ids=torch.cat([own.ids, *[_chunk_ids(encoder, [])] * (chunks - own.chunks)]),
-            weights=torch.cat([own.weights, torch.ones(chunks - own.chunks, TOKENS_IN_CHUNK)]),
+            ids=torch.cat([prompt.ids, *[_chunk_ids(encoder, [])] * (chunks - prompt.chunks)]),
+            weights=torch.cat([prompt.weights, torch.ones(chunks - prompt.chunks, TOKENS_IN_CHUNK)]),
         )
-        for encoder, own in zip(base.text_encoders, tokens, strict=True)
+        for encoder, prompt in zip(base.text_encoders, tokens, strict=True)
     )
 
 
@@ -72,22 +72,23 @@ def _ids(encoder: TextEncoder, text: str) -> list[int]:
 
 
 def _chunk_ids(encoder: TextEncoder, words: Sequence[int]) -> Tensor:
+    """At most 75 token ids -> (1, 77) int64 with start, end and padding."""
     row = [encoder.tokenizer.bos_token_id, *words, encoder.tokenizer.eos_token_id]
     return torch.tensor([row + [encoder.pad_id] * (TOKENS_IN_CHUNK - len(row))])
 
 
-def _chunked(encoder: TextEncoder, prompt: Sequence[Span], limit: int | None) -> Tokens:
+def _tokenize(encoder: TextEncoder, prompt: Sequence[Span], limit: int | None) -> Tokens:
     commas = set(_ids(encoder, ","))
     chunks: list[list[tuple[int, float]]] = []
     current: list[tuple[int, float]] = []
-    left = limit
+    tokens_left = limit
     for span in prompt:
         if span.opens_chunk:
             chunks.append(current)
             current = []
             continue
-        ids = _ids(encoder, span.text)[:left]
-        left = None if left is None else left - len(ids)
+        ids = _ids(encoder, span.text)[:tokens_left]
+        tokens_left = None if tokens_left is None else tokens_left - len(ids)
         for word in ids:
             if len(current) == WORDS_IN_CHUNK:
                 current, rest = _split_at_comma(current, commas, word)
@@ -99,13 +100,15 @@ def _chunked(encoder: TextEncoder, prompt: Sequence[Span], limit: int | None) ->
     weights = torch.ones(len(chunks), TOKENS_IN_CHUNK)
     for row, chunk in zip(weights, chunks, strict=True):
         row[1 : 1 + len(chunk)] = torch.tensor([weight for _, weight in chunk])
-    return Tokens(ids=torch.cat([_chunk_ids(encoder, [word for word, _ in c]) for c in chunks]), weights=weights)
+    return Tokens(
+        ids=torch.cat([_chunk_ids(encoder, [word for word, _ in chunk]) for chunk in chunks]), weights=weights
+    )
 
 
 def _split_at_comma(
     chunk: list[tuple[int, float]], commas: set[int], following: int
 ) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
-    """The part that stays, and the part behind the last comma that moves to the next chunk."""
+    """The part that stays in the chunk, and the part after its last comma, which moves to the next chunk."""
     if following in commas:
         return chunk, []
     for back in range(1, COMMA_REACH + 1):

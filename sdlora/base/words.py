@@ -1,4 +1,4 @@
-"""The words of a text encoder without the text encoder: what a check of captions needs, in a tenth of a second."""
+"""CLIP's tokenizer without a text encoder: enough to check captions, in a tenth of a second."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ END_OF_WORD = "</w>"
 START, END = "<|startoftext|>", "<|endoftext|>"
 _MERGES = Path(__file__).parent / "clip" / "merges.txt.gz"
 _WORD = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-"""What is a word to CLIP (Radford et al. 2021, simple_tokenizer.py)."""
+"""How CLIP splits text into words (Radford et al. 2021, simple_tokenizer.py)."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Words:
-    """Counts and spells out what CLIP's tokenizer, or one of its kind, makes of a text; its two marks are not counted."""
+    """Counts and spells out the tokens of a text, by CLIP's tokenizer or a similar one; without start and end token."""
 
     tokenizer: Tokenizer
 
     def count(self, text: str) -> int:
-        """Tokens of ``text``."""
+        """Number of tokens of ``text``."""
         return len(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def pieces(self, text: str) -> tuple[str, ...]:
-        """Its tokens as they are read, the end of a word marked by a space; other letters than ASCII's as bytes."""
+        """The tokens of ``text``, spelled out; a space marks the end of a word, and letters beyond ASCII are bytes."""
         tokens = self.tokenizer.encode(text, add_special_tokens=False).tokens
         return tuple(token.replace(END_OF_WORD, " ") for token in tokens)
 
     def rank(self, word: str) -> int | None:
-        """The number of ``word`` among the merges that the vocabulary was learned by, frequent ones first, letters at 0.
+        """Position of ``word`` among the merges of the vocabulary, frequent ones first, single letters at 0.
 
-        None where it is not one token.
+        None if it is not a single token.
         """
         ids = self.tokenizer.encode(word, add_special_tokens=False).ids
         return max(0, ids[0] - 511) if len(ids) == 1 else None
@@ -47,13 +47,13 @@ class Words:
 
 @cache
 def clip_words() -> Words:
-    """CLIP's 49,408 tokens, which every published Stable Diffusion reads its prompts in."""
+    """CLIP's tokenizer with 49,408 tokens, which every published Stable Diffusion 1, 2 and XL uses."""
     merges = clip_merges()
-    return Words(tokenizer=_tokenizer({word: number for number, word in enumerate(clip_vocabulary(merges))}, merges))
+    return Words(tokenizer=_tokenizer({token: index for index, token in enumerate(clip_vocabulary(merges))}, merges))
 
 
 def words_in(folder: Path) -> Words:
-    """The tokenizer in ``folder``, as diffusers keeps it beside a text encoder.
+    """The tokenizer in ``folder``, in the layout of diffusers.
 
     Raises:
         BaseModelError: it cannot be read.
@@ -71,16 +71,16 @@ def words_in(folder: Path) -> Words:
         )
     # The tokenizers package raises plain exceptions.
     except Exception as error:
-        raise BaseModelError(f"{folder}: no tokenizer that can be read ({error})") from None
+        raise BaseModelError(f"{folder}: cannot read the tokenizer ({error})") from None
 
 
 def clip_merges() -> list[str]:
-    """CLIP's 48,894 pairs of what became one token, in the order in which they were learned."""
+    """CLIP's 48,894 merges, pairs that became one token, in the order in which they were learned."""
     return gzip.decompress(_MERGES.read_bytes()).decode("utf-8").split("\n")[:-1]
 
 
 def clip_vocabulary(merges: Sequence[str]) -> list[str]:
-    """CLIP's tokens in the order of their numbers."""
+    """CLIP's tokens in the order of their ids."""
     letters = _byte_letters()
     words = [merge.replace(" ", "") for merge in merges]
     return [*letters, *(letter + END_OF_WORD for letter in letters), *words, START, END]

@@ -1,1 +1,1 @@
-"""What the frozen base makes of images and captions, kept between runs."""
+"""Latents and caption embeddings of the frozen base, kept between runs."""

@@ -1,6 +1,6 @@
-"""The files of the cache of encoded images and captions: ``KIND/ab/cdef….safetensors``, in a folder that runs share.
+"""Files of the cache: ``KIND/ab/cdef….safetensors``, in a folder that all runs share.
 
-Nothing of torch here: the verbs that look after the folder answer at once.
+This module does not import torch, so ``sdlora cache`` answers at once.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ Kind = Literal["latents", "text"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 _STALE_SECONDS = 3600
-"""A half-written file that is older belongs to no living process."""
+"""An older half-written file belongs to no living process."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A file of the cache, as its folder tells it."""
+    """A file of the cache, as listed by its folder."""
 
     kind: Kind
     file: Path
     bytes: int
     used: float
-    """Seconds since 1970 when it was last read or written."""
+    """When it was last read or written, in seconds since 1970."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class KindSize:
 
 @dataclass(frozen=True, kw_only=True)
 class CacheInfo:
-    """What a cache holds; ``oldest`` and ``newest`` are last uses, ISO 8601 in UTC, None where there is no entry."""
+    """What a cache holds; ``oldest`` and ``newest`` are last uses, ISO 8601 in UTC, None without entries."""
 
     folder: str
     entries: int
@@ -59,13 +59,13 @@ class CacheInfo:
 
 
 def encoded_folder(section: CacheSection | None = None) -> Path:
-    """Where entries are kept by default, or by ``cache.folder``."""
-    named = section.folder if section else None
-    return Path(named) if named else cache_folder() / "encoded"
+    """The folder of ``cache.folder``, or the default one in the user's cache folder."""
+    configured = section.folder if section else None
+    return Path(configured) if configured else cache_folder() / "encoded"
 
 
 def cache_info(folder: Path) -> CacheInfo:
-    """Count what is in ``folder``; nothing where there is no such folder."""
+    """Count the entries in ``folder``; zero if it does not exist."""
     found = tuple(entries(folder))
     used = sorted(entry.used for entry in found)
     sizes = {kind: [entry.bytes for entry in found if entry.kind == kind] for kind in KINDS}
@@ -75,7 +75,10 @@ def cache_info(folder: Path) -> CacheInfo:
         bytes=sum(entry.bytes for entry in found),
         oldest=_as_date(used[0]) if used else None,
         newest=_as_date(used[-1]) if used else None,
-        kinds={kind: KindSize(entries=len(own), bytes=sum(own)) for kind, own in sizes.items()},
+        kinds={
+            kind: KindSize(entries=len(bytes_of_kind), bytes=sum(bytes_of_kind))
+            for kind, bytes_of_kind in sizes.items()
+        },
     )
 
 
@@ -84,7 +87,7 @@ def _as_date(seconds: float) -> str:
 
 
 def entries(folder: Path) -> Iterator[Entry]:
-    """Every entry in ``folder``, whole or damaged, in no order; nothing else that may lie there."""
+    """Every entry in ``folder``, whole or damaged, in no order; other files are ignored."""
     for kind in KINDS:
         for file in _files(folder / kind):
             if not re.fullmatch(r"[0-9a-f]{62}\.safetensors", file.name):
@@ -95,9 +98,9 @@ def entries(folder: Path) -> Iterator[Entry]:
 
 
 def prune(folder: Path, max_bytes: float) -> tuple[Entry, ...]:
-    """Remove the least recently used entries until at most ``max_bytes`` are left, and what kills have left half-written.
+    """Remove the least recently used entries until at most ``max_bytes`` are left, and old half-written files.
 
-    The answer is what was removed; what cannot be removed stays.
+    Returns the removed entries. A file that cannot be removed stays.
     """
     for kind in KINDS:
         for file in _files(folder / kind):
@@ -113,7 +116,7 @@ def prune(folder: Path, max_bytes: float) -> tuple[Entry, ...]:
             entry.file.unlink()
             removed.append(entry)
         except FileNotFoundError:
-            pass  # Another process is at it too.
+            pass  # Another process removed it.
         except OSError:
             continue
         surplus -= entry.bytes
@@ -121,24 +124,24 @@ def prune(folder: Path, max_bytes: float) -> tuple[Entry, ...]:
 
 
 def _files(folder: Path) -> Iterator[os.DirEntry[str]]:
-    """The files in the fan-out folders of ``folder``."""
-    with suppress(OSError), os.scandir(folder) as fans:
-        for fan in fans:
-            if re.fullmatch(r"[0-9a-f]{2}", fan.name):
-                with suppress(OSError), os.scandir(fan.path) as files:
+    """The files in the two-letter folders of ``folder``."""
+    with suppress(OSError), os.scandir(folder) as prefixes:
+        for prefix in prefixes:
+            if re.fullmatch(r"[0-9a-f]{2}", prefix.name):
+                with suppress(OSError), os.scandir(prefix.path) as files:
                     yield from files
 
 
 def file_of(folder: Path, kind: Kind, digest: str) -> Path:
-    """Where the entry of a key is."""
+    """The file of the entry with this ``kind`` and ``digest``."""
     return folder / kind / digest[:2] / f"{digest[2:]}.safetensors"
 
 
 def write_entry(file: Path, data: bytes) -> None:
-    """Write ``file`` whole or not at all, unless the power goes: nothing is flushed, since a torn entry is only a miss.
+    """Write ``file`` whole or not at all. Nothing is flushed: what a power cut tears is only a miss.
 
     Raises:
-        OSError: the disk is full or cannot be written to; nothing is left behind.
+        OSError: the disk is full or read-only; no partial file is left.
     """
     partial = file.with_name(f".{uuid.uuid4().hex}.partial")
     try:

@@ -1,7 +1,7 @@
-"""What the frozen base makes of images and captions, kept between runs under the digest of all that decides it.
+"""Latents and caption embeddings on disk, one entry for each key.
 
-An entry is written beside and renamed into place, never changed, and checked when it is read; what is damaged, missing
-or not to be written costs time and nothing else.
+An entry is written beside its place and renamed into it, never changed, and checked when it is read. Damage, a missing
+file or a full disk costs time and nothing else.
 """
 
 from __future__ import annotations
@@ -11,15 +11,9 @@ import logging
 import os
 import threading
 import zlib
-from collections.abc import Callable, Generator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from hashlib import sha256
-from itertools import islice
 from pathlib import Path
-from random import Random
-from typing import Any, Generic, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -27,77 +21,28 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ..config.sections import CacheSection
-from ..data.buckets import Placement
-from ..progress import Progress
-from .entries import Kind, encoded_folder, file_of, prune, write_entry
+from .entries import encoded_folder, file_of, prune, write_entry
+from .keys import CacheKey
 
 logger = logging.getLogger(__name__)
 
-Loaded = TypeVar("Loaded")
-
-_VERSION = 1
-"""Of how images are scaled and cropped, how either is encoded, and how an entry is laid out: raised with any change."""
 _SHARE_BETWEEN_SCANS = 0.1
-"""Of the cap: how much a process writes before it looks again how full the folder is."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CacheKey:
-    """What an entry is found by; made by ``latent_key`` and ``text_key`` alone."""
-
-    kind: Kind
-    digest: str
-    """SHA-256, lower-case hexadecimal."""
-
-
-def latent_key(
-    *, pixels: str, placement: Placement, flipped: bool, vae: str, dtype: torch.dtype, device: torch.device
-) -> CacheKey:
-    """Of an image's latents: ``pixels`` is its ``shown_digest``, ``vae`` the fingerprint of the encoder and its scale.
-
-    ``dtype`` and the kind of ``device`` are what the VAE computes in and on: both decide how it rounds.
-    """
-    return _key("latents", [pixels, asdict(placement), flipped, vae, str(dtype), device.type])
-
-
-def text_key(
-    *, ids: Sequence[Tensor], weights: Sequence[Tensor], encoders: str, dtype: torch.dtype, device: torch.device
-) -> CacheKey:
-    """Of a caption's embeddings: by its tokens, so that tokenizer, cutting and filling up need no mention.
-
-    ``ids`` and ``weights`` are (chunks, 77) on the CPU, one of each for every text encoder; ``encoders`` is the
-    fingerprint of these and of the layer that is read; ``dtype`` and ``device`` as in ``latent_key``.
-    """
-    tokens = [[own.tolist() for own in side] for side in (ids, weights)]
-    return _key("text", [tokens, encoders, str(dtype), device.type])
-
-
-def _key(kind: Kind, parts: list[Any]) -> CacheKey:
-    text = json.dumps([kind, _VERSION, *parts], sort_keys=True, allow_nan=False)
-    return CacheKey(kind=kind, digest=sha256(text.encode()).hexdigest())
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job(Generic[Loaded]):
-    """A thing to encode; ``load`` makes what the encoder takes, in a thread of its own and only where that is needed."""
-
-    key: CacheKey
-    load: Callable[[], Loaded]
+"""Share of the cap that a process writes before it measures the folder again."""
 
 
 class EncodedCache:
     """Groups of named tensors on disk. Safe with any number of threads and processes.
 
-    Nothing here raises for what the disk does: an entry that cannot be read is a miss, and a folder that cannot be
-    written to is told of once and then left alone.
+    Nothing here raises for a fault of the disk: an entry that cannot be read is a miss, and a folder that cannot be
+    written to is reported once and then left alone.
     """
 
     def __init__(self, folder: Path | None, max_bytes: float):
-        """``folder`` is made when it is first needed; None keeps nothing."""
+        """``folder`` is created when it is first needed; None keeps nothing."""
         self._folder, self._max_bytes = folder, max_bytes
         self._lock = threading.Lock()
         self._writable = folder is not None
-        self._unscanned = 0
+        self._written_since_scan = 0
 
     def __enter__(self) -> EncodedCache:
         return self
@@ -106,7 +51,7 @@ class EncodedCache:
         self.close()
 
     def get(self, key: CacheKey) -> dict[str, Tensor] | None:
-        """The tensors of ``key``, on the CPU as they were put; None where there are none. Damage is removed."""
+        """The tensors of ``key`` as they were put, on the CPU; None if there are none. A damaged entry is removed."""
         if self._folder is None:
             return None
         file = file_of(self._folder, key.kind, key.digest)
@@ -123,136 +68,55 @@ class EncodedCache:
         return tensors
 
     def put(self, key: CacheKey, tensors: Mapping[str, Tensor]) -> None:
-        """Keep a copy of ``tensors``; a later ``get`` of any process finds all of it or nothing."""
+        """Keep a copy of ``tensors``; a later ``get`` of any process finds all of them or nothing."""
         if self._folder is None or not self._writable:
             return
         data = _pack(key, tensors)
         try:
             write_entry(file_of(self._folder, key.kind, key.digest), data)
         except OSError as error:
-            self._give_up(error)
+            self._stop_writing(error)
             return
         with self._lock:
-            self._unscanned += len(data)
-            due = self._unscanned >= self._max_bytes * _SHARE_BETWEEN_SCANS
+            self._written_since_scan += len(data)
+            due = self._written_since_scan >= self._max_bytes * _SHARE_BETWEEN_SCANS
         if due:
             self.close()
 
     def close(self) -> None:
-        """Bring the folder under its cap, where this process has added to it; the cache can be used on."""
+        """Bring the folder under its cap if this process has added to it; the cache stays usable."""
         with self._lock:
-            written, self._unscanned = self._unscanned, 0
+            written, self._written_since_scan = self._written_since_scan, 0
         if written and self._folder is not None:
             prune(self._folder, self._max_bytes)
 
-    def _give_up(self, error: OSError) -> None:
+    def _stop_writing(self, error: OSError) -> None:
         with self._lock:
-            told, self._writable = not self._writable, False
-        if not told:
+            reported, self._writable = not self._writable, False
+        if not reported:
             logger.warning(
-                "%s: what is encoded cannot be kept there (%s); this run goes on without; "
-                "free some space, name another cache.folder, or set cache.disk=false",
+                "%s: cannot write to the cache (%s); this run continues without it; "
+                "free some space, choose another cache.folder, or set cache.disk=false",
                 self._folder,
                 error.strerror or error,
             )
 
 
-def fill(
-    cache: EncodedCache,
-    jobs: Sequence[Job[Loaded]],
-    encode: Callable[[Loaded], Mapping[str, Tensor]],
-    *,
-    progress: Progress,
-    task: str,
-    ahead: int = 8,
-    encoders: int = 1,
-) -> Generator[dict[str, Tensor]]:
-    """The tensors of every job, in order, on the CPU: out of the cache, or loaded, encoded and put there.
-
-    Threads look up and load while this one encodes; at most ``ahead`` jobs are begun and not yet handed on. Where
-    ``encoders`` is more than 1, as many threads do all of a job each, with one core each. Jobs are encoded one by one,
-    so that what comes out does not hang on its neighbours, and in any order within those ``ahead``, so that processes
-    that fill the cache with the same jobs together seldom do the same one twice.
-
-    Raises:
-        Whatever a job's ``load`` or ``encode`` raises; what was encoded before is kept.
-    """
-
-    def begin(job: Job[Loaded]) -> Callable[[], dict[str, Tensor]]:
-        """What a thread can do of ``job``; the answer does the rest."""
-        found = cache.get(job.key)
-        if found is not None:
-            return lambda: found
-        loaded = job.load()
-
-        def finish() -> dict[str, Tensor]:
-            met = cache.get(job.key)  # Another process may have put it there meanwhile.
-            if met is not None:
-                return met
-            tensors = {name: tensor.detach().cpu() for name, tensor in encode(loaded).items()}
-            cache.put(job.key, tensors)
-            return tensors
-
-        return finish
-
-    def complete(job: Job[Loaded]) -> Callable[[], dict[str, Tensor]]:
-        tensors = begin(job)()
-        return lambda: tensors
-
-    progress.start(task, len(jobs))
-    begun: dict[int, Future[Callable[[], dict[str, Tensor]]]] = {}
-    finished: dict[int, dict[str, Tensor]] = {}
-    unbegun = iter(enumerate(jobs))
-    choose = Random()  # Not the module's own, which may be seeded alike in all processes.
-    pool = _loaders(min(ahead, os.cpu_count() or 1) if encoders == 1 else encoders)
-    try:
-        for number in range(len(jobs)):
-            while number not in finished:
-                for later, job in islice(unbegun, ahead - len(begun) - len(finished)):
-                    begun[later] = pool.submit(begin if encoders == 1 else complete, job)
-                ready = [other for other, future in begun.items() if future.done()]
-                chosen = choose.choice(ready or [number])
-                finished[chosen] = begun.pop(chosen).result()()
-            yield finished.pop(number)
-            progress.advance()
-    finally:
-        pool.shutdown(cancel_futures=True)
-        cache.close()
-
-
-def _loaders(count: int) -> ThreadPoolExecutor:
-    """Threads in which torch computes with one core each.
-
-    Where each had a team of its own, OpenMP would find more threads than cores, send those of the encoder to sleep at
-    every turn, and halve its speed.
-    """
-    threads, started = torch.get_num_threads(), threading.Barrier(count)
-
-    def begin() -> None:
-        torch.get_num_threads()  # The first question sets the number of the process, in this thread too.
-        torch.set_num_threads(1)
-
-    pool = ThreadPoolExecutor(count, "sdlora-load", initializer=begin)
-    list(pool.map(lambda _: started.wait(), range(count)))
-    torch.set_num_threads(threads)  # For threads that begin later; those that have begun keep theirs.
-    return pool
-
-
 def open_cache(section: CacheSection) -> EncodedCache:
-    """The cache that ``[cache]`` asks for; one that keeps nothing where ``cache.disk`` is false."""
+    """The cache that ``[cache]`` configures; one that keeps nothing if ``cache.disk`` is false."""
     return EncodedCache(encoded_folder(section) if section.disk else None, section.max_gigabytes * 1e9)
 
 
 def _pack(key: CacheKey, tensors: Mapping[str, Tensor]) -> bytes:
     # Clones, since the format's own writer refuses tensors that share their memory.
-    whole = {
+    copies = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
-    return save(whole, {"check": _check(key, whole)})
+    return save(copies, {"check": _check(key, copies)})
 
 
 def _unpack(key: CacheKey, data: bytes) -> dict[str, Tensor] | None:
-    """None where ``data`` is not what ``_pack`` made for ``key``."""
+    """The tensors that ``_pack`` put into ``data`` for ``key``; None if it did not make it."""
     try:
         tensors = load(data)
         length = int.from_bytes(data[:8], "little")

@@ -1,1 +1,1 @@
-"""Captions for images that have none, by a local model."""
+"""Write captions for images that have none, with a local model."""

@@ -1,11 +1,12 @@
-"""Captions for the images of a folder that have none, written beside them; what is there is never changed."""
+"""Write the missing captions of a folder beside its images. Existing captions are never changed."""
 
 from __future__ import annotations
 
 import os
 import re
+import threading
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,20 +18,21 @@ from ..data.captions import with_trigger
 from ..data.findings import raise_errors
 from ..data.folders import extension_of, stem_of
 from ..data.images import open_image
-from ..data.sources import Source, find_sources
+from ..data.sources import Listing, Source, find_sources
 from ..errors import CaptionerError, ConfigError, DataError, Interrupted, SdloraError
 from ..files import printable
-from ..progress import Progress
-from .models import Captioner, first_line
+from ..progress import Progress, progress_or_bar
+from .models import Captioner, find_kind, first_line, open_captioner
 
-_NO_PLACE = frozenset({"folder-missing", "folder-empty"})
+_NOTHING_TO_CAPTION = frozenset({"folder-missing", "folder-empty"})
+"""Codes of findings."""
 _OTHER_CAPTIONS = frozenset(CAPTION_EXTENSIONS) - {".json"}
-"""Files beside an image that are a caption; a .json may be anything."""
+"""Extensions of files that are captions; a .json may be anything."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionReport:
-    """What was done to a folder."""
+    """What was done in a folder."""
 
     folder: str
     written: tuple[str, ...]
@@ -38,50 +40,82 @@ class CaptionReport:
     present: int
     """Images that had a caption before."""
     problems: tuple[str, ...]
-    """A line for each image that still has none, with the reason."""
+    """One line for each image that still has no caption, with the reason."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def caption_folder(
-    folder: Path, load: Callable[[], Captioner], *, trigger: str, extension: str, progress: Progress
+    folder: str | Path,
+    *,
+    model: str | Path,
+    kind: str = "auto",
+    trigger: str = "",
+    extension: str = ".txt",
+    progress: Progress | None = None,
+    stop: threading.Event | None = None,
 ) -> CaptionReport:
-    """Caption every image in ``folder`` and below that has no caption in a file of ``extension`` or in a table.
+    """Caption every image in ``folder`` and its subfolders that has no caption, with the model in folder ``model``.
 
-    ``load`` is called where there is something to do. ``trigger`` is put in front of what lacks it; "" for none. Each
-    caption appears whole or not at all, so that after any interruption the same call goes on.
+    ``kind`` is "blip", "florence", "wd14", or "auto" to detect it. ``trigger`` is put in front of captions that lack
+    it. Captions are written to files of ``extension``, each whole or not at all; the same call resumes after an
+    interruption. Without ``progress``, a bar is shown on a terminal. When ``stop`` is set, work ends after the current
+    image.
 
     Raises:
-        DataError: no such folder, or no image in it.
-        ConfigError: ``extension`` is none.
-        CaptionerError: what ``load`` raises, or the model fails on an image.
-        Interrupted: by Ctrl-C.
+        DataError: ``folder`` does not exist or holds no image.
+        ConfigError: ``extension`` is not a file extension.
+        CaptionerError: the model is missing, damaged, of another kind, or fails on an image.
+        Interrupted: by ``stop`` or Ctrl-C; the captions so far are written.
     """
+    model = Path(model)
+    found_kind = find_kind(model, kind)
+    with progress_or_bar(progress) as reporter:
+        return write_captions(
+            Path(folder),
+            lambda: open_captioner(model, found_kind),
+            trigger=trigger,
+            extension=extension,
+            progress=reporter,
+            stop=stop,
+        )
+
+
+def write_captions(
+    folder: Path,
+    load: Callable[[], Captioner],
+    *,
+    trigger: str,
+    extension: str,
+    progress: Progress,
+    stop: threading.Event | None = None,
+) -> CaptionReport:
+    """As ``caption_folder``, with the model that ``load`` returns; it is called only if a caption is missing."""
     if not re.fullmatch(r"\.?[A-Za-z0-9]+", extension):
         raise ConfigError(f"{extension!r} is not a file extension; expected one such as .txt")
     extension = "." + extension.lstrip(".")
-    # The trigger that is named here plays no part: captions are looked for, none is made by rules.
-    listing = find_sources(DataSection(images=str(folder), trigger="-", caption_extension=extension))
-    raise_errors(finding for finding in listing.findings if finding.code in _NO_PLACE)
+    listing = _list_images(folder, extension)
+    raise_errors(finding for finding in listing.findings if finding.code in _NOTHING_TO_CAPTION)
     problems = [str(finding) for finding in listing.findings if finding.code == "folder-unreadable"]
-    wanted = _without_captions(listing.sources, extension, problems)
+    missing = _missing_captions(listing.sources, extension, problems)
     written: list[str] = []
-    progress.start("Captioning", len(wanted))
+    progress.start("Captioning", len(missing))
     captioner: Captioner | None = None
     try:
-        for image, target in wanted.items():
+        for image, caption_file in missing.items():
+            if stop is not None and stop.is_set():
+                raise _interruption(missing)
             captioner = captioner or load()
             try:
                 text = _caption_of(captioner, image)
-                if _write_new(target, with_trigger(text, trigger) if trigger else text):
-                    written.append(printable(target))
+                if _write_new(caption_file, with_trigger(text, trigger) if trigger else text):
+                    written.append(printable(caption_file))
             except DataError as error:
                 problems += error.problems
-            progress.advance(note=target.name)
+            progress.advance(note=caption_file.name)
     except KeyboardInterrupt:
-        done = f"{sum(target.exists() for target in wanted.values())} of {len(wanted)} captions are written"
-        raise Interrupted(f"interrupted: {done}; the same command goes on") from None
+        raise _interruption(missing) from None
     return CaptionReport(
         folder=str(folder),
         written=tuple(written),
@@ -90,33 +124,43 @@ def caption_folder(
     )
 
 
-def _without_captions(sources: Sequence[Source], extension: str, problems: list[str]) -> dict[Path, Path]:
-    """Image -> the file that its caption goes to; ``problems`` gets a line for each that needs one and gets none."""
-    wanted: dict[Path, Path] = {}
-    owners: dict[Path, Path] = {}
+def _interruption(missing: Mapping[Path, Path]) -> Interrupted:
+    written = sum(caption_file.exists() for caption_file in missing.values())
+    return Interrupted(f"interrupted: {written} of {len(missing)} captions are written; run the same command to resume")
+
+
+def _list_images(folder: Path, extension: str) -> Listing:
+    # Listing reads no trigger, but the section requires one.
+    return find_sources(DataSection(images=str(folder), trigger="-", caption_extension=extension))
+
+
+def _missing_captions(sources: Sequence[Source], extension: str, problems: list[str]) -> dict[Path, Path]:
+    """Image -> the caption file to write; ``problems`` gets a line for each image that needs one and cannot get it."""
+    missing: dict[Path, Path] = {}
+    images: dict[Path, Path] = {}
     others = _other_captions({source.file.parent for source in sources})
     for source in sources:
         if source.caption_file is not None:
             if not source.captions:
                 file = printable(source.caption_file)
-                problems.append(f"{file}: holds no caption that can be read; remove it to have one written")
+                problems.append(f"{file}: holds no readable caption; remove it to have one written")
             continue
-        target = source.file.with_name(os.path.splitext(source.file.name)[0] + extension)
-        owner = owners.setdefault(target, source.file)
+        caption_file = source.file.with_name(os.path.splitext(source.file.name)[0] + extension)
+        first_image = images.setdefault(caption_file, source.file)
         if other := others.get((source.file.parent, stem_of(source.file.name))):
-            remedy = f"give --caption-extension {extension_of(other)}, or rename it"
-            problems.append(f"{printable(source.file)}: has a caption in {other} already; {remedy}")
-        elif owner != source.file:
+            remedy = f"pass --caption-extension {extension_of(other)}, or rename it"
+            problems.append(f"{printable(source.file)}: already has a caption in {other}; {remedy}")
+        elif first_image != source.file:
             problems.append(
-                f"{printable(source.file)}: shares its caption file with {owner.name}; rename or remove one"
+                f"{printable(source.file)}: shares its caption file with {first_image.name}; rename or remove one"
             )
         else:
-            wanted[source.file] = target
-    return wanted
+            missing[source.file] = caption_file
+    return missing
 
 
 def _other_captions(folders: Iterable[Path]) -> dict[tuple[Path, str], str]:
-    """Folder and stem -> the caption file there, of whatever extension."""
+    """(folder, stem) -> name of the caption file there, whatever its extension."""
     files = ((folder, name) for folder in folders for name in sorted(os.listdir(folder)))
     return {(folder, stem_of(name)): name for folder, name in files if extension_of(name) in _OTHER_CAPTIONS}
 
@@ -128,36 +172,39 @@ def _caption_of(captioner: Captioner, file: Path) -> str:
     except SdloraError:
         raise
     except Exception as error:  # Whatever a model's library raises.
-        raise CaptionerError(f"{printable(file)}: the model fails on it: {first_line(error)}") from None
+        raise CaptionerError(f"{printable(file)}: the model failed on this image: {first_line(error)}") from None
     if not text:
-        raise DataError(f"{printable(file)}: the model has nothing to say of it; write its caption yourself")
+        raise DataError(f"{printable(file)}: the model returned no caption; write one yourself")
     return text
 
 
 def _write_new(file: Path, text: str) -> bool:
-    """Write ``file`` whole; False where it exists by now, and is left as it is.
+    """Write ``file`` whole; False, and nothing changed, if it exists by now.
 
     Raises:
         DataError: it cannot be written.
     """
     partial = file.with_name(f".{uuid.uuid4().hex}.partial")
     try:
-        try:
-            with partial.open("x", encoding="utf-8", newline="\n") as stream:
-                stream.write(text + "\n")
-                stream.flush()
-                os.fsync(stream.fileno())
-            try:
-                os.link(partial, file)  # Fails where the file exists, as a rename would not.
-            except FileExistsError:
-                return False
-            except OSError:  # A file system without links.
-                if file.exists():
-                    return False
-                os.rename(partial, file)
-            return True
-        finally:
-            with suppress(OSError):
-                partial.unlink()
+        with partial.open("x", encoding="utf-8", newline="\n") as stream:
+            stream.write(text + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        return _move_unless_present(partial, file)
     except OSError as error:
         raise DataError(f"{printable(file)}: cannot be written: {error.strerror or error}") from None
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+
+
+def _move_unless_present(partial: Path, file: Path) -> bool:
+    try:
+        os.link(partial, file)  # Fails if the file exists, unlike a rename.
+    except FileExistsError:
+        return False
+    except OSError:  # The file system has no links.
+        if file.exists():
+            return False
+        os.rename(partial, file)
+    return True

@@ -1,6 +1,7 @@
-"""Models that say what an image shows, from a folder on this disk; nothing is fetched and no code of theirs is run.
+"""Captioning models, from a folder on this disk. Nothing is fetched, and no code from the folder is run.
 
-BLIP (Li et al. 2022) and Florence-2 (Xiao et al. 2023) write sentences, the WD14 taggers (SmilingWolf) Danbooru's tags.
+BLIP (Li et al. 2022) and Florence-2 (Xiao et al. 2023) write sentences; the WD14 taggers (SmilingWolf) write Danbooru
+tags.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ CaptionerKind = Literal["blip", "florence", "wd14"]
 KINDS: tuple[CaptionerKind, ...] = get_args(CaptionerKind)
 
 MAX_NEW_TOKENS = 75
-"""About what one chunk of the text encoder holds."""
+"""About the length of one chunk of the text encoder."""
 BEAMS = 3
 FLORENCE_TASK = "<DETAILED_CAPTION>"
 GENERAL_THRESHOLD, CHARACTER_THRESHOLD = 0.35, 0.85
-"""Probabilities from which on a tag is taken, as the taggers' author recommends."""
+"""Lowest probabilities at which a tag is written, as the taggers' author recommends."""
 
 _MODEL_TYPES = {"blip": "blip", "florence2": "florence"}
 """``model_type`` in config.json -> kind."""
@@ -34,28 +35,28 @@ _ONNX, _TAGS = "model.onnx", "selected_tags.csv"
 
 
 class Captioner(Protocol):
-    """What says in words what an image shows."""
+    """A model that describes images."""
 
     def caption(self, image: Image.Image) -> str:
-        """Of an RGB image of any size; the same for the same image. May be empty."""
+        """Describe an RGB image of any size; equal images get equal captions. May be empty."""
         ...
 
 
-def find_kind(folder: Path, wanted: str = "auto") -> CaptionerKind:
-    """Which kind of model is in ``folder``; a look at its files, no weight is read.
+def find_kind(folder: Path, requested: str = "auto") -> CaptionerKind:
+    """Detect the kind of the model in ``folder`` from its files, without reading weights.
 
     Raises:
-        CaptionerError: there is none, of no known kind or not of the ``wanted`` one, or its weights are pickled.
+        CaptionerError: there is no model, its kind is unknown or not the ``requested`` one, or its weights are pickled.
     """
     if not folder.is_dir():
-        raise CaptionerError(f"{folder}: no such folder; name the folder of a captioning model with --model")
+        raise CaptionerError(f"{folder}: no such folder; pass the folder of a captioning model with --model")
     found = _found_kind(folder)
     if found is None:
         raise CaptionerError(
             f"{folder}: no captioning model: expected a config.json of BLIP or Florence-2, or {_ONNX} with {_TAGS}"
         )
-    if wanted not in ("auto", found):
-        raise CaptionerError(f"{folder}: holds a model of kind {found}, not {wanted}; leave --kind out")
+    if requested not in ("auto", found):
+        raise CaptionerError(f"{folder}: holds a model of kind {found}, not {requested}; leave out --kind")
     if found != "wd14" and not any(folder.glob("*.safetensors")):
         raise CaptionerError(
             f"{folder}: holds no .safetensors weights, and pickled ones are not read, since they can run code; "
@@ -76,13 +77,14 @@ def _found_kind(folder: Path) -> CaptionerKind | None:
 
 
 def open_captioner(folder: Path, kind: CaptionerKind) -> Captioner:
-    """Load the model, onto the graphics card where there is one.
+    """Load the model, onto a GPU if there is one.
 
     Raises:
         CaptionerError: it is damaged or incomplete, or a package that it needs is not installed.
     """
     if kind == "wd14":
         return Wd14(session=_onnx_session(folder / _ONNX), tags=read_tags(folder / _TAGS))
+    _quiet_libraries()
     import transformers
 
     names = {"blip": "Blip", "florence": "Florence2"}
@@ -93,9 +95,9 @@ def open_captioner(folder: Path, kind: CaptionerKind) -> Captioner:
         model, report = model_class.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
-    except Exception as error:  # The library raises many kinds for a folder that is not what it says.
+    except Exception as error:  # The library raises many types for a folder that is not what it claims to be.
         raise CaptionerError(f"{folder}: the model cannot be loaded: {first_line(error)}") from None
-    # What is missing would be filled with random numbers.
+    # The library fills missing tensors with random numbers.
     if missing := sorted(report["missing_keys"]):
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise CaptionerError(f"{folder}: the model is incomplete: tensor {missing[0]}{more} is missing")
@@ -107,7 +109,7 @@ def open_captioner(folder: Path, kind: CaptionerKind) -> Captioner:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Sentences:
-    """BLIP or Florence-2 of transformers, by beam search, nothing drawn; ``task`` is what Florence-2 is asked for."""
+    """BLIP or Florence-2 of transformers, with beam search and no sampling. ``task`` is Florence-2's prompt."""
 
     model: Any
     processor: Any
@@ -116,10 +118,10 @@ class Sentences:
     def caption(self, image: Image.Image) -> str:
         import torch
 
-        given = self.processor(images=image, return_tensors="pt", **({"text": self.task} if self.task else {}))
+        inputs = self.processor(images=image, return_tensors="pt", **({"text": self.task} if self.task else {}))
         with torch.inference_mode():
             tokens = self.model.generate(
-                **given.to(self.model.device), max_new_tokens=MAX_NEW_TOKENS, num_beams=BEAMS, do_sample=False
+                **inputs.to(self.model.device), max_new_tokens=MAX_NEW_TOKENS, num_beams=BEAMS, do_sample=False
             )
         return self.processor.batch_decode(tokens, skip_special_tokens=True)[0]
 
@@ -133,21 +135,21 @@ class Tag:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Wd14:
-    """A tagger: (1, side, side, 3) float32, blue first, 0 to 255 -> a probability for each of ``tags``."""
+    """A tagger: (1, side, side, 3) float32, BGR, 0 to 255 -> a probability for each of ``tags``."""
 
     session: Any
-    """Of onnxruntime."""
+    """An ``onnxruntime.InferenceSession``."""
     tags: Sequence[Tag]
 
     def caption(self, image: Image.Image) -> str:
-        (given,) = self.session.get_inputs()
-        _, height, width, _ = given.shape
+        (model_input,) = self.session.get_inputs()
+        _, height, width, _ = model_input.shape
         if not (isinstance(height, int) and height == width):
-            raise CaptionerError(f"{_ONNX}: takes images of {height} x {width}, expected a square of a fixed size")
-        (probabilities,) = self.session.run(None, {given.name: tagger_pixels(image, height)})
+            raise CaptionerError(f"{_ONNX}: takes images of {height} x {width}; expected a square of a fixed size")
+        (probabilities,) = self.session.run(None, {model_input.name: tagger_pixels(image, height)})
         if probabilities.shape != (1, len(self.tags)):
-            counts = f"{probabilities.shape[-1]} numbers for {len(self.tags)} tags"
-            raise CaptionerError(f"{_ONNX}: gives {counts}; {_TAGS} belongs to another model")
+            counts = f"{probabilities.shape[-1]} probabilities for {len(self.tags)} tags"
+            raise CaptionerError(f"{_ONNX}: returns {counts}; {_TAGS} belongs to another model")
         return ", ".join(choose_tags(self.tags, probabilities[0].tolist()))
 
 
@@ -155,7 +157,7 @@ def read_tags(file: Path) -> tuple[Tag, ...]:
     """The tags in the order of the model's outputs.
 
     Raises:
-        CaptionerError: unreadable, or without the columns ``name`` and ``category``.
+        CaptionerError: the file is unreadable, or lacks the columns ``name`` and ``category``.
     """
     tags: tuple[Tag, ...] = ()
     with (
@@ -169,9 +171,9 @@ def read_tags(file: Path) -> tuple[Tag, ...]:
 
 
 def choose_tags(tags: Sequence[Tag], probabilities: Sequence[float]) -> list[str]:
-    """The likely ones, characters first, each kind by falling probability; ratings are left out.
+    """Names of the likely tags, characters first, each category by falling probability; ratings are left out.
 
-    Underscores become spaces, but for faces of up to three letters such as ``^_^``.
+    Underscores become spaces, except in faces of up to three letters such as ``^_^``.
     """
     chosen = []
     for category, threshold in ((4, CHARACTER_THRESHOLD), (0, GENERAL_THRESHOLD)):
@@ -182,7 +184,7 @@ def choose_tags(tags: Sequence[Tag], probabilities: Sequence[float]) -> list[str
 
 
 def tagger_pixels(image: Image.Image, side: int) -> np.ndarray:
-    """``image`` on a white square -> (1, side, side, 3) float32, blue first, 0 to 255."""
+    """``image`` on a white square -> (1, side, side, 3) float32, BGR, 0 to 255."""
     longest = max(image.size)
     square = Image.new("RGB", (longest, longest), "white")
     square.paste(image, ((longest - image.width) // 2, (longest - image.height) // 2))
@@ -200,10 +202,21 @@ def _onnx_session(file: Path) -> Any:
         raise CaptionerError(f"{file}: needs onnxruntime, which {reason}") from None
     try:
         return onnxruntime.InferenceSession(str(file), providers=onnxruntime.get_available_providers())
-    except Exception as error:  # Its own kinds, which derive from nothing else.
+    except Exception as error:  # Its own types, which share no base class.
         raise CaptionerError(f"{file}: the model cannot be loaded: {first_line(error)}") from None
 
 
 def first_line(error: Exception) -> str:
-    """What a library says went wrong, without the lines behind the first; its kind where it says nothing."""
+    """The first line of the message of ``error``; its type if the message is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _quiet_libraries() -> None:
+    """Keep progress bars and warnings of diffusers and transformers off the terminal."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()

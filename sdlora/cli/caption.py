@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from ..errors import DataError
 from .app import JsonOption, app, emit, guard
-
-if TYPE_CHECKING:
-    from ..captioning.models import Captioner
 
 
 @app.command()
@@ -26,22 +23,14 @@ def caption(
     """Write the captions that are missing beside the images, by a local model; no caption is ever changed."""
 
     def run() -> None:
-        from ..captioning.models import KINDS, find_kind, open_captioner
+        from ..captioning.models import KINDS, find_kind
 
         if kind not in ("auto", *KINDS):
             raise typer.BadParameter(f"{kind!r} is not auto, {', '.join(KINDS)}", param_hint="--kind")
         found = find_kind(model, kind)
         from ..captioning.folder import caption_folder
-        from ..progress import progress_bar
 
-        def load() -> Captioner:
-            _quiet_libraries()
-            return open_captioner(model, found)
-
-        with progress_bar() as progress:
-            report = caption_folder(
-                folder, load, trigger=trigger.strip(), extension=caption_extension, progress=progress
-            )
+        report = caption_folder(folder, model=model, kind=found, trigger=trigger.strip(), extension=caption_extension)
         if as_json:
             emit({"kind": found, **report.to_json()})
         else:
@@ -50,14 +39,3 @@ def caption(
             raise DataError(report.problems)
 
     guard(run)
-
-
-def _quiet_libraries() -> None:
-    """Keep bars and warnings of diffusers and transformers off the terminal."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    diffusers_logging.set_verbosity_error()
-    transformers_logging.set_verbosity_error()
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,10 +17,11 @@ from .low_rank import LowRank
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "mlp.fc1", "mlp.fc2")
 TARGETS = {"attention": ATTENTION, "attention-mlp": ATTENTION + FEED_FORWARD}
+"""Value of ``lora.targets`` -> endings of the names of the modules that it means."""
 
 
 def choose_targets(modules: Mapping[str, nn.Module], targets: str) -> dict[str, nn.Linear]:
-    """The linear modules of ``modules`` (canonical name -> module) that the named set of ``targets`` means, sorted."""
+    """The linear modules of ``modules`` (canonical name -> module) that ``targets``, a key of ``TARGETS``, means; sorted."""
     endings = tuple(f".{ending}" for ending in TARGETS[targets])
     return {
         name: module
@@ -28,20 +30,36 @@ def choose_targets(modules: Mapping[str, nn.Module], targets: str) -> dict[str, 
     }
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _WorkingCopy:
+    """What the layers of a group compute with, in the base's dtype, flat.
+
+    In float32 both are the memory of the master and of its gradient; otherwise they are copies.
+    """
+
+    values: Tensor
+    gradients: Tensor
+
+
 class Adapter:
     """Trainable low-rank layers in the places of frozen ones.
 
-    All matrices of a group are views of one flat buffer, so that clipping, the optimizer and a reduction over processes
-    are a single operation each, whatever the number of modules. ``parameters`` are float32 masters; where the base
-    computes in another dtype, the layers see a copy in that dtype, made once a step.
+    All matrices of a group are views of one flat buffer, so gradient clipping, the optimizer and a reduction over
+    processes are a single operation each, whatever the number of modules. ``parameters`` are float32 masters; if the
+    base computes in another dtype, the layers use a copy in that dtype, made once in each step.
     """
 
     def __init__(self, groups: Sequence[Mapping[str, nn.Linear]], *, rank: int, alpha: float, seed: int):
-        """``groups`` are canonical name -> module; each becomes one entry of ``parameters``."""
+        """Make a fresh adapter: down matrices random, as a function of (``seed``, name), up matrices zero.
+
+        Each of ``groups`` (canonical name -> frozen module) becomes one flat float32 entry of ``parameters``, of
+        Σ rank · (in + out) values. The change of a module is ``alpha`` / ``rank`` · up @ down.
+        """
         self.alpha = alpha
         self.parameters: list[nn.Parameter] = []
-        self._working: list[tuple[Tensor, Tensor]] = []
-        self._spans: dict[str, tuple[Tensor, Tensor]] = {}
+        self._working_copies: list[_WorkingCopy] = []
+        self._masters: dict[str, tuple[Tensor, Tensor]] = {}
+        """Canonical name -> (rank, in) and (out, rank) views of the masters."""
         self._layers: dict[str, LoraLinear] = {}
         self._frozen: dict[str, nn.Linear] = {}
         for group in groups:
@@ -52,39 +70,44 @@ class Adapter:
         total = sum(rank * (module.in_features + module.out_features) for module in group.values())
         master = nn.Parameter(torch.zeros(total, device=weight.device))
         master.grad = torch.zeros_like(master)
-        values, gradients = master.detach(), master.grad
+        working = _WorkingCopy(values=master.detach(), gradients=master.grad)
         if weight.dtype != master.dtype:
-            values, gradients = (torch.zeros_like(values, dtype=weight.dtype) for _ in range(2))
+            working = _WorkingCopy(
+                values=torch.zeros_like(master.detach(), dtype=weight.dtype),
+                gradients=torch.zeros_like(master.grad, dtype=weight.dtype),
+            )
         self.parameters.append(master)
-        self._working.append((values, gradients))
+        self._working_copies.append(working)
         position = 0
         for name, module in group.items():
-            leaves = []
-            for shape in ((rank, module.in_features), (module.out_features, rank)):
-                span = slice(position, position + shape[0] * shape[1])
-                leaf = values[span].view(shape).requires_grad_()
-                leaf.grad = gradients[span].view(shape)
-                leaves.append((leaf, master.detach()[span].view(shape)))
+            leaves, masters = [], []
+            for rows, columns in ((rank, module.in_features), (module.out_features, rank)):
+                span = slice(position, position + rows * columns)
+                leaf = working.values[span].view(rows, columns).requires_grad_()
+                leaf.grad = working.gradients[span].view(rows, columns)
+                leaves.append(leaf)
+                masters.append(master.detach()[span].view(rows, columns))
                 position = span.stop
-            (down, down_master), (up, up_master) = leaves
+            down, up = leaves
+            down_master, up_master = masters
             down_master.copy_(_kaiming_uniform(down.shape, seed, name))
-            self._spans[name] = (down_master, up_master)
+            self._masters[name] = (down_master, up_master)
             self._layers[name] = LoraLinear(module, down, up, self.alpha / rank)
             self._frozen[name] = module
 
     @torch.no_grad()
     def begin_step(self) -> None:
-        """Show the layers the masters as they are now, and clear the gradients."""
-        for master, (values, gradients) in zip(self.parameters, self._working, strict=True):
-            if values.dtype != master.dtype:
-                values.copy_(master)
-            gradients.zero_()
+        """Copy the masters to the layers, and clear the gradients."""
+        for master, working in zip(self.parameters, self._working_copies, strict=True):
+            if working.values.dtype != master.dtype:
+                working.values.copy_(master)
+            working.gradients.zero_()
 
     def end_backward(self) -> None:
-        """Hand the gradients of the layers to the masters."""
-        for master, (_, gradients) in zip(self.parameters, self._working, strict=True):
-            if master.grad is not None and gradients.dtype != master.dtype:
-                master.grad.copy_(gradients)
+        """Copy the gradients of the layers to the masters."""
+        for master, working in zip(self.parameters, self._working_copies, strict=True):
+            if master.grad is not None and working.gradients.dtype != master.dtype:
+                master.grad.copy_(working.gradients)
 
     def attach(self, modules: Mapping[str, nn.Module]) -> None:
         """Put the trainable layers in place; ``modules`` maps every canonical name, parents too, to its module."""
@@ -101,15 +124,15 @@ class Adapter:
             setattr(modules[parent], child, layer)
 
     def weights(self) -> dict[str, LowRank]:
-        """Canonical name -> a copy of the trained matrices, float32 on the CPU."""
+        """Canonical name -> a copy of the trained matrices, (rank, in) and (out, rank) float32, on the CPU."""
         return {
             name: LowRank(down=down.cpu().clone(), up=up.cpu().clone(), alpha=self.alpha)
-            for name, (down, up) in self._spans.items()
+            for name, (down, up) in self._masters.items()
         }
 
 
 def _kaiming_uniform(shape: torch.Size, seed: int, name: str) -> Tensor:
-    """U(-1/√in, 1/√in), as ``kaiming_uniform_(a=√5)`` (He et al. 2015), a function of (seed, name) alone."""
+    """(rank, in) float32 from U(-1/√in, 1/√in), as ``kaiming_uniform_(a=√5)`` (He et al. 2015): by (seed, name) alone."""
     key = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:16], "little")
     bound = 1 / math.sqrt(shape[1])
     values = np.random.Generator(np.random.Philox(key=key)).uniform(-bound, bound, tuple(shape))

@@ -1,9 +1,13 @@
-"""What the UNet is told of captions: computed in each step where the text encoders are trained, else once."""
+"""Caption embeddings for the UNet: computed once for frozen text encoders, in each step for trained ones.
+
+All captions are padded to the chunks of the longest, so embeddings do not depend on the rest of the batch.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from typing import Protocol
 
 import torch
 
@@ -11,81 +15,141 @@ from ..base.encode import Conditioning, encode_prompts
 from ..base.fingerprints import text_fingerprint
 from ..base.load import Base
 from ..base.tokens import COMMA_REACH, PromptTokens, Tokens, padded, plain, token_count, tokenize
-from ..cache.store import EncodedCache, text_key
+from ..cache.keys import CacheKey, text_key
+from ..cache.store import EncodedCache
 from ..config.sections import Config
 from ..data.examine import ExaminedImage
 from ..families import TOKENS_IN_CHUNK, WORDS_IN_CHUNK
 
 KEPT_BYTES = 2**29
-"""Of embeddings, on the device; the least recently used are dropped and computed again."""
+"""Bytes of embeddings kept on the device; the least recently used are dropped and computed again."""
 WRITTEN_BYTES = 2**30
-"""Of embeddings, that a run puts on the disk: drawn captions may never come again."""
+"""Bytes of embeddings that a run writes to the disk: captions with random parts may never come again."""
 KEPT_TOKENS = 8192
-"""Captions whose tokens are kept."""
+"""Number of captions whose tokens are kept."""
 
 
-class CaptionEmbeddings:
-    """All captions get the chunks of the longest, so that what one is told does not hang on its neighbours in a batch."""
+class CaptionEmbeddings(Protocol):
+    """Turns captions into what the UNet is conditioned on."""
 
-    def __init__(self, base: Base, items: Iterable[ExaminedImage], config: Config, cache: EncodedCache):
-        self._base, self._cache, self._limit = base, cache, config.data.max_token_length
-        self.chunks = max([1, *(most_chunks(base, item, self._limit) for item in items)])
-        self._tokens = lru_cache(maxsize=KEPT_TOKENS)(self._tokenized)
-        self._frozen = config.optimizer.text_encoder_learning_rate == 0
-        if self._frozen:
-            width = base.unet.config["cross_attention_dim"]
-            size = self.chunks * TOKENS_IN_CHUNK * width * base.dtype.itemsize
-            self._rows = lru_cache(maxsize=max(64, KEPT_BYTES // size))(self._encoded)
-            self._unwritten = WRITTEN_BYTES
-            self._encoders = text_fingerprint(base) if config.cache.disk else ""
+    @property
+    def chunks(self) -> int:
+        """Number of 77-token chunks to which every caption is padded."""
+        ...
 
-    def of(self, captions: Sequence[str]) -> Conditioning:
-        """A row for each of ``captions``."""
-        if self._frozen:
-            return Conditioning.stack([self._rows(caption) for caption in captions])
-        return encode_prompts(self._base, [self._tokens(caption) for caption in captions])
+    def encode(self, captions: Sequence[str]) -> Conditioning:
+        """One row for each caption: ``context`` (b, 77 · chunks, width) in the base's dtype, on its device."""
+        ...
 
     def close(self) -> None:
-        """Bring the cache under its cap, which what was encoded here may have taken it over."""
+        """Bring the disk cache under its cap if anything was written to it."""
+        ...
+
+
+def open_caption_embeddings(
+    base: Base, items: Iterable[ExaminedImage], config: Config, cache: EncodedCache
+) -> CaptionEmbeddings:
+    """Embeddings for the captions of ``items``, frozen if the text encoders have learning rate 0."""
+    limit = config.data.max_token_length
+    tokens = CaptionTokens(base, chunks=max([1, *(most_chunks(base, item, limit) for item in items)]), limit=limit)
+    if config.optimizer.text_encoder_learning_rate:
+        return TrainedEmbeddings(base, tokens)
+    return FrozenEmbeddings(base, tokens, cache, encoders=text_fingerprint(base) if config.cache.disk else "")
+
+
+class CaptionTokens:
+    """Tokens of captions, all padded to ``chunks`` chunks; those of recent captions are kept."""
+
+    def __init__(self, base: Base, *, chunks: int, limit: int):
+        """``limit`` is the number of tokens after which a caption is cut off."""
+        self.chunks = chunks
+        self._base, self._limit = base, limit
+        self.of = lru_cache(maxsize=KEPT_TOKENS)(self._tokenize)
+
+    def _tokenize(self, caption: str) -> PromptTokens:
+        tokens = padded(self._base, tokenize(self._base, plain(caption), limit=self._limit), self.chunks)
+        return tuple(
+            Tokens(ids=encoder.ids[: self.chunks], weights=encoder.weights[: self.chunks]) for encoder in tokens
+        )
+
+
+class TrainedEmbeddings:
+    """For text encoders that are trained: computed in each step, differentiable."""
+
+    def __init__(self, base: Base, tokens: CaptionTokens):
+        self._base, self._tokens = base, tokens
+
+    @property
+    def chunks(self) -> int:
+        return self._tokens.chunks
+
+    def encode(self, captions: Sequence[str]) -> Conditioning:
+        """As in ``CaptionEmbeddings``, with gradients to the text encoders."""
+        return encode_prompts(self._base, [self._tokens.of(caption) for caption in captions])
+
+    def close(self) -> None:
+        """Nothing is kept on disk."""
+
+
+class FrozenEmbeddings:
+    """For frozen text encoders: each caption is encoded once, kept on the device, and backed by the disk cache."""
+
+    def __init__(self, base: Base, tokens: CaptionTokens, cache: EncodedCache, *, encoders: str):
+        """``encoders`` is the fingerprint of the text encoders; "" if the cache keeps nothing."""
+        self._base, self._tokens, self._cache, self._encoders = base, tokens, cache, encoders
+        self._bytes_to_write = WRITTEN_BYTES
+        width = base.unet.config["cross_attention_dim"]
+        bytes_per_caption = tokens.chunks * TOKENS_IN_CHUNK * width * base.dtype.itemsize
+        self._row = lru_cache(maxsize=max(64, KEPT_BYTES // bytes_per_caption))(self._look_up_or_encode)
+
+    @property
+    def chunks(self) -> int:
+        return self._tokens.chunks
+
+    def encode(self, captions: Sequence[str]) -> Conditioning:
+        """As in ``CaptionEmbeddings``, without gradients."""
+        return Conditioning.stack([self._row(caption) for caption in captions])
+
+    def close(self) -> None:
+        """Bring the disk cache under its cap if anything was written to it."""
         self._cache.close()
 
-    def _tokenized(self, caption: str) -> PromptTokens:
-        tokens = padded(self._base, tokenize(self._base, plain(caption), limit=self._limit), self.chunks)
-        return tuple(Tokens(ids=own.ids[: self.chunks], weights=own.weights[: self.chunks]) for own in tokens)
-
     @torch.no_grad()
-    def _encoded(self, caption: str) -> Conditioning:
-        """By itself, so that its numbers do not hang on what else is encoded; out of the cache where it is there."""
-        tokens, base = self._tokens(caption), self._base
-        key = text_key(
-            ids=[own.ids for own in tokens],
-            weights=[own.weights for own in tokens],
-            encoders=self._encoders,
-            dtype=base.dtype,
-            device=base.device,
-        )
+    def _look_up_or_encode(self, caption: str) -> Conditioning:
+        """One row. Captions are encoded one by one, so rounding does not depend on the rest of a batch."""
+        tokens = self._tokens.of(caption)
+        key = self._key(tokens)
         found = self._cache.get(key)
         if found is not None:
-            pooled = found["pooled"].to(base.device) if "pooled" in found else None
-            return Conditioning(context=found["context"].to(base.device), pooled=pooled)
-        row = encode_prompts(base, [tokens])
-        self._unwritten -= row.context.nbytes
-        if self._unwritten >= 0:
+            pooled = found["pooled"].to(self._base.device) if "pooled" in found else None
+            return Conditioning(context=found["context"].to(self._base.device), pooled=pooled)
+        row = encode_prompts(self._base, [tokens])
+        self._bytes_to_write -= row.context.nbytes
+        if self._bytes_to_write >= 0:
             self._cache.put(key, {"context": row.context} | ({} if row.pooled is None else {"pooled": row.pooled}))
         return row
 
+    def _key(self, tokens: PromptTokens) -> CacheKey:
+        return text_key(
+            ids=[encoder.ids for encoder in tokens],
+            weights=[encoder.weights for encoder in tokens],
+            encoders=self._encoders,
+            dtype=self._base.dtype,
+            device=self._base.device,
+        )
+
 
 def most_chunks(base: Base, item: ExaminedImage, limit: int) -> int:
-    """Chunks of the longest caption that can be drawn for ``item``."""
+    """Number of chunks of the longest caption that can be drawn for ``item``, cut off after ``limit`` tokens."""
     rules, captions = item.source.rules, item.source.captions
     texts = rules.longest(captions)
-    chunks = max(own.chunks for text in texts for own in tokenize(base, plain(text), limit=limit))
+    chunks = max(tokens.chunks for text in texts for tokens in tokenize(base, plain(text), limit=limit))
     if not (rules.shuffle_tags or rules.tag_dropout or rules.wildcards):
         return chunks
-    # Where the commas stand decides how full a chunk gets before the next begins. At worst one is left at a comma as far
-    # back as that goes, and all but the last are.
-    tokens = min(limit, max(token_count(base, text) for text in texts))
-    if tokens <= WORDS_IN_CHUNK:
+    # The positions of the commas decide how full a chunk gets before the next begins. In the worst case every chunk
+    # except the last ends at a comma, as far back as that is allowed.
+    longest = min(limit, max(token_count(base, text) for text in texts))
+    if longest <= WORDS_IN_CHUNK:
         return chunks
-    least = WORDS_IN_CHUNK - COMMA_REACH + 1
-    return max(chunks, 2 + (tokens - WORDS_IN_CHUNK - 1) // least)
+    fewest_in_chunk = WORDS_IN_CHUNK - COMMA_REACH + 1
+    return max(chunks, 2 + (longest - WORDS_IN_CHUNK - 1) // fewest_in_chunk)

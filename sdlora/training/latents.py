@@ -1,13 +1,13 @@
-"""Every view of the images as the UNet needs it: encoded once, in this run or in an earlier one."""
+"""Latents of every view of the images, encoded once: in this run, or read from the cache of an earlier one."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from itertools import groupby
+from functools import lru_cache, partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,7 +17,9 @@ from torch import Tensor
 from ..base.encode import Framing, encode_pixels
 from ..base.fingerprints import vae_fingerprint
 from ..base.load import Base
-from ..cache.store import EncodedCache, Job, fill, latent_key
+from ..cache.filling import Job, fill
+from ..cache.keys import latent_key
+from ..cache.store import EncodedCache
 from ..config.sections import Config
 from ..data.buckets import Placement
 from ..data.examine import ExaminedImage
@@ -28,16 +30,19 @@ from ..data.views import View
 from ..progress import Progress
 
 SCALED_IMAGES = 16
-"""That are kept for further views of the same; a few more than threads load at once."""
+"""Number of scaled images kept for further crops of them; a few more than threads load at once."""
 PIXELS_AT_ONCE = 2**20
-"""That several cores encode: some three gigabytes of inner values."""
+"""Pixels that several cores encode at once: about three gigabytes of activations."""
 DEVICE_BYTES = 2**31
-"""Of latents, that are kept on the device; what is beyond that stays in main memory and is copied when it is needed."""
+"""Bytes of latents kept on the device; the others stay in main memory and are copied when they are needed."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EncodedImage:
-    """``mean`` and ``std`` are (4, h, w) float32; ``mask``, (1, h, w) float32 in [0, 1], weights the loss where it is."""
+    """Latent distribution of a view: ``mean`` and ``std`` are (4, h, w) float32, at the latent scale and resolution.
+
+    ``mask``, (1, h, w) float32 in [0, 1], weights the loss; None without a mask.
+    """
 
     mean: Tensor
     std: Tensor
@@ -54,41 +59,43 @@ def encode_views(
     kept: KeptImages,
     progress: Progress,
 ) -> dict[View, EncodedImage]:
-    """Look up or encode ``views`` of ``items``; images are opened by threads while others are encoded.
+    """Look up or encode ``views`` of ``items``: mean and standard deviation (4, h / 8, w / 8) of each view of h x w pixels.
+
+    Threads open images while others are encoded. Latents are on the base's device, up to ``DEVICE_BYTES``.
 
     Raises:
         DataError: an image or mask can no longer be read.
-        BaseModelError: the VAE gives no number.
+        BaseModelError: the VAE produced NaN or Inf.
     """
     masks = _masks(items, views, config, base.checkpoint.latent_factor)
-    cached: dict[View, EncodedImage] = {}
-    held = 0
+    images: dict[View, EncodedImage] = {}
+    encoded_bytes = 0
     jobs = latent_jobs(base, items, views, config, kept)
     encoded = fill(
         cache,
         jobs,
-        encode_with(base),
+        partial(encode_crop, base),
         progress=progress,
         task="Encoding images",
         encoders=encoders_for(base, views),
     )
     for view, tensors in zip(views, encoded, strict=True):
         mask = masks.get(view)
-        held += sum(tensor.nbytes for tensor in tensors.values())
-        device = base.device if held <= DEVICE_BYTES else torch.device("cpu")
-        cached[view] = EncodedImage(
+        encoded_bytes += sum(tensor.nbytes for tensor in tensors.values())
+        device = base.device if encoded_bytes <= DEVICE_BYTES else torch.device("cpu")
+        images[view] = EncodedImage(
             mean=tensors["mean"].to(device),
             std=tensors["std"].to(device),
             framing=framing_of(items[view.item], view),
             mask=None if mask is None else mask.to(device),
         )
-    return cached
+    return images
 
 
 def encoders_for(base: Base, views: Sequence[View]) -> int:
-    """How many images are encoded at once: on a CPU one on each core, where there is memory for so many of this size.
+    """Number of images to encode at once: on a CPU one on each core, if memory allows for that many of this size.
 
-    No core waits for another then, and none for an image to be opened: a quarter faster than all cores on one image.
+    Then no core waits for another or for an image to be opened: a quarter faster than all cores on one image.
     """
     largest = max((view.placement.width * view.placement.height for view in views), default=0)
     threads = torch.get_num_threads()
@@ -98,18 +105,12 @@ def encoders_for(base: Base, views: Sequence[View]) -> int:
 def latent_jobs(
     base: Base, items: Sequence[ExaminedImage], views: Sequence[View], config: Config, kept: KeptImages
 ) -> list[Job[np.ndarray]]:
-    """One for each view; what it loads is uint8 (h, w, 3), without computing with torch, whose threads the encoder has."""
+    """One job for each view. It loads uint8 (h, w, 3): the pixels of the crop, mirrored for a flipped view.
+
+    Loading does not use torch, whose threads belong to the encoder.
+    """
     vae = vae_fingerprint(base) if config.cache.disk else ""
-
-    @lru_cache(maxsize=SCALED_IMAGES)
-    def scaled(item: int, placement: Placement) -> _Once:
-        return _Once(lambda: scale(kept.open(items[item].source.file), placement))
-
-    def loader(view: View) -> Callable[[], np.ndarray]:
-        # Crops of the same scaled image differ in nothing else.
-        whole = replace(view.placement, left=0, top=0)
-        return lambda: cut_out(scaled(view.item, whole)(), view.placement, flipped=view.flipped)
-
+    crops = _Crops(items, kept)
     return [
         Job(
             key=latent_key(
@@ -120,38 +121,55 @@ def latent_jobs(
                 dtype=base.vae.dtype,
                 device=base.device,
             ),
-            load=loader(view),
+            load=partial(crops.load, view),
         )
         for view in views
     ]
 
 
-class _Once:
-    """An image that is made by the first thread that asks for it; the others wait."""
+class _Crops:
+    """Loads views. Crops of one image share its scaled copy, of which the last few are kept."""
 
-    def __init__(self, make: Callable[[], Image.Image]):
-        self._make, self._lock = make, threading.Lock()
-        self._made: Image.Image | None = None
+    def __init__(self, items: Sequence[ExaminedImage], kept: KeptImages):
+        self._items, self._kept = items, kept
+        self._scaled = lru_cache(maxsize=SCALED_IMAGES)(self._new_scaled)
 
-    def __call__(self) -> Image.Image:
+    def load(self, view: View) -> np.ndarray:
+        """The pixels of ``view``, uint8 (h, w, 3)."""
+        uncropped = replace(view.placement, left=0, top=0)
+        return cut_out(self._scaled(view.item, uncropped).get(), view.placement, flipped=view.flipped)
+
+    def _new_scaled(self, item: int, placement: Placement) -> _ScaledImage:
+        return _ScaledImage(self._items[item].source.file, self._kept, placement)
+
+
+class _ScaledImage:
+    """An image that the first thread that needs it opens and scales; other threads wait for it."""
+
+    def __init__(self, file: Path, kept: KeptImages, placement: Placement):
+        self._file, self._kept, self._placement = file, kept, placement
+        self._lock = threading.Lock()
+        self._image: Image.Image | None = None
+
+    def get(self) -> Image.Image:
         with self._lock:
-            if self._made is None:
-                self._made = self._make()
-            return self._made
+            if self._image is None:
+                self._image = scale(self._kept.open(self._file), self._placement)
+            return self._image
 
 
-def encode_with(base: Base) -> Callable[[np.ndarray], Mapping[str, Tensor]]:
-    """What encodes what ``latent_jobs`` load: mean and standard deviation, (4, h, w) float32 at the latent scale."""
+def encode_crop(base: Base, pixels: np.ndarray) -> dict[str, Tensor]:
+    """uint8 (h, w, 3), as loaded by ``latent_jobs`` -> ``mean`` and ``std``, (4, h / 8, w / 8) float32, latent scale.
 
-    def encode(cut: np.ndarray) -> Mapping[str, Tensor]:
-        posterior = encode_pixels(base, as_pixels(cut)[None])
-        return {"mean": posterior.mean[0], "std": posterior.std[0]}
-
-    return encode
+    Raises:
+        BaseModelError: the VAE produced NaN or Inf.
+    """
+    posterior = encode_pixels(base, as_pixels(pixels)[None])
+    return {"mean": posterior.mean[0], "std": posterior.std[0]}
 
 
 def framing_of(item: ExaminedImage, view: View) -> Framing:
-    """What SDXL is told of ``view``; of a mirrored image, where the part lies in the mirrored whole."""
+    """Size conditioning of SDXL for ``view``, in pixels. For a mirrored view, ``left`` counts in the mirrored image."""
     return Framing(
         original_width=item.width,
         original_height=item.height,
@@ -163,18 +181,22 @@ def framing_of(item: ExaminedImage, view: View) -> Framing:
 
 
 def _masks(items: Sequence[ExaminedImage], views: Sequence[View], config: Config, cell: int) -> dict[View, Tensor]:
-    """Of the views that have one; each image's is opened once."""
+    """The masks of the views that have one, (1, h, w) float32 in [0, 1]; the mask of each image is opened once.
+
+    ``cell`` is the side in pixels of the square that one latent value covers.
+    """
     if config.data.mask == "none":
         return {}
 
-    def grids(group: tuple[int, list[View]]) -> dict[View, Tensor]:
-        number, own = group
-        item = items[number]
+    def masks_of_item(item: ExaminedImage, views: Sequence[View]) -> dict[View, Tensor]:
         mask = open_mask(item.source.file, item.source.mask, (item.width, item.height), config.data.mask)
         if mask is None:
             return {}
-        return {view: torch.from_numpy(mask_on_grid(mask, view, cell))[None] for view in own}
+        return {view: torch.from_numpy(mask_on_grid(mask, view, cell))[None] for view in views}
 
-    by_item = [(number, list(own)) for number, own in groupby(views, key=lambda view: view.item)]
+    by_item: dict[int, list[View]] = {}
+    for view in views:
+        by_item.setdefault(view.item, []).append(view)
     with ThreadPoolExecutor() as pool:
-        return {view: mask for found in pool.map(grids, by_item) for view, mask in found.items()}
+        found = pool.map(masks_of_item, [items[number] for number in by_item], by_item.values())
+        return {view: mask for masks in found for view, mask in masks.items()}

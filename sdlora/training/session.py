@@ -18,7 +18,7 @@ from ..data.views import View
 from ..lora.adapter import Adapter, choose_targets
 from ..progress import Progress
 from .batches import draw, share
-from .caption_embeddings import CaptionEmbeddings
+from .caption_embeddings import CaptionEmbeddings, open_caption_embeddings
 from .latents import EncodedImage, encode_views
 from .loss import denoising_loss
 from .optimizer import GuardedAdamW
@@ -82,7 +82,7 @@ class TrainingSession:
             latents,
             self.on_device([d.noise for d in draws]),
             torch.tensor([d.timestep for d in draws], device=self.base.device),
-            self.embeddings.of(captions),
+            self.embeddings.encode(captions),
             [image.framing for image in chosen],
             min_snr_gamma=self.plan.config.objective.min_snr_gamma,
             masks=self.masks(chosen),
@@ -113,7 +113,7 @@ def open_session(plan: RunPlan, base: Base, accelerator: Accelerator, progress: 
     cache = open_cache(config.cache)
     images = encode_views(base, training.items, views, config, cache, plan.kept, progress)
     plan.kept.clear()
-    embeddings = CaptionEmbeddings(base, training.items, config, cache)
+    embeddings = open_caption_embeddings(base, training.items, config, cache)
     adapter, rates = _new_adapter(base, config)
     if config.train.gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()

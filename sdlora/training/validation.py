@@ -34,7 +34,7 @@ def validation_loss(session: TrainingSession, progress: Progress) -> float | Non
     for number in own:
         view = views[number]
         image, source = session.images[view], plan.training.items[view.item].source
-        conditioning = session.embeddings.of([source.rules.plain(source.captions)])
+        conditioning = session.embeddings.encode([source.rules.plain(source.captions)])
         for timestep in timesteps:
             rng = generator(plan.config.train.seed, Stream.VALIDATION_NOISE, timestep, view.item)
             noise = rng.standard_normal(tuple(image.mean.shape), dtype=np.float32)
