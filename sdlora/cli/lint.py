@@ -38,7 +38,8 @@ def lint_(
             raise typer.BadParameter("--fix and --out COPY go together", param_hint="--fix")
         if sheet is not None and sheet.suffix.lower() != ".png":
             raise typer.BadParameter(f"{sheet} does not end in .png", param_hint="--sheet")
-        from ..lint.report import lint_data, linted_sections, report_lines
+        from ..lint.report import report_lines
+        from ..lint.run import lint_data, linted_sections
         from ..progress import progress_bar
 
         data, section = linted_sections(

@@ -41,6 +41,8 @@ def _resolution(value: Any) -> Any:
     return value
 
 
+MaskKind = Literal["none", "alpha", "files"]
+"""What weights the loss within an image: nothing, its alpha channel, or a mask file."""
 CaptionExtension = Annotated[str, Field(pattern=r"^\.?[A-Za-z0-9]+$")]
 Resolution = Annotated[int | tuple[int, ...] | None, BeforeValidator(_resolution)]
 
@@ -141,7 +143,7 @@ class DataSection(Section):
     """Which part of an image that does not fit its bucket is shown; ``salient`` keeps the most detail."""
     flip: bool = False
     """Whether each image is mirrored in half of the epochs."""
-    mask: Literal["none", "alpha", "files"] = "none"
+    mask: MaskKind = "none"
     """What weights the loss within an image: nothing, its transparency, or ``mask/NAME.png`` beside it."""
     alpha_background: Annotated[str, Field(pattern=r"^#[0-9A-Fa-f]{6}$")] = "#ffffff"
     """What transparent images are composited on."""
