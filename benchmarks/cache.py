@@ -34,7 +34,7 @@ from sdlora.cache.store import EncodedCache
 from sdlora.config.loading import load_config
 from sdlora.progress import Silence
 from sdlora.training.latents import encode_crop, encoders_for, latent_jobs
-from sdlora.training.plan import RunPlan, plan_run
+from sdlora.training.plan import RunPlan, plan_config
 
 
 def compare(base: Base, plan: RunPlan, folder: Path, rounds: int) -> dict[str, object]:
@@ -43,7 +43,7 @@ def compare(base: Base, plan: RunPlan, folder: Path, rounds: int) -> dict[str, o
 
     def jobs() -> list[Job[np.ndarray]]:
         """New ones for each round, since they keep images that they have opened."""
-        return latent_jobs(base, plan.items, views, plan.config)
+        return latent_jobs(base, plan.items, views, plan.config, plan.kept)
 
     in_memory = [job.load() for job in jobs()]
 
@@ -86,7 +86,7 @@ def main() -> None:
     arguments = parser.parse_args()
     values = [f"base.path={json.dumps(arguments.base)}", f"data.images={json.dumps(arguments.images)}"]
     values += ["data.allow_missing_captions=true"]
-    plan = plan_run(load_config("configs/quickstart-blueprint.toml", values))
+    plan = plan_config(load_config("configs/quickstart-blueprint.toml", values))
     checkpoint, device = plan.base, choose_device()
     dtype = choose_precision("auto", device, unet_parameters=checkpoint.unet_parameters)
     base = load_base(checkpoint, device=device, dtype=dtype)

@@ -3,7 +3,7 @@
     python benchmarks/lint.py FOLDER
 
 The images are made in FOLDER (some 700 MB) where they are not there yet. Each measurement is the whole command in a
-process of its own, its start included: seconds by the clock, and the largest resident memory of the process.
+separate process, including its start: wall-clock seconds, and the largest resident memory of the process.
 """
 
 from __future__ import annotations
@@ -83,14 +83,14 @@ def measure(folder: Path) -> dict[str, float | int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--rounds", type=int, default=3, help="the fastest of so many is told")
+    parser.add_argument("--rounds", type=int, default=3, help="the fastest of this many is printed")
     arguments = parser.parse_args()
     sets = {
         "100 of 12 megapixels": make_set(arguments.folder / "large", 100, 4000, 3000),
         "10,000 of 256 x 256": make_set(arguments.folder / "small", 10_000, 256, 256),
     }
     for title, folder in sets.items():
-        best = min((measure(folder) for _ in range(arguments.rounds)), key=lambda one: one["seconds"])
+        best = min((measure(folder) for _ in range(arguments.rounds)), key=lambda measured: measured["seconds"])
         print(json.dumps({"set": title, "cores": os.cpu_count(), **best}))
 
 

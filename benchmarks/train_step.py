@@ -35,7 +35,7 @@ from sdlora.config.loading import load_config
 from sdlora.lora.adapter import ATTENTION
 from sdlora.progress import Silence
 from sdlora.training.loss import denoising_loss
-from sdlora.training.plan import RunPlan, plan_run
+from sdlora.training.plan import RunPlan, plan_config
 from sdlora.training.session import open_session
 
 STEPS_A_TURN = 4
@@ -130,7 +130,7 @@ def compare(base_path: str, precision: str, batch: int, rank: int, rounds: int) 
         f"lora.rank={rank}",
         "lora.targets=attention",
     ]
-    plan = plan_run(load_config("configs/quickstart-blueprint.toml", values))
+    plan = plan_config(load_config("configs/quickstart-blueprint.toml", values))
     device = Accelerator().device
     dtype = choose_precision(precision, device, unet_parameters=plan.base.unet_parameters)
     pristine = load_base(plan.base, device=device, dtype=dtype)

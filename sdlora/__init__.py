@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .config.sections import BaseSection, Config
     from .errors import SdloraError
     from .generation.studio import generate, generate_strip
-    from .lint.report import lint_dataset
+    from .lint.run import lint_dataset
     from .publish.civitai import export_civitai
     from .tools.convert import convert
     from .tools.inspect import inspect
@@ -32,7 +32,7 @@ _HOMES = {
     "generate": "generation.studio",
     "generate_strip": "generation.studio",
     "inspect": "tools.inspect",
-    "lint_dataset": "lint.report",
+    "lint_dataset": "lint.run",
     "load_config": "config.loading",
     "train": "training.run",
 }

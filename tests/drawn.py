@@ -1,4 +1,4 @@
-"""Drawn images whose parts can be told apart, and the formats that are always read."""
+"""Drawn images whose parts differ, and the formats that are always read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ LOSSLESS = ("png", "webp", "bmp", "tiff")
 
 
 def quadrants(width: int = 60, height: int = 40) -> Image.Image:
-    """Red, green above blue, white: told apart from each of its turns and mirror images."""
+    """Red and green above blue and white: different from each of its turns and mirror images."""
     image = Image.new("RGB", (width, height), "red")
     image.paste("lime", (width // 2, 0, width, height // 2))
     image.paste("blue", (0, height // 2, width // 2, height))

@@ -1,4 +1,4 @@
-"""Sets of images with and without faults for ``sdlora lint``, and what it tells of them."""
+"""Sets of images with and without faults for ``sdlora lint``, and what it finds in them."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ import numpy as np
 from PIL import Image, ImageCms
 
 from sdlora.config.loading import load_config
-from sdlora.lint.report import LintReport, lint_config, lint_data, linted_sections
+from sdlora.lint.report import LintReport
+from sdlora.lint.run import lint_data, lint_dataset, linted_sections
 from sdlora.progress import Silence
 
 
 def noise(seed: int | str, width: int = 128, height: int = 128) -> Image.Image:
-    """A blurred image of its own for each ``seed``."""
+    """A different blurred image for each ``seed``."""
     number = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4])
     small = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def add(folder: Path, name: str, image: Image.Image | None = None, caption: str | None = None, **options) -> Path:
-    """An image with a caption that is at fault in nothing, unless other ones are given."""
+    """An image and a caption without faults, unless others are given."""
     folder.mkdir(parents=True, exist_ok=True)
     (noise(name) if image is None else image).save(folder / name, **options)
     stem = Path(name).stem
@@ -191,19 +192,19 @@ path = "x.safetensors"
 
 
 def sets_toml(*sets: str, more: str = "") -> str:
-    tables = "".join(f"[[data.sets]]\n{one}\n" for one in sets)
+    tables = "".join(f"[[data.sets]]\n{table}\n" for table in sets)
     return CONFIG.format(more=more).replace("[output]", tables + "[output]")
 
 
 def linted(file: Path) -> LintReport:
-    return lint_config(load_config(file), progress=Silence())
+    return lint_dataset(load_config(file), progress=Silence())
 
 
 def lint_folder(folder: Path, *overrides: str, trigger: str | None = "zorb", **options) -> LintReport:
     return lint_data(*linted_sections([str(folder), *overrides], trigger=trigger, **options), progress=Silence())
 
 
-def told(report: LintReport) -> Counter[tuple[str, str | None]]:
+def found_codes(report: LintReport) -> Counter[tuple[str, str | None]]:
     return Counter((finding.code, finding.file) for finding in report.findings)
 
 

@@ -8,10 +8,12 @@ from typing import Any
 
 from PIL import Image
 
-from sdlora.config.sections import DataSection
+from sdlora.config.sections import DataSection, MaskKind
+from sdlora.data.examine import ExaminedImage, examine_images
 from sdlora.data.findings import Finding
-from sdlora.data.items import Item, load_items
+from sdlora.data.kept_images import KeptImages
 from sdlora.data.sources import Listing, Source, find_sources
+from sdlora.progress import Progress, Silence
 
 GREY = Image.new("RGB", (8, 8), "grey")
 
@@ -21,22 +23,25 @@ def listed(folder: Path | str, **settings: Any) -> Listing:
 
 
 def found(folder: Path | str, **settings: Any) -> tuple[Source, ...]:
-    """Of a folder without a fault."""
+    """Sources of a folder without a fault."""
     listing = listed(folder, **settings)
     assert listing.findings == ()
     return listing.sources
 
 
 def codes(listing: Listing) -> list[tuple[str, str, str]]:
-    return sorted((one.code, one.severity, Path(one.file or "").name) for one in listing.findings)
+    return sorted((finding.code, finding.severity, Path(finding.file or "").name) for finding in listing.findings)
 
 
-def loaded(listing: Listing, **settings: Any) -> tuple[tuple[Item, ...], tuple[Finding, ...]]:
-    return load_items(listing, **{"background": "#ffffff", "mask": "none", **settings})
+def examined(
+    listing: Listing, *, mask: MaskKind = "none", progress: Progress | None = None
+) -> tuple[tuple[ExaminedImage, ...], tuple[Finding, ...]]:
+    kept = KeptImages("#ffffff", limit=0)
+    return examine_images(listing.sources, mask=mask, kept=kept, progress=progress or Silence())
 
 
 def put(file: Path, content: str | bytes = "") -> Path:
-    """An image where ``file`` is named as one and nothing is given, else the given content."""
+    """Write ``content``, or an image where ``file`` has the name of one and no content is given."""
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.suffix.lower() in (".png", ".jpg", ".webp") and not content:
         GREY.save(file)
@@ -47,9 +52,6 @@ def put(file: Path, content: str | bytes = "") -> Path:
 
 def texts(sources: tuple[Source, ...]) -> dict[str, tuple[str, ...]]:
     return {source.name: source.captions for source in sources}
-
-
-# Folders
 
 
 def write_csv(file: Path, rows: list[list[str]]) -> None:

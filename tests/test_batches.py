@@ -1,4 +1,4 @@
-"""What is shown when: everything in its share, no sizes mixed, and the same however the work is cut up."""
+"""What is shown when: each image as often as it should be, sizes never mixed, the same for any number of processes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from PIL import Image
 from sdlora.config.sections import DataSection
 from sdlora.data.buckets import Placement, bucket_rules
 from sdlora.data.captions import CaptionRules
-from sdlora.data.items import Item
+from sdlora.data.examine import ExaminedImage
+from sdlora.data.image_facts import ImageFacts
+from sdlora.data.kept_images import KeptImages
 from sdlora.data.masks import mask_on_grid
 from sdlora.data.sources import Role, Source
 from sdlora.data.views import View, crop_positions
@@ -24,12 +26,12 @@ from sdlora.training.batches import BatchPlan, Showing, draw, regularisation_rep
 from sdlora.training.training_set import Sample, TrainingSet, plan_training_set
 
 BUCKETS = st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=7), min_size=1, max_size=4)
-"""Of each bucket, how often each of its images is shown."""
+"""For each bucket, how often each of its images is shown."""
 
 
 def plan_of(buckets: list[list[int]], batch_size: int, seed: int) -> BatchPlan:
-    sizes = [(64 * i + 64, 64) for i, own in enumerate(buckets) for _ in own]
-    repeats = [times for own in buckets for times in own]
+    sizes = [(64 * i + 64, 64) for i, bucket in enumerate(buckets) for _ in bucket]
+    repeats = [times for bucket in buckets for times in bucket]
     return BatchPlan.of(sizes, repeats=repeats, batch_size=batch_size, seed=seed)
 
 
@@ -39,15 +41,15 @@ def test_an_epoch_shows_each_image_as_often_as_it_should(
 ) -> None:
     plan = plan_of(buckets, batch_size, seed)
     batches = plan.epoch(epoch)
-    repeats = [times for own in buckets for times in own]
+    repeats = [times for bucket in buckets for times in bucket]
     shown = [showing for batch in batches for showing in batch]
     assert Counter(showing.number for showing in shown) == Counter({n: t for n, t in enumerate(repeats) if t})
     turns = {n: set(range(epoch * t, (epoch + 1) * t)) for n, t in enumerate(repeats)}
     assert all({s.turn for s in shown if s.number == n} == expected for n, expected in turns.items())
-    bucket_of = [i for i, own in enumerate(buckets) for _ in own]
+    bucket_of = [i for i, bucket in enumerate(buckets) for _ in bucket]
     assert all(len({bucket_of[showing.number] for showing in batch}) == 1 for batch in batches)
     assert all(1 <= len(batch) <= batch_size for batch in batches)
-    needed = sum(-(-sum(own) // batch_size) for own in buckets)
+    needed = sum(-(-sum(bucket) // batch_size) for bucket in buckets)
     assert len(batches) == plan.batches_per_epoch == needed
     first = epoch * plan.batches_per_epoch
     assert [plan.batch(first + i) for i in range(plan.batches_per_epoch)] == list(batches)
@@ -95,7 +97,7 @@ def test_processes_share_a_batch_without_gap_or_double(count: int, processes: in
     assert sorted(slots) == list(range(count))
 
 
-def item(number: int, *, size: tuple[int, int] = (100, 100), role: Role = "train", **more: object) -> Item:
+def item(number: int, *, size: tuple[int, int] = (100, 100), role: Role = "train", **more: object) -> ExaminedImage:
     rules = CaptionRules(trigger="zorb", shuffle_tags=True, wildcards=True, tag_dropout=0.3)
     fields: dict[str, object] = {
         "file": Path(f"{number}.png"), "name": f"{number}.png", "set_number": 0, "caption_file": None, "mask": None,
@@ -103,21 +105,26 @@ def item(number: int, *, size: tuple[int, int] = (100, 100), role: Role = "train
         "repeats": 1, "loss_weight": 1.0, "role": role, "resolution": (), "crop": "center", "flip": False,
     }  # fmt: skip
     source = Source(**(fields | more))  # ty: ignore[invalid-argument-type]
-    return Item(source=source, width=size[0], height=size[1], digest=str(number), mask_digest=None)
+    facts = ImageFacts(
+        width=size[0], height=size[1], format="PNG", mode="RGB", bits=8, orientation=1, frames=1, alpha="none",
+        transparent=0.0, hidden_colour=False, profile=None, digest=str(number), thumbnail=b"", mean=128.0, spread=64.0,
+    )  # fmt: skip
+    return ExaminedImage(source=source, facts=facts, mask=None)
 
 
-def training_set(items: list[Item], *, batch_size: int = 3, seed: int = 7, **settings: object) -> TrainingSet:
+def training_set(items: list[ExaminedImage], *, batch_size: int = 3, seed: int = 7, **settings: object) -> TrainingSet:
     data = DataSection(images="x", trigger="zorb", **settings)  # ty: ignore[invalid-argument-type]
     rules = bucket_rules(data, resolution=64, step=16)
     shown = {key: getattr(data, key) for key in ("crop", "flip") if key in settings}
-    items = [replace(own, source=replace(own.source, **shown)) for own in items]
-    return plan_training_set(items, rules, data, batch_size=batch_size, seed=seed, prior_loss_weight=0.5)
+    items = [replace(image, source=replace(image.source, **shown)) for image in items]
+    kept = KeptImages(data.alpha_background, limit=0)
+    return plan_training_set(items, rules, kept=kept, batch_size=batch_size, seed=seed, prior_loss_weight=0.5)
 
 
 EVERYTHING = {"crop": "random", "flip": True, "resolution": (64, 96)}
 
 
-def mixed() -> list[Item]:
+def mixed() -> list[ExaminedImage]:
     return [
         *(item(i, size=((100, 100), (150, 90), (60, 130))[i % 3], repeats=1 + i % 2) for i in range(5)),
         *(item(i, role="regularisation", loss_weight=2.0) for i in (5, 6)),
@@ -125,25 +132,25 @@ def mixed() -> list[Item]:
     ]
 
 
-Told = tuple[int, Placement, bool, str, bool]
+Shown = tuple[int, Placement, bool, str, bool]
 
 
-def told(step: int, slot: int, slots: int, sample: Sample) -> Told:
+def shown_in(step: int, slot: int, slots: int, sample: Sample) -> Shown:
     dropped = draw(
         seed=7, step=step, slot=slot, slots=slots, shape=(1,), timesteps=1000, caption_dropout=0.3
     ).drop_caption
     return sample.view.item, sample.view.placement, sample.view.flipped, sample.caption, dropped
 
 
-def sequence(steps: range, *, processes: int) -> list[list[Told]]:
+def sequence(steps: range, *, processes: int) -> list[list[Shown]]:
     """What all processes together show, as each of them, knowing nothing but the step and its number, would say it."""
-    batches: list[dict[int, Told]] = [{} for _ in steps]
+    batches: list[dict[int, Shown]] = [{} for _ in steps]
     for process in range(processes):
-        own = training_set(mixed(), **EVERYTHING)
-        for told_so_far, step in zip(batches, steps, strict=True):
-            samples = own.batch(step)
+        training = training_set(mixed(), **EVERYTHING)
+        for shown, step in zip(batches, steps, strict=True):
+            samples = training.batch(step)
             for slot in share(len(samples), process=process, processes=processes):
-                told_so_far[slot] = told(step, slot, len(samples), samples[slot])
+                shown[slot] = shown_in(step, slot, len(samples), samples[slot])
     return [[batch[slot] for slot in sorted(batch)] for batch in batches]
 
 
@@ -151,72 +158,77 @@ STEPS = 60
 
 
 @pytest.fixture(scope="module")
-def uninterrupted() -> list[list[Told]]:
+def uninterrupted() -> list[list[Shown]]:
     return sequence(range(STEPS), processes=1)
 
 
 @settings(max_examples=12)
 @given(start=st.integers(0, STEPS - 1), processes=st.sampled_from([1, 2, 3]))
 def test_the_sequence_is_the_same_for_any_processes_and_after_a_resume(
-    uninterrupted: list[list[Told]], start: int, processes: int
+    uninterrupted: list[list[Shown]], start: int, processes: int
 ) -> None:
     assert sequence(range(start, STEPS), processes=processes) == uninterrupted[start:]
 
 
-def test_the_sequence_has_variety(uninterrupted: list[list[Told]]) -> None:
+def test_the_sequence_has_variety(uninterrupted: list[list[Shown]]) -> None:
     shown = [entry for batch in uninterrupted for entry in batch]
     for number in range(5):
-        own = [entry for entry in shown if entry[0] == number]
-        assert len({entry[2] for entry in own}) == 2
-        assert len({entry[3] for entry in own}) > 3
+        entries = [entry for entry in shown if entry[0] == number]
+        assert len({entry[2] for entry in entries}) == 2
+        assert len({entry[3] for entry in entries}) > 3
     assert len({entry[1] for entry in shown if entry[0] == 1}) > 5
     assert {entry[4] for entry in shown} == {True, False}
     assert not {entry[0] for entry in shown} & {7, 8}
 
 
 def test_roles_repeats_resolutions_and_weights() -> None:
-    own = training_set(mixed(), **EVERYTHING)
-    epoch = [own.batch(step) for step in range(own.batches.batches_per_epoch)]
+    training = training_set(mixed(), **EVERYTHING)
+    epoch = [training.batch(step) for step in range(training.batches.batches_per_epoch)]
     assert all(len({(s.view.placement.width, s.view.placement.height) for s in batch}) == 1 for batch in epoch)
     samples = [sample for batch in epoch for sample in batch]
     counts = Counter(sample.view.item for sample in samples)
     assert counts == Counter({0: 2, 1: 4, 2: 2, 3: 4, 4: 2, 5: 8, 6: 6})
     assert {s.weight for s in samples if s.view.item < 5} == {1.0}
     assert {s.weight for s in samples if s.view.item >= 5} == {1.0}  # 2.0 of the set, times 0.5.
-    assert [(view.item, view.flipped) for view in own.validation] == [(7, False), (7, False), (8, False), (8, False)]
-    assert len({view.placement for view in own.validation}) == 2
+    assert [(view.item, view.flipped) for view in training.validation] == [
+        (7, False),
+        (7, False),
+        (8, False),
+        (8, False),
+    ]
+    assert len({view.placement for view in training.validation}) == 2
 
 
 def test_regularisation_is_filled_at_each_resolution_by_itself() -> None:
-    own = training_set(
+    training = training_set(
         [item(0, repeats=5, resolution=(64,)), item(1, repeats=2), *(item(n, role="regularisation") for n in (2, 3))],
         resolution=(64, 96),
         enable_bucket=False,
     )
-    often = {(v.item, v.size[0]): t for v, t in zip(own.shown, own.batches.repeats, strict=True)}
+    often = {(v.item, v.size[0]): t for v, t in zip(training.shown, training.batches.repeats, strict=True)}
     assert often == {(0, 64): 5, (1, 64): 2, (2, 64): 4, (3, 64): 3, (1, 96): 2, (2, 96): 1, (3, 96): 1}
 
 
 def test_views_are_those_that_are_shown_and_no_others() -> None:
-    own = training_set(mixed(), **EVERYTHING)
+    training = training_set(mixed(), **EVERYTHING)
     for steps in (1, 5, 1200):
-        shown = {sample.view for step in range(steps) for sample in own.batch(step)}
-        views = own.views(steps)
+        shown = {sample.view for step in range(steps) for sample in training.batch(step)}
+        views = training.views(steps)
         assert set(views) == shown
         assert len(views) == len(shown)
         assert [view.item for view in views] == sorted(view.item for view in views)
-    every = {view for entry in own.shown for view in entry.all()}
-    assert set(own.views(1200)) == every
+    every = {view for entry in training.shown for view in entry.all()}
+    assert set(training.views(1200)) == every
     assert len(training_set(mixed()).views(100)) == 7
 
 
 def test_each_image_is_shown_as_its_set_has_it() -> None:
-    own = training_set(
+    training = training_set(
         [item(0, resolution=(96,), flip=True), item(1, crop="random", size=(300, 100)), item(2, resolution=(96, 64))],
         resolution=(64, 96),
         enable_bucket=False,
     )
-    shown = [(views.item, views.size, views.flips, len(views.placements)) for views in own.shown]
+    shown = [(views.item, views.size, views.flips, len(views.placements)) for views in training.shown]
     assert shown == [
         (0, (96, 96), True, 1),
         (1, (64, 64), False, 5),
@@ -238,19 +250,19 @@ def test_salient_crops_are_placed_from_the_pixels(tmp_path: Path) -> None:
     image.save(tmp_path / "a.png")
     source = {"size": (300, 100), "file": tmp_path / "a.png"}
     for crop, expected in (("center", 64), ("salient", 116)):
-        own = training_set([item(0, **source)], crop=crop, enable_bucket=False)  # ty: ignore[invalid-argument-type]
-        (views,) = own.shown
+        training = training_set([item(0, **source)], crop=crop, enable_bucket=False)  # ty: ignore[invalid-argument-type]
+        (views,) = training.shown
         assert views.size == (64, 64)
         assert abs(views.placements[0].left - expected) <= 12
 
 
 def test_draws_depend_on_nothing_but_seed_step_and_slot() -> None:
-    def one(step: int, slot: int, seed: int = 3):
+    def drawn_at(step: int, slot: int, seed: int = 3):
         return draw(seed=seed, step=step, slot=slot, slots=4, shape=(4, 8, 8), timesteps=1000, caption_dropout=0.5)
 
-    again = one(5, 2)
-    assert np.array_equal(one(5, 2).noise, again.noise)
-    for other in (one(6, 2), one(5, 3), one(5, 2, seed=4)):
+    again = drawn_at(5, 2)
+    assert np.array_equal(drawn_at(5, 2).noise, again.noise)
+    for other in (drawn_at(6, 2), drawn_at(5, 3), drawn_at(5, 2, seed=4)):
         assert not np.array_equal(other.noise, again.noise)
     assert not np.array_equal(again.noise, again.posterior)
 

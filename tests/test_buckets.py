@@ -148,19 +148,19 @@ def test_the_default_loses_no_more_of_any_image(settings: tuple[int, int, int, i
 def test_the_bucket_lies_within_the_scaled_image(
     rule: str, width: int, height: int, settings: tuple[int, int, int, int], no_upscale: bool
 ) -> None:
-    own = rules(*settings, rule, no_upscale=no_upscale)
-    spot = own.place(width, height)
-    assert spot.width % own.step == spot.height % own.step == 0
+    bucketing = rules(*settings, rule, no_upscale=no_upscale)
+    spot = bucketing.place(width, height)
+    assert spot.width % bucketing.step == spot.height % bucketing.step == 0
     assert 0 <= spot.left <= spot.scaled_width - spot.width
     assert 0 <= spot.top <= spot.scaled_height - spot.height
     assert 0 <= spot.cut_off < 1
     if not no_upscale:
-        assert (spot.width, spot.height) in own.sizes
+        assert (spot.width, spot.height) in bucketing.sizes
         assert spot.scaled_width == spot.width or spot.scaled_height == spot.height
-    elif min(width, height) >= own.step and max(width, height) <= 8 * min(width, height):
+    elif min(width, height) >= bucketing.step and max(width, height) <= 8 * min(width, height):
         assert spot.scaled_width <= width
         assert spot.scaled_height <= height
-        area, aspect = own.resolution**2, width / height
+        area, aspect = bucketing.resolution**2, width / height
         if width * height > area:
             # kohya's trainer rounds the ideal side to whole pixels, and the other side after it, before it cuts to steps.
             wide, high = math.sqrt(area * aspect) + 0.5, math.sqrt(area / aspect) + 0.5
@@ -191,19 +191,19 @@ def test_several_resolutions_and_defaults() -> None:
         (512, 256, 1024, 64),
         (768, 384, 1536, 64),
     ]
-    own = bucket_rules(DataSection(images="x", trigger="zorb"), resolution=128, step=32)
-    assert own[0].sizes[:2] == ((64, 192), (64, 224))
-    assert (128, 128) in own[0].sizes
+    bucketing = bucket_rules(DataSection(images="x", trigger="zorb"), resolution=128, step=32)
+    assert bucketing[0].sizes[:2] == ((64, 192), (64, 224))
+    assert (128, 128) in bucketing[0].sizes
 
 
 def test_without_buckets_there_is_the_square_alone() -> None:
     data = DataSection(images="x", trigger="zorb", enable_bucket=False, bucket_no_upscale=True, resolution=500)
-    (own,) = bucket_rules(data, resolution=64, step=64)
-    assert own.sizes == ((448, 448),)
-    assert (own.place(300, 100).width, own.place(300, 100).height) == (448, 448)
+    (bucketing,) = bucket_rules(data, resolution=64, step=64)
+    assert bucketing.sizes == ((448, 448),)
+    assert (bucketing.place(300, 100).width, bucketing.place(300, 100).height) == (448, 448)
 
 
-def test_contradictions_are_told_all_at_once() -> None:
+def test_contradictions_are_reported_all_at_once() -> None:
     data = DataSection(images="x", trigger="zorb", min_bucket_reso=600, max_bucket_reso=800, bucket_reso_steps=48)
     for resolution, message in (
         (512, "data.min_bucket_reso = 600: greater than the resolution 512"),
@@ -217,8 +217,10 @@ def test_contradictions_are_told_all_at_once() -> None:
 
 
 def test_the_table_says_what_is_cut_off() -> None:
-    own = rules(512, 256, 1024, 64, "least-crop")
-    table = bucket_table([own.place(512, 512), own.place(1000, 900), own.place(1024, 1024), own.place(300, 900)])
+    bucketing = rules(512, 256, 1024, 64, "least-crop")
+    table = bucket_table(
+        [bucketing.place(512, 512), bucketing.place(1000, 900), bucketing.place(1024, 1024), bucketing.place(300, 900)]
+    )
     assert [(use.width, use.height, use.count) for use in table] == [(256, 832, 1), (512, 512, 3)]
     assert table[1].worst_cut == pytest.approx(1 - 512 * 512 / (569 * 512))
     assert table[1].mean_cut == pytest.approx(table[1].worst_cut / 3)

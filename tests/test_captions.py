@@ -129,7 +129,7 @@ def wildcard_texts(depth: int = 2) -> st.SearchStrategy[tuple[str, set[str]]]:
 @given(wildcard_texts(), st.integers(0, 99))
 def test_wildcards_make_every_variant_and_no_other(text_and_made: tuple[str, set[str]], seed: int) -> None:
     text, made = text_and_made
-    assert set(wildcard_variants([text])) == {(one,) for one in made}
+    assert set(wildcard_variants([text])) == {(variant,) for variant in made}
     rng = np.random.default_rng(seed)
     assert draw_wildcards(text, lambda count: int(rng.integers(count))) in made
 
@@ -209,14 +209,14 @@ def test_lines_and_wildcards_are_drawn_evenly_and_apart() -> None:
 def test_every_argument_of_a_draw_counts_and_nothing_else() -> None:
     rules = CaptionRules(trigger="zorb", shuffle_tags=True)
     caption = [", ".join("abcdefghijkl")]
-    one = rules.caption(caption, seed=1, epoch=2, image=3)
+    variant = rules.caption(caption, seed=1, epoch=2, image=3)
     others = [
         rules.caption(caption, seed=2, epoch=2, image=3),
         rules.caption(caption, seed=1, epoch=3, image=3),
         rules.caption(caption, seed=1, epoch=2, image=4),
     ]
-    assert one not in others
-    assert len({one, *others}) == 4
+    assert variant not in others
+    assert len({variant, *others}) == 4
     code = (
         "from sdlora.data.captions import CaptionRules;"
         f"print(CaptionRules(trigger='zorb', shuffle_tags=True).caption({caption!r}, seed=1, epoch=2, image=3))"
@@ -224,7 +224,7 @@ def test_every_argument_of_a_draw_counts_and_nothing_else() -> None:
     elsewhere = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT, env={"PYTHONHASHSEED": "7"}
     )
-    assert elsewhere.stdout.strip() == one
+    assert elsewhere.stdout.strip() == variant
 
 
 def test_a_caption_that_was_once_drawn_stays_the_same() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sdlora.data.image_facts import examine
+from sdlora.data.image_facts import examine_image
 from sdlora.lint.duplicates import exact_groups, near_pairs, perceptual_hashes
 from tests.drawn import noise
 
@@ -31,8 +31,8 @@ def test_perceptual_hash_is_the_cosine_transform() -> None:
     grey = np.random.default_rng(0).integers(0, 256, (2, 32, 32), dtype=np.uint8)
     ours = np.unpackbits(perceptual_hashes(grey.reshape(2, -1)).view(np.uint8), axis=1).astype(bool)
     assert not ours[:, 0].any()
-    for own, image in zip(ours, grey, strict=True):
-        assert (own != direct_hash(image.astype(np.float64))).sum() <= 1
+    for bits, image in zip(ours, grey, strict=True):
+        assert (bits != direct_hash(image.astype(np.float64))).sum() <= 1
 
 
 def test_near_duplicates_are_found_and_others_are_not(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_near_duplicates_are_found_and_others_are_not(tmp_path: Path) -> None:
     add(originals[5].transpose(Image.Transpose.FLIP_LEFT_RIGHT), "mirrored.png")
     add(Image.new("RGB", (64, 64), "red"), "red.png")
     add(Image.new("RGB", (64, 64), "blue"), "blue.png")
-    facts = [examine(file) for file in files]
+    facts = [examine_image(file) for file in files]
     assert exact_groups(facts) == [(4, files.index(tmp_path / "same.bmp"))]
     pairs = {(files[pair.first].name, files[pair.second].name) for pair in near_pairs(facts)}
     assert pairs == {
@@ -61,8 +61,8 @@ def test_near_duplicates_are_found_and_others_are_not(tmp_path: Path) -> None:
     }
 
 
-def test_what_is_alike_by_its_hash_alone_is_no_duplicate(tmp_path: Path) -> None:
-    # Coefficients on the same sides of their median, but of other sizes: one hash, two images.
+def test_equal_hashes_alone_make_no_duplicates(tmp_path: Path) -> None:
+    # Coefficients on the same sides of their median, but of different sizes: one hash, two images.
     waves = np.cos(np.pi * (2 * np.arange(32)[None] + 1) * np.arange(32)[:, None] / 64)
     waves *= np.where(np.arange(32)[:, None] == 0, 1, np.sqrt(2)) / np.sqrt(32)
     rng = np.random.default_rng(0)
@@ -74,13 +74,13 @@ def test_what_is_alike_by_its_hash_alone_is_no_duplicate(tmp_path: Path) -> None
         return (128 + image / np.abs(image).max() * 120).round().astype(np.uint8)
 
     signs = np.where(rng.permutation(256).reshape(16, 16) < 128, -1, 1)
-    other, one = drawn(signs), drawn(signs)
-    again = (one + rng.integers(-2, 3, one.shape)).clip(0, 255).astype(np.uint8)
+    other, original = drawn(signs), drawn(signs)
+    again = (original + rng.integers(-2, 3, original.shape)).clip(0, 255).astype(np.uint8)
     facts = []
-    for number, levels in enumerate((other, one, again)):
+    for number, levels in enumerate((other, original, again)):
         Image.fromarray(levels).save(tmp_path / f"{number}.png")
-        facts.append(examine(tmp_path / f"{number}.png"))
-    hashes = perceptual_hashes(np.stack([np.frombuffer(own.thumbnail, np.uint8) for own in facts]))
+        facts.append(examine_image(tmp_path / f"{number}.png"))
+    hashes = perceptual_hashes(np.stack([np.frombuffer(image.thumbnail, np.uint8) for image in facts]))
     assert np.bitwise_count(hashes[0] ^ hashes[2]).sum() < 64
     assert [(pair.first, pair.second) for pair in near_pairs(facts)] == [(1, 2)]
 
@@ -92,5 +92,5 @@ def test_a_film_makes_as_many_pairs_as_frames(tmp_path: Path) -> None:
     for number in range(40):
         frame = Image.fromarray((image + rng.integers(-3, 4, image.shape)).clip(0, 255).astype(np.uint8))
         frame.save(tmp_path / f"{number}.png")
-        facts.append(examine(tmp_path / f"{number}.png"))
+        facts.append(examine_image(tmp_path / f"{number}.png"))
     assert [(pair.first, pair.second) for pair in near_pairs(facts)] == [(0, number) for number in range(1, 40)]

@@ -27,7 +27,7 @@ from sdlora.families import FAMILIES
 from sdlora.formats.safetensors_file import read_header
 from sdlora.generation.pipeline import GeneratedImage
 from sdlora.progress import Silence
-from sdlora.training.plan import plan_run
+from sdlora.training.plan import plan_config
 from sdlora.training.session import open_session
 from tests.conftest import write_images
 from tests.tiny import tiny_ldm_tensors, tiny_pipeline
@@ -180,7 +180,7 @@ def test_the_loss_is_the_formula_on_diffusers_models(tiny_files: dict[str, Path]
         "data.resolution=64",
         "optimizer.text_encoder_learning_rate=0",
     )
-    plan = plan_run(load_config(None, overrides(tiny_files[family], images, tmp_path / "x.safetensors", *more)))
+    plan = plan_config(load_config(None, overrides(tiny_files[family], images, tmp_path / "x.safetensors", *more)))
     base = load_base(plan.base, device=CPU, dtype=torch.float32)
     session = open_session(plan, base, Accelerator(), Silence())
     (placement,), (item,) = plan.placements, plan.items
@@ -266,7 +266,7 @@ def test_long_captions_are_trained_in_chunks(tiny_files: dict[str, Path], tmp_pa
     images = write_images(tmp_path / "images", 2)
     (images / "0.txt").write_text(", ".join(f"thing {i}" for i in range(25)))
     config = load_config(None, overrides(tiny_files["sdxl"], images, tmp_path / "x.safetensors"))
-    plan = plan_run(config)
+    plan = plan_config(config)
     session = open_session(plan, load_base(plan.base, device=CPU, dtype=torch.float32), Accelerator(), Silence())
     assert session.embeddings.encode(["zorb", "a cat", ""]).context.shape == (3, 154, 128)
     sdlora.train(config, show_progress=False)

@@ -19,7 +19,7 @@ from PIL import Image
 
 from sdlora.data import decoding
 from sdlora.data.decoding import ImageError
-from sdlora.data.image_facts import examine
+from sdlora.data.image_facts import examine_image
 from sdlora.data.images import open_image
 from tests.drawn import ALWAYS, noise, quadrants
 
@@ -27,7 +27,7 @@ from tests.drawn import ALWAYS, noise, quadrants
 def fault_of(file: Path) -> str:
     """The code with which ``file`` is refused by both readers."""
     codes = []
-    for reader in (examine, open_image):
+    for reader in (examine_image, open_image):
         with pytest.raises(ImageError) as caught:
             reader(file)
         assert caught.value.finding.file == str(file)
@@ -55,7 +55,7 @@ def test_a_missing_package_is_named(
     file = tmp_path / "x.jpg"
     file.write_bytes(head + bytes(100))
     with pytest.raises(ImageError, match=f"pip install {package}$") as caught:
-        examine(file)
+        examine_image(file)
     assert caught.value.finding.code == "image-needs-package"
     decoding._has_plugin.cache_clear()
 
@@ -77,7 +77,7 @@ def test_a_large_jpeg_that_is_cut(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 256, (1100, 1100, 3), dtype=np.uint8)).save(tmp_path / "x.jpg")
     data = (tmp_path / "x.jpg").read_bytes()
-    assert examine(tmp_path / "x.jpg").digest == hashlib.sha256(data).hexdigest()
+    assert examine_image(tmp_path / "x.jpg").digest == hashlib.sha256(data).hexdigest()
     for share in (0.3, 0.9, 0.99):
         (tmp_path / "x.jpg").write_bytes(data[: int(len(data) * share)])
         assert fault_of(tmp_path / "x.jpg") == "image-truncated"
@@ -105,18 +105,18 @@ def test_no_bytes_bring_a_reader_down(
     file.write_bytes(whole.getvalue()[:start] + data + whole.getvalue()[start + len(data) :])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        told = []
-        for reader in (examine, open_image):
+        codes = []
+        for reader in (examine_image, open_image):
             try:
                 reader(file)
-                told.append(None)
+                codes.append(None)
             except ImageError as error:
-                told.append(error.finding.code)
+                codes.append(error.finding.code)
     # What is looked at is what is trained on.
-    assert told[0] == told[1]
+    assert codes[0] == codes[1]
 
 
-def test_what_is_not_a_image(tmp_path: Path) -> None:
+def test_what_is_not_an_image(tmp_path: Path) -> None:
     (tmp_path / "empty.png").touch()
     assert fault_of(tmp_path / "empty.png") == "image-empty"
     (tmp_path / "text.png").write_text("not an image")

@@ -12,7 +12,7 @@ from PIL import Image, ImageCms
 
 from sdlora.data import decoding
 from sdlora.data.decoding import ImageError
-from sdlora.data.image_facts import examine
+from sdlora.data.image_facts import examine_image
 from sdlora.data.images import open_image, open_mask, write_upright
 from sdlora.lint.duplicates import near_pairs
 from tests.drawn import ALWAYS, LOSSLESS, noise, quadrants
@@ -27,7 +27,7 @@ def corners(image: Image.Image) -> list[tuple[int, ...]]:
 def test_every_format_is_read(tmp_path: Path, kind: str) -> None:
     file = tmp_path / f"ü 空 a b.{kind}"
     quadrants().save(file, **ALWAYS[kind])
-    facts = examine(file)
+    facts = examine_image(file)
     assert (facts.width, facts.height, facts.frames, facts.alpha, facts.orientation) == (60, 40, 1, "none", 1)
     assert file.suffix in decoding.SUFFIXES[facts.format]
     expected = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)]
@@ -41,7 +41,7 @@ def test_formats_of_plug_ins(tmp_path: Path, package: str, suffix: str) -> None:
         module.register_heif_opener()
     file = tmp_path / f"x.{suffix}"
     quadrants(64, 48).save(file, quality=95)
-    assert (examine(file).width, examine(file).height) == (64, 48)
+    assert (examine_image(file).width, examine_image(file).height) == (64, 48)
     assert np.abs(np.array(corners(open_image(file))[0]) - (255, 0, 0)).max() <= 12
 
 
@@ -68,12 +68,12 @@ def test_exif_orientation_is_applied(tmp_path: Path, kind: str, orientation: int
     shown = np.asarray(open_image(tmp_path / f"x.{kind}")).astype(int)
     assert shown.shape == expected.shape
     assert np.abs(shown - expected).mean() < (0.01 if kind in LOSSLESS else 10)
-    facts = examine(tmp_path / f"x.{kind}")
+    facts = examine_image(tmp_path / f"x.{kind}")
     assert (facts.width, facts.height) == expected.shape[1::-1]
     assert facts.orientation == orientation
     # The thumbnail and the digest are of the upright image too.
     Image.fromarray(shown.astype(np.uint8)).save(tmp_path / "upright.png")
-    upright = examine(tmp_path / "upright.png")
+    upright = examine_image(tmp_path / "upright.png")
     apart = np.frombuffer(facts.thumbnail, np.uint8).astype(int) - np.frombuffer(upright.thumbnail, np.uint8)
     assert np.abs(apart).max() <= 2
     assert facts.digest == upright.digest
@@ -83,10 +83,10 @@ def test_a_large_jpeg_is_upright_too(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     noise(1200, 800).save(tmp_path / "large.jpg", exif=exif)
-    facts = examine(tmp_path / "large.jpg")
+    facts = examine_image(tmp_path / "large.jpg")
     assert (facts.width, facts.height) == (800, 1200) == open_image(tmp_path / "large.jpg").size
     open_image(tmp_path / "large.jpg").save(tmp_path / "upright.png")
-    assert near_pairs([facts, examine(tmp_path / "upright.png")])
+    assert near_pairs([facts, examine_image(tmp_path / "upright.png")])
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
@@ -99,25 +99,25 @@ def test_transparency_shows_the_background_not_hidden_colour(tmp_path: Path, mod
     assert flat.mode == "RGB"
     assert flat.getpixel((6, 4)) == (0, 255, 0)
     assert flat.getpixel((1, 4)) == (0, 0, 0)
-    assert examine(file).alpha == "used"
-    assert examine(file).transparent == pytest.approx(0.5)
-    assert not examine(file).hidden_colour
+    assert examine_image(file).alpha == "used"
+    assert examine_image(file).transparent == pytest.approx(0.5)
+    assert not examine_image(file).hidden_colour
 
 
-def test_alpha_is_told_by_what_it_does(tmp_path: Path) -> None:
+def test_alpha_is_known_by_its_effect(tmp_path: Path) -> None:
     image = noise(32, 32).convert("RGBA")
     image.save(tmp_path / "opaque.png")
     image.convert("RGB").save(tmp_path / "plain.png")
-    assert examine(tmp_path / "opaque.png").alpha == "opaque"
-    assert examine(tmp_path / "plain.png").alpha == "none"
-    assert examine(tmp_path / "opaque.png").digest == examine(tmp_path / "plain.png").digest
+    assert examine_image(tmp_path / "opaque.png").alpha == "opaque"
+    assert examine_image(tmp_path / "plain.png").alpha == "none"
+    assert examine_image(tmp_path / "opaque.png").digest == examine_image(tmp_path / "plain.png").digest
     image.putalpha(Image.new("L", (32, 32), 0))
     image.save(tmp_path / "hidden.png")
-    facts = examine(tmp_path / "hidden.png")
+    facts = examine_image(tmp_path / "hidden.png")
     assert (facts.alpha, facts.transparent, facts.hidden_colour) == ("used", 1.0, True)
-    # What is hidden is not part of the image: a clear one is a white one.
-    Image.new("RGB", (32, 32), "white").save(tmp_path / "white.png")
-    assert facts.digest == examine(tmp_path / "white.png").digest
+    # Hidden colour is not part of the image.
+    Image.new("RGBA", (32, 32), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert facts.digest == examine_image(tmp_path / "clear.png").digest
     assert (facts.mean, facts.spread) == (255, 0)
 
 
@@ -128,10 +128,10 @@ def test_sixteen_bits_keep_their_range(tmp_path: Path) -> None:
         values = np.asarray(open_image(tmp_path / name))[..., 0]
         assert (values.min(), values.max()) == (0, 255)
         assert len(np.unique(values)) == 256
-        assert examine(tmp_path / name).bits == 16
+        assert examine_image(tmp_path / name).bits == 16
     Image.fromarray(np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16)).save(tmp_path / "float.tiff")
     assert np.asarray(open_image(tmp_path / "float.tiff")).max() == 255
-    assert examine(tmp_path / "float.tiff").bits == 32
+    assert examine_image(tmp_path / "float.tiff").bits == 32
 
 
 def test_sixteen_bits_of_colour(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_sixteen_bits_of_colour(tmp_path: Path) -> None:
         + chunk(b"IEND", b"")
     )
     assert np.asarray(open_image(tmp_path / "x.png")).tolist() == [[[255, 128, 0], [1, 0, 255]]]
-    facts = examine(tmp_path / "x.png")
+    facts = examine_image(tmp_path / "x.png")
     assert (facts.mode, facts.bits) == ("RGB", 16)
 
 
@@ -159,7 +159,7 @@ def test_every_mode_becomes_colour(tmp_path: Path, mode: str, name: str) -> None
     flat = open_image(tmp_path / name)
     assert (flat.mode, flat.size) == ("RGB", (60, 40))
     assert np.asarray(flat)[-6, -6].min() > 240
-    assert examine(tmp_path / name).mode == ("RGB" if mode == "YCbCr" else mode)
+    assert examine_image(tmp_path / name).mode == ("RGB" if mode == "YCbCr" else mode)
 
 
 @pytest.mark.parametrize("name", ["x.gif", "x.png", "x.webp", "x.tiff"])
@@ -167,7 +167,7 @@ def test_the_first_of_several_frames(tmp_path: Path, name: str) -> None:
     options = {"lossless": True} if name == "x.webp" else {}
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
     frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], **options)
-    assert examine(tmp_path / name).frames == 3
+    assert examine_image(tmp_path / name).frames == 3
     assert open_image(tmp_path / name).getpixel((4, 4)) == (255, 0, 0)
 
 
@@ -176,9 +176,9 @@ def test_a_profile_is_named_unless_it_is_srgb(tmp_path: Path) -> None:
     lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
     for name, profile in (("srgb", srgb), ("lab", lab), ("broken", b"nothing")):
         quadrants().save(tmp_path / f"{name}.png", icc_profile=profile)
-    assert examine(tmp_path / "srgb.png").profile is None
-    assert "Lab" in (examine(tmp_path / "lab.png").profile or "")
-    assert examine(tmp_path / "broken.png").profile is None
+    assert examine_image(tmp_path / "srgb.png").profile is None
+    assert "Lab" in (examine_image(tmp_path / "lab.png").profile or "")
+    assert examine_image(tmp_path / "broken.png").profile is None
 
 
 @pytest.mark.parametrize("kind", ["png", "jpg", "webp", "tiff"])
@@ -188,7 +188,7 @@ def test_written_upright(tmp_path: Path, kind: str) -> None:
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     noise(48, 32).save(tmp_path / f"x.{kind}", exif=exif, icc_profile=srgb)
     assert write_upright(tmp_path / f"x.{kind}", tmp_path / f"y.{kind}")
-    before, after = examine(tmp_path / f"x.{kind}"), examine(tmp_path / f"y.{kind}")
+    before, after = examine_image(tmp_path / f"x.{kind}"), examine_image(tmp_path / f"y.{kind}")
     assert (after.width, after.height, after.orientation, after.format) == (32, 48, 1, before.format)
     if kind in LOSSLESS:
         assert after.digest == before.digest

@@ -16,7 +16,7 @@ from sdlora.config.resolve import resolve_config, resolve_data
 from sdlora.config.sections import Config, DataSection, OutputSection, TrainSection
 from sdlora.data.sources import find_sources
 from sdlora.errors import ConfigError
-from sdlora.training.plan import plan_run
+from sdlora.training.plan import plan_config
 from tests.conftest import write_images
 from tests.sets import codes, images_in, put
 
@@ -233,7 +233,7 @@ def test_a_run_is_planned_by_what_the_dataset_configuration_says(tmp_path: Path)
     )
     file = put(tmp_path / "dataset.toml", toml)
     data = DataSection(dataset_config=str(file), trigger="zorb")
-    plan = plan_run(Config(data=data, output=OutputSection(path=str(tmp_path / "x.safetensors"))))
+    plan = plan_config(Config(data=data, output=OutputSection(path=str(tmp_path / "x.safetensors"))))
     assert plan.config.data.caption_dropout == 0.25
     assert plan.identity.config["train.batch_size"] == "2"
     assert {len(batch) for batch in plan.batches.epoch(0)} <= {1, 2}

@@ -12,23 +12,26 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sdlora.base.words import clip_words, words_in
+from sdlora.config.sections import Config, OutputSection
 from sdlora.data import decoding
-from sdlora.data.items import load_items
+from sdlora.errors import DataError
 from sdlora.lint.report import summary_lines
+from sdlora.training.plan import plan_run
 from tests.conftest import ROOT
 from tests.lint_sets import (
     add,
     clean,
     faulty_captions,
+    found_codes,
     lint_folder,
     linted,
     noise,
     odd_images,
     repeated_images,
     sets_toml,
-    told,
     unreadable_images,
 )
+from tests.sets import examined
 
 
 def test_one_of_each_fault_is_found_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +66,7 @@ def test_one_of_each_fault_is_found_and_nothing_else(tmp_path: Path, monkeypatch
     (tmp_path / "run.toml").write_text(sets_toml(*sets), "utf-8")
 
     report = linted(tmp_path / "run.toml")
-    assert told(report) == expected
+    assert found_codes(report) == expected
     assert len({code for code, _ in expected}) >= 45
     assert report.has_errors
     for finding in report.findings:
@@ -81,10 +84,15 @@ def test_what_forbids_training_is_what_lint_calls_an_error(tmp_path: Path) -> No
     (folder / "mask").mkdir()
     Image.new("L", (64, 64), 255).save(folder / "mask" / "clean1.png")
     report = lint_folder(folder, "data.mask=files")
-    _, faults = load_items(report.listing, background="#ffffff", mask="files")
-    refused = {(own.code, own.file) for own in (*report.listing.findings, *faults) if own.severity == "error"}
+    _, faults = examined(report.listing, mask="files")
+    refused = {(f.code, f.file) for f in (*report.listing.findings, *faults) if f.severity == "error"}
     assert len(refused) > 12
-    assert {(own.code, own.file) for own in report.findings if own.severity == "error"} == refused
+    errors = [finding for finding in report.findings if finding.severity == "error"]
+    assert {(finding.code, finding.file) for finding in errors} == refused
+    config = Config(data=report.data, output=OutputSection(path=str(tmp_path / "x.safetensors")))
+    with pytest.raises(DataError) as caught:
+        plan_run(config, report.dataset)
+    assert caught.value.problems == tuple(map(str, errors))
 
 
 @pytest.mark.parametrize("name", ["ü 空 a b", "-x"])
@@ -95,8 +103,10 @@ def test_a_clean_folder_yields_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     assert report.findings == ()
     assert report.images == 6
     assert not report.has_errors
-    assert [(own.width, own.height, own.count, own.worst_cut) for own in report.buckets] == [(128, 128, 6, 0)]
-    assert summary_lines(report) == ["6 images: nothing to complain of"]
+    assert [(bucket.width, bucket.height, bucket.count, bucket.worst_cut) for bucket in report.buckets] == [
+        (128, 128, 6, 0)
+    ]
+    assert summary_lines(report) == ["6 images: no problems found"]
 
 
 @pytest.mark.parametrize(("name", "trigger"), [("blueprint", "blupaper"), ("pixel", "pixgrid")])
@@ -114,7 +124,7 @@ def test_masks(tmp_path: Path) -> None:
     Image.new("L", (64, 64), 255).save(folder / "mask" / "clean1.png")
     Image.new("L", (128, 128), 0).save(folder / "mask" / "clean2.png")
     (folder / "mask" / "clean3.png").write_bytes(b"x")
-    found = told(lint_folder(folder, "data.mask=files"))
+    found = found_codes(lint_folder(folder, "data.mask=files"))
     assert found == Counter(
         [
             ("mask-size", str(folder / "mask" / "clean1.png")),
@@ -127,7 +137,7 @@ def test_masks(tmp_path: Path) -> None:
     image.putalpha(0)
     folder = clean(tmp_path / "clear", 5)
     add(folder, "none.png", image)
-    found = told(lint_folder(folder, "data.mask=alpha"))
+    found = found_codes(lint_folder(folder, "data.mask=alpha"))
     missing = [("mask-missing", str(folder / f"clean{number}.png")) for number in range(5)]
     none = str(folder / "none.png")
     assert found == Counter([*missing, ("mask-empty", none), ("image-flat", none), ("image-hidden-colour", none)])
@@ -186,7 +196,7 @@ def test_without_a_trigger_captions_are_taken_as_they_are(tmp_path: Path) -> Non
     assert [finding.code for finding in report.findings] == ["tag-in-every-caption"]
     assert "name it as the trigger" in report.findings[0].remedy
     assert dict(report.tags)["on paper"] == 6
-    assert {own.source.rules.plain(own.source.captions) for own in report.examined} == {
+    assert {image.source.rules.plain(image.source.captions) for image in report.examined} == {
         f"a clean{number}, on paper" for number in range(6)
     }
 
@@ -216,10 +226,10 @@ def test_regularisation_images_need_no_trigger(tmp_path: Path) -> None:
     ]
     (tmp_path / "run.toml").write_text(sets_toml(*sets))
     report = linted(tmp_path / "run.toml")
-    assert summary_lines(report) == ["17 images, 6 for regularisation, 5 for validation: nothing to complain of"]
+    assert summary_lines(report) == ["17 images, 6 for regularisation, 5 for validation: no problems found"]
     assert sum(count for _, count in report.tags) == 6
     # Nothing is trained on validation images, so no bucket holds them.
-    assert [(own.width, own.height, own.count) for own in report.buckets] == [(128, 128, 12)]
+    assert [(bucket.width, bucket.height, bucket.count) for bucket in report.buckets] == [(128, 128, 12)]
 
 
 def test_each_set_has_its_own_resolution(tmp_path: Path) -> None:
@@ -229,5 +239,5 @@ def test_each_set_has_its_own_resolution(tmp_path: Path) -> None:
     sets = [f'images = "{tmp_path / name}"\nresolution = {side}' for name, side in (("small", 64), ("large", 256))]
     (tmp_path / "run.toml").write_text(sets_toml(*sets))
     report = linted(tmp_path / "run.toml")
-    assert told(report) == Counter(("image-small", str(tmp_path / "large" / f"large{n}.png")) for n in range(5))
-    assert [(own.width, own.height, own.count) for own in report.buckets] == [(64, 64, 5), (256, 256, 5)]
+    assert found_codes(report) == Counter(("image-small", str(tmp_path / "large" / f"large{n}.png")) for n in range(5))
+    assert [(bucket.width, bucket.height, bucket.count) for bucket in report.buckets] == [(64, 64, 5), (256, 256, 5)]

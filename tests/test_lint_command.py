@@ -22,7 +22,7 @@ def test_the_command(sdlora, tmp_path: Path) -> None:
     folder = clean(tmp_path / "set")
     good = sdlora("lint", "set", "--trigger", "zorb", "--sheet", "sheet.png")
     assert (good.returncode, good.stderr) == (0, "")
-    assert good.stdout.startswith("6 images: nothing to complain of\n")
+    assert good.stdout.startswith("6 images: no problems found\n")
     assert "128 x 128         6     0%     0%" in good.stdout
     assert good.stdout.endswith("sheet.png: contact sheet\n")
     (folder / "clean0.png").write_bytes(b"")
@@ -89,9 +89,9 @@ def test_the_summary_is_short(tmp_path: Path) -> None:
     lines = summary_lines(report)
     assert lines[0] == "36 images: 30 warnings"
     assert len(lines) == 5
-    assert lines[-1].endswith("27 more; `sdlora lint` tells them all")
+    assert lines[-1].endswith("27 more; `sdlora lint` lists them all")
     full = report_lines(report)
-    assert "  and 10 more, which --json tells" in full
+    assert "  and 10 more; --json lists them all" in full
     assert sum("enlarged" in line for line in full) == 20
 
 
@@ -107,7 +107,7 @@ def test_a_progress_bar_shows_on_a_terminal(tmp_path: Path) -> None:
         while piece := os.read(ours, 4096):
             shown += piece
     os.close(ours)
-    assert b"Looking at images" in shown
+    assert b"Examining images" in shown
     assert b"6/6" in shown
     assert json.loads(made.stdout)["images"] == 6
 
@@ -124,7 +124,7 @@ def test_as_a_function(tmp_path: Path) -> None:
 def test_lint_needs_neither_diffusers_nor_transformers(sdlora, tmp_path: Path) -> None:
     clean(tmp_path / "set")
     code = (
-        "import sys; from sdlora.lint.report import *; from sdlora.progress import Silence;"
+        "import sys; from sdlora.lint.run import *; from sdlora.progress import Silence;"
         "lint_data(*linted_sections(['set'], trigger='zorb'), progress=Silence());"
         "print('diffusers' in sys.modules, 'transformers' in sys.modules)"
     )

@@ -1,4 +1,4 @@
-"""``sdlora lint --fix``: what can be mended is mended in a copy, and the dataset is left as it is."""
+"""``sdlora lint --fix``: what can be repaired is repaired in a copy, and the dataset stays untouched."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.lint_sets import (
     unreadable_images,
 )
 
-MENDED = {
+REPAIRED = {
     *("image-empty", "image-unknown", "image-truncated", "image-damaged", "image-too-large"),
     *("image-needs-package", "image-extension", "image-turned", "image-duplicate", "caption-extension"),
     *("caption-not-utf8", "trigger-absent", "trigger-in-word", "stem-collision", "caption-unused", "image-format"),
@@ -55,10 +55,10 @@ def test_repairs_go_into_a_copy(sdlora, tmp_path: Path) -> None:
     answer = json.loads(made.stdout)
     codes = {finding["code"] for finding in answer["findings"]}
     # Where its package is installed, an image that needs one is damaged like another.
-    assert codes >= MENDED - {"image-needs-package"}
+    assert codes >= REPAIRED - {"image-needs-package"}
     again = json.loads(sdlora("lint", "copy", "--trigger", "zorb", "--json").stdout)
     left = {finding["code"] for finding in again["findings"]}
-    assert left == codes - MENDED
+    assert left == codes - REPAIRED
     assert again["images"] == answer["copy"]["images"] == answer["images"] - 6 - 1
     copy = content(tmp_path / "copy")
     assert copy["latin.txt"].decode() == "zorb, ein Bär\n"

@@ -37,10 +37,10 @@ def test_the_sheet_shows_what_is_trained_on(tmp_path: Path) -> None:
     with Image.open(sheet) as image:
         pixels = np.asarray(image.convert("RGB"))
     first = report.placements[0]
-    own = pixels[GAP : GAP + first.height, GAP : GAP + first.width]
-    assert own.shape[1] > own.shape[0]
-    assert own[first.height // 2, first.width // 2].tolist() == [0, 255, 0]
-    share = (own[first.height // 2] == [255, 0, 0]).all(axis=1).mean()
+    cell_pixels = pixels[GAP : GAP + first.height, GAP : GAP + first.width]
+    assert cell_pixels.shape[1] > cell_pixels.shape[0]
+    assert cell_pixels[first.height // 2, first.width // 2].tolist() == [0, 255, 0]
+    share = (cell_pixels[first.height // 2] == [255, 0, 0]).all(axis=1).mean()
     cut = first.cut_off
     assert share == pytest.approx((1 / 6 - cut / 2) / (1 - cut), abs=0.04)
     cell = max(128, *(place.width for place in report.placements)) + GAP
@@ -49,7 +49,7 @@ def test_the_sheet_shows_what_is_trained_on(tmp_path: Path) -> None:
     assert second[32, 60].tolist() == [0, 200, 100]
     third = pixels[GAP : GAP + 64, GAP + 2 * cell : GAP + 2 * cell + 64]
     assert (third == [0, 0, 128]).all()
-    # Captions stand beneath, within their own columns.
+    # Captions are beneath, within their own columns.
     beneath = pixels[GAP + max(place.height for place in report.placements) :]
     for number in range(3):
         assert (beneath[:, GAP + number * cell : (number + 1) * cell] < 120).all(axis=2).any()

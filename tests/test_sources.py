@@ -15,7 +15,7 @@ from sdlora.data.findings import raise_errors
 from sdlora.data.sources import Listing, find_sources
 from sdlora.errors import DataError
 from tests.conftest import write_images
-from tests.sets import codes, found, images_in, listed, loaded, put, texts
+from tests.sets import codes, examined, found, images_in, listed, put, texts
 
 
 def test_pairs_images_with_captions(tmp_path: Path) -> None:
@@ -41,7 +41,7 @@ def test_every_fault_in_one_report(tmp_path: Path) -> None:
     Image.new("RGB", (64, 64)).save(folder / "8.jpg")
     (folder / "9.txt").write_bytes(b"x" * 100_000)
     listing = listed(folder)
-    _, faults = loaded(listing)
+    _, faults = examined(listing)
     with pytest.raises(DataError) as caught:
         raise_errors((*listing.findings, *faults))
     problems = dict.fromkeys(caught.value.problems)
@@ -70,9 +70,7 @@ def test_missing_and_empty_folders(tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     put(empty / "readme.md", "x")
     assert codes(listed(empty)) == [("folder-empty", "error", "empty")]
-    assert "no image among its 1 files; put images there whose names end in .avif .bmp" in str(
-        listed(empty).findings[0]
-    )
+    assert "no image among its 1 files; add images whose names end in .avif .bmp" in str(listed(empty).findings[0])
 
 
 def test_folders_within_are_searched_and_repeat_folders_give_repeats_and_class(tmp_path: Path) -> None:
@@ -121,7 +119,9 @@ def test_a_class_prompt_does_not_hide_captions_that_were_missed(tmp_path: Path) 
     put(tmp_path / "2_house" / "3.png")
     listing = listed(tmp_path)
     assert ("caption-missing", "warning", "3.png") in codes(listing)
-    assert "trained on 'house'" in str(next(one for one in listing.findings if one.code == "caption-missing"))
+    assert "trained on 'house'" in str(
+        next(finding for finding in listing.findings if finding.code == "caption-missing")
+    )
 
 
 @pytest.mark.parametrize("extension", [".caption", "caption", "CAPTION"])
@@ -135,8 +135,8 @@ def test_captions_of_another_extension_are_counted(tmp_path: Path) -> None:
     for i in range(24):
         put(tmp_path / f"{i}.png"), put(tmp_path / f"{i}.caption", "x")
     listing = listed(tmp_path)
-    assert [str(one) for one in listing.findings] == [
-        f'{tmp_path}: found 24 .caption files; you asked for .txt; set data.caption_extension = ".caption"'
+    assert [str(finding) for finding in listing.findings] == [
+        f'{tmp_path}: found 24 .caption files; .txt is expected; set data.caption_extension = ".caption"'
     ]
     assert codes(listed(tmp_path, allow_missing_captions=True)) == [("caption-extension", "warning", tmp_path.name)]
     for i in range(24):
@@ -157,16 +157,16 @@ def test_captions_that_are_nowhere(tmp_path: Path) -> None:
         ("caption-unused", "warning", "loose.txt"),
         ("image-format", "warning", "e.psd"),
     ]
-    told = "\n".join(map(str, listing.findings))
-    assert "a.png: no caption; write a.txt beside it" in told
-    assert "b.png: no caption; rename b.png.txt as b.txt" in told
-    assert "C.png: no caption; rename c.txt as C.txt" in told
+    messages = "\n".join(map(str, listing.findings))
+    assert "a.png: no caption; write a.txt beside it" in messages
+    assert "b.png: no caption; rename b.png.txt as b.txt" in messages
+    assert "C.png: no caption; rename c.txt as C.txt" in messages
     allowed = listed(tmp_path, allow_missing_captions=True)
-    assert {one.severity for one in allowed.findings} == {"warning"}
+    assert {finding.severity for finding in allowed.findings} == {"warning"}
     assert texts(allowed.sources)["a.png"] == ()
 
 
-def test_a_folder_without_any_caption_is_told_once(tmp_path: Path) -> None:
+def test_a_folder_without_any_caption_is_reported_once(tmp_path: Path) -> None:
     for i in range(5):
         put(tmp_path / f"{i}.png")
     listing = listed(tmp_path)
@@ -284,8 +284,8 @@ def test_masks_in_a_folder_of_their_own(tmp_path: Path) -> None:
     put(tmp_path / "in" / "a.txt", "x"), put(tmp_path / "in" / "b-masklabel.txt", "an image of a mask label")
 
     def masks(where: str) -> Listing:
-        one = SetSection(images=str(tmp_path / "in"), masks=str(tmp_path / where))
-        return find_sources(DataSection(sets=(one,), mask="files", trigger="zorb"))
+        section = SetSection(images=str(tmp_path / "in"), masks=str(tmp_path / where))
+        return find_sources(DataSection(sets=(section,), mask="files", trigger="zorb"))
 
     assert {s.name: s.mask for s in masks("other").sources} == {
         "a.png": tmp_path / "other/a.png",

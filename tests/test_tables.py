@@ -24,12 +24,12 @@ def test_tables_of_hugging_faces_imagefolder(tmp_path: Path) -> None:
     jsonl = images_in(tmp_path / "jsonl", "a.png", "sub/b ü.png", "c.png")
     put(jsonl / "metadata.jsonl", "\n".join(json.dumps(line) for line in lines) + "\n\n")
     sources = {source.name: source for source in found(jsonl, caption_lines="draw")}
-    assert {name: (one.captions, one.loss_weight) for name, one in sources.items()} == {
+    assert {name: (source.captions, source.loss_weight) for name, source in sources.items()} == {
         "a.png": (("a fox", "running"), 1.0),
         "sub/b ü.png": (("one", "two"), 0.5),
         "c.png": (("c",), 2.0),
     }
-    assert {one.caption_file for one in sources.values()} == {jsonl / "metadata.jsonl"}
+    assert {source.caption_file for source in sources.values()} == {jsonl / "metadata.jsonl"}
     table = images_in(tmp_path / "csv", "a.png", "b.png", "c.png")
     put(table / "c.txt", "from its file")
     rows = [
@@ -39,7 +39,7 @@ def test_tables_of_hugging_faces_imagefolder(tmp_path: Path) -> None:
         ["c.png", "", "3"],
     ]
     write_csv(table / "metadata.csv", rows)
-    assert [(one.captions, one.loss_weight) for one in found(table)] == [
+    assert [(source.captions, source.loss_weight) for source in found(table)] == [
         (('a "fox", red running',), 1.0),
         (("b",), 0.0),
         (("from its file",), 3.0),
@@ -64,7 +64,7 @@ def test_tables_of_kohyas_trainer(tmp_path: Path) -> None:
     assert texts(found(folder, caption_lines="draw"))["d.png"] == ("one, x, y", "two, x, y")
 
 
-def test_every_broken_row_is_told_with_its_line(tmp_path: Path) -> None:
+def test_every_broken_row_is_reported_with_its_line(tmp_path: Path) -> None:
     folder = images_in(tmp_path, "a.png", "b.png", "c.png", "d.png")
     lines = [
         '{"file_name": "a.png", "text": "a"}',
@@ -83,32 +83,37 @@ def test_every_broken_row_is_told_with_its_line(tmp_path: Path) -> None:
     for name in "bcd":
         put(folder / f"{name}.txt", name)
     listing = listed(folder)
-    told = [str(one).partition(": ")[2] for one in listing.findings]
-    assert {one.severity for one in listing.findings} == {"error"}
+    messages = [str(finding).partition(": ")[2] for finding in listing.findings]
+    assert {finding.severity for finding in listing.findings} == {"error"}
     for number, what in (
-        (2, "is not JSON"), (3, "is no JSON object"), (4, "has no file_name"), (5, "has a caption that is no text: 5"),
-        (6, "has a weight that is no number from 0: -1"), (7, "names 'none.png', which is no image of this set"),
-        (8, "names 'a.png' again, after line 1"), (9, "holds half of a character"), (10, "has file_name = 5"),
-        (11, "has a weight that is no number from 0: nan"),
+        (2, "is not JSON"), (3, "is not a JSON object"), (4, "has no file_name"), (5, "has a caption, but not as text: 5"),
+        (6, "has a weight that is not a number from 0: -1"), (7, "names 'none.png', which is not an image of this set"),
+        (8, "names 'a.png' again, after line 1"), (9, "contains half of a character"), (10, "has file_name = 5"),
+        (11, "has a weight that is not a number from 0: nan"),
     ):  # fmt: skip
-        assert [line for line in told if line.startswith(f"line {number} {what}")], (number, what, told)
-    assert len(told) == 10
+        assert [line for line in messages if line.startswith(f"line {number} {what}")], (number, what, messages)
+    assert len(messages) == 10
 
 
 @pytest.mark.parametrize(
     ("name", "content", "code", "message"),
     [
         ("metadata.jsonl", b"\xff\xfe", "table-not-utf8", "not UTF-8 text (byte 0)"),
-        ("metadata.jsonl", b"\n", "table-empty", "no row"),
-        ("metadata.csv", b"", "table-empty", "no row"),
+        ("metadata.jsonl", b"\n", "table-empty", "no rows"),
+        ("metadata.csv", b"", "table-empty", "no rows"),
         ("metadata.csv", b"name,text\na.png,x\n", "table-columns", "no column file_name among name, text"),
-        ("metadata.csv", b"file_name,text\na.png,x,y\n", "table-broken", "line 2 has not 2 fields"),
-        ("metadata.csv", b"file_name,text\na.png\n", "table-broken", "line 2 has not 2 fields"),
+        ("metadata.csv", b"file_name,text\na.png,x,y\n", "table-broken", "line 2 does not have 2 fields"),
+        ("metadata.csv", b"file_name,text\na.png\n", "table-broken", "line 2 does not have 2 fields"),
         ("metadata.csv", b'file_name,text\na.png,"x\n', "table-broken", "line 2 is not CSV"),
         ("meta_x.json", b"{\n]", "table-broken", "line 2 is not JSON"),
-        ("meta_x.json", b"[1]", "table-broken", "this table is no JSON object"),
-        ("meta_x.json", b'{"a": "fox"}', "table-broken", "entry 'a' is no JSON object"),
-        ("meta_x.json", b'{"a": {"tags": "x"}, "a": {"tags": "y"}}', "row-duplicate", "the key 'a' stands twice"),
+        ("meta_x.json", b"[1]", "table-broken", "this table is not a JSON object"),
+        ("meta_x.json", b'{"a": "fox"}', "table-broken", "entry 'a' is not a JSON object"),
+        (
+            "meta_x.json",
+            b'{"a": {"tags": "x"}, "a": {"tags": "y"}}',
+            "row-duplicate",
+            "the key 'a' is in one object twice",
+        ),
         ("meta_x.json", b'{"a": {"tags": "x"}, "a.png": {"tags": "y"}}', "row-duplicate", "names 'a.png' again"),
         ("meta_x.json", b"[" * 100_000, "table-broken", "this table is not JSON"),
         ("meta_x.json", b'{"a": {"loss_weight": 1' + b"0" * 5000 + b"}}", "table-broken", "this table is not JSON"),
@@ -116,10 +121,10 @@ def test_every_broken_row_is_told_with_its_line(tmp_path: Path) -> None:
 )
 def test_broken_tables(tmp_path: Path, name: str, content: bytes, code: str, message: str) -> None:
     put(tmp_path / "a.png"), put(tmp_path / "a.txt", "a"), put(tmp_path / name, content)
-    told = [one for one in listed(tmp_path).findings if one.code != "caption-twice"]
-    assert [(one.code, one.severity) for one in told] == [(code, "error")]
-    assert f"{name}: " in str(told[0])
-    assert message in str(told[0])
+    findings = [finding for finding in listed(tmp_path).findings if finding.code != "caption-twice"]
+    assert [(finding.code, finding.severity) for finding in findings] == [(code, "error")]
+    assert f"{name}: " in str(findings[0])
+    assert message in str(findings[0])
 
 
 @given(st.sampled_from([".jsonl", ".csv", ".json"]), st.binary(max_size=80) | st.text('{}[]",:\n a1', max_size=80))
@@ -143,9 +148,9 @@ def test_any_json_is_a_table_or_findings(entries: dict[str, Any]) -> None:
         table = read_table(put(Path(folder) / "meta_t.json", json.dumps(entries)))
         lines = "\n".join(json.dumps({"file_name": key, "text": value}) for key, value in entries.items())
         others = read_table(put(Path(folder) / "t.jsonl", lines))
-    for one in (table, others):
-        assert len(one.rows) + len({finding.message for finding in one.findings}) >= bool(entries)
-        json.dumps([row.name + (row.caption or "") + row.tags for row in one.rows], ensure_ascii=False).encode()
+    for read in (table, others):
+        assert len(read.rows) + len({finding.message for finding in read.findings}) >= bool(entries)
+        json.dumps([row.name + (row.caption or "") + row.tags for row in read.rows], ensure_ascii=False).encode()
 
 
 NAMES = st.text(

@@ -17,7 +17,7 @@ from sdlora.config.loading import load_config
 from sdlora.errors import BaseModelError, ConfigError, DataError, ResumeError, TrainingError
 from sdlora.formats.safetensors_file import read_header
 from sdlora.progress import Silence
-from sdlora.training.plan import plan_run
+from sdlora.training.plan import plan_config
 from sdlora.training.validation import validation_loss
 from tests.conftest import write_images
 from tests.training_runs import STEPS, config_for, everything, overrides, session_for, toml
@@ -101,7 +101,7 @@ def test_faults_are_found_before_a_model_is_loaded(
 def test_images_of_other_shapes_get_buckets_of_their_own(tmp_path: Path) -> None:
     images = write_images(tmp_path / "set", 6, sizes=((300, 300), (400, 250), (100, 190)))
     config = load_config(None, [f"data.images={images}", "data.trigger=zorb", "output.path=x.safetensors"])
-    plan = plan_run(config)
+    plan = plan_config(config)
     assert {(p.width, p.height) for p in plan.placements} == {(128, 128), (160, 96), (96, 160)}
     assert len(plan.batches.buckets) == 3
 
@@ -156,7 +156,7 @@ def test_a_dataset_configuration_of_kohyas_trainer_is_trained(tiny_base: Path, t
     )
     output = tmp_path / "x.safetensors"
     config = config_for(tiny_base, None, output, f"data.dataset_config={json.dumps(str(tmp_path / 'dataset.toml'))}")
-    plan = plan_run(config)
+    plan = plan_config(config)
     assert [(own.min_size, own.max_size, own.step) for own in plan.rules] == [(48, 96, 16)]
     assert plan.batches.batch_size == 2
     assert sum(plan.batches.repeats) == 30

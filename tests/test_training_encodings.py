@@ -14,7 +14,7 @@ import sdlora as package
 from sdlora.base.encode import Conditioning
 from sdlora.base.load import load_base
 from sdlora.data.images import as_pixels, open_image, place
-from sdlora.training.plan import plan_run
+from sdlora.training.plan import plan_config
 from tests.conftest import write_images
 from tests.training_runs import STEPS, config_for, everything, losses, same_but_for_times, session_for
 
@@ -73,6 +73,7 @@ def test_flipped_views_are_mirrored_images(tiny_base: Path, tmp_path: Path) -> N
 def test_views_of_an_image_are_cut_from_one_decoding(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from sdlora.data import kept_images
     from sdlora.training import latents
 
     images = write_images(tmp_path / "set", 2, sizes=((400, 130),))
@@ -83,12 +84,13 @@ def test_views_of_an_image_are_cut_from_one_decoding(
         opened.append(file)
         return open_image(file, background)
 
-    monkeypatch.setattr(latents, "open_image", counting)
-    plan = plan_run(config_for(tiny_base, images, tmp_path / "x.safetensors", *more))
+    monkeypatch.setattr(kept_images, "open_image", counting)
+    plan = plan_config(config_for(tiny_base, images, tmp_path / "x.safetensors", *more))
     base = load_base(plan.base, device=torch.device("cpu"), dtype=torch.float32)
+    plan.kept.clear()
     views = plan.training.views(60)
     assert len(views) == 20
-    jobs = latents.latent_jobs(base, plan.items, views, plan.config)
+    jobs = latents.latent_jobs(base, plan.items, views, plan.config, plan.kept)
     with ThreadPoolExecutor(6) as pool:
         loaded = list(pool.map(lambda job: job.load(), jobs))
     assert sorted(opened) == sorted(images.glob("*.png"))

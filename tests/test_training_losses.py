@@ -11,7 +11,7 @@ from PIL import Image
 
 from sdlora.base.encode import Framing
 from sdlora.training.loss import denoising_loss
-from sdlora.training.plan import plan_run
+from sdlora.training.plan import plan_config
 from tests.conftest import write_images
 from tests.training_runs import config_for, losses, session_for, toml
 
@@ -115,6 +115,6 @@ def test_losses_are_weighted_by_image_set_and_role(tiny_base: Path, tmp_path: Pa
 def test_regularisation_images_that_are_never_shown_are_told(tiny_base: Path, tmp_path: Path) -> None:
     own, other = write_images(tmp_path / "own", 2), write_images(tmp_path / "other", 5)
     sets = toml([{"images": str(own)}, {"images": str(other), "role": "regularisation"}])
-    plan = plan_run(config_for(tiny_base, None, tmp_path / "x.safetensors", f"data.sets={sets}"))
+    plan = plan_config(config_for(tiny_base, None, tmp_path / "x.safetensors", f"data.sets={sets}"))
     (finding,) = (finding for finding in plan.findings if finding.code == "regularisation-unused")
     assert "3 of 5 regularisation images" in str(finding)

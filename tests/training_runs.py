@@ -17,7 +17,7 @@ from sdlora.errors import ResumeError
 from sdlora.formats.safetensors_file import read_header
 from sdlora.progress import Silence
 from sdlora.training.optimizer import GuardedAdamW
-from sdlora.training.plan import plan_run
+from sdlora.training.plan import plan_config
 from sdlora.training.session import TrainingSession, open_session
 from tests.conftest import write_images
 
@@ -79,7 +79,7 @@ def same_but_for_times(one: Path, other: Path) -> None:
 
 
 def session_for(base: Path, images: Path | None, out: Path, *more: str) -> TrainingSession:
-    plan = plan_run(config_for(base, images, out, *more))
+    plan = plan_config(config_for(base, images, out, *more))
     loaded = load_base(plan.base, device=torch.device("cpu"), dtype=torch.float32)
     return open_session(plan, loaded, Accelerator(), Silence())
 

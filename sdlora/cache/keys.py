@@ -32,7 +32,7 @@ def latent_key(
 ) -> CacheKey:
     """Key of an image's latents.
 
-    ``pixels`` is the digest of the decoded image, ``vae`` the fingerprint of the VAE's encoder and its scale.
+    ``pixels`` is ``ExaminedImage.shown_digest``, ``vae`` the fingerprint of the VAE's encoder and its scale.
     ``dtype`` and the kind of ``device`` are what the VAE computes in and on: both decide how it rounds.
     """
     return _key("latents", [pixels, asdict(placement), flipped, vae, str(dtype), device.type])

@@ -49,7 +49,7 @@ def lint_(
         raise typer.BadParameter("--fix and --out COPY go together", param_hint="--fix")
     if sheet is not None and sheet.suffix.lower() != ".png":
         raise typer.BadParameter(f"{sheet} does not end in .png", param_hint="--sheet")
-    from ..lint.report import lint_data, linted_sections
+    from ..lint.run import lint_data, linted_sections
     from ..progress import progress_bar
 
     data, section = linted_sections(

@@ -1,9 +1,9 @@
-"""Aspect-ratio buckets: which sizes are trained, and which image goes where. Whole numbers of pixels in and out.
+"""Aspect-ratio buckets: their sizes, and the bucket of each image. All sizes are whole pixels.
 
 The sizes are those of kohya's trainer (``make_bucket_resolutions`` of sd-scripts): every width that is a multiple of the
-step, with the largest height that keeps the area within ``resolution``², and each of these turned. Under the rule
-``kohya`` an image goes into the bucket of the nearest aspect (``BucketManager.select_bucket``); under ``least-crop``
-into the one that cuts off least of it, so that no image loses more than under kohya's rule.
+step, with the largest height that keeps the area within ``resolution``², and each of these with sides exchanged. Under
+the rule ``kohya`` an image goes into the bucket of the nearest aspect (``BucketManager.select_bucket``); under
+``least-crop`` into the one that cuts off least of it, so no image loses more than under kohya's rule.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True, order=True)
 class Placement:
-    """An image is scaled to ``scaled_*``, then ``width`` × ``height`` is cut out at (left, top)."""
+    """An image is scaled to ``scaled_*``, then cropped to ``width`` × ``height`` at (left, top); all in pixels."""
 
     width: int
     height: int
@@ -43,43 +43,43 @@ class BucketRules:
     """How images are put into buckets at one resolution."""
 
     resolution: int
-    """A bucket has at most the area of a square with this side; where images are only shrunk, but for half a pixel that
-    kohya's trainer rounds up."""
+    """Side of a square whose area a bucket does not exceed; with ``no_upscale`` by half a pixel at most, as kohya's trainer
+    rounds."""
     min_size: int
     max_size: int
-    """Of a bucket's sides, in multiples of ``step``. Where nothing is enlarged they do not count, as in kohya's trainer."""
+    """Limits of a bucket's sides, multiples of ``step``; ignored with ``no_upscale``, as in kohya's trainer."""
     step: int
     rule: Literal["least-crop", "kohya"] = "least-crop"
     no_upscale: bool = False
 
     @property
     def sizes(self) -> tuple[Size, ...]:
-        """Every bucket, by width and height; with ``no_upscale`` the image decides, and these are not used."""
+        """Every bucket, sorted; not used with ``no_upscale``, where the image decides."""
         return _sizes(self)
 
     def place(self, width: int, height: int) -> Placement:
-        """Where an image of this size goes; it is cropped about its centre."""
+        """Placement of an image of this size, cropped about its centre."""
         return _place(self, width, height)
 
 
 def bucket_rules(data: DataSection, *, resolution: int, step: int) -> tuple[BucketRules, ...]:
-    """The rules for each resolution that ``data`` asks for; ``resolution`` and ``step`` are the base's own.
+    """The rules for each resolution of ``data``; ``resolution`` and ``step`` are those of the base, in pixels.
 
-    The least size is rounded down to the step and the greatest up, as kohya's trainer does.
+    The smallest size is rounded down to the step and the largest up, as kohya's trainer does.
 
     Raises:
         ConfigError: sizes that contradict each other or the base; one line for each.
     """
-    own_step = data.bucket_reso_steps or step
+    bucket_step = data.bucket_reso_steps or step
     problems, rules = [], []
-    if own_step % step:
-        problems.append(f"data.bucket_reso_steps = {own_step}: the base needs a multiple of {step}")
+    if bucket_step % step:
+        problems.append(f"data.bucket_reso_steps = {bucket_step}: the base needs a multiple of {step}")
     for side in data.sides or (resolution,):
         least, most = (data.min_bucket_reso or side // 2, data.max_bucket_reso or side * 2)
         if not data.enable_bucket:
-            least, most = side, side // own_step * own_step
-        if side < own_step:
-            problems.append(f"data.resolution = {side}: at least one step of {own_step} is needed")
+            least, most = side, side // bucket_step * bucket_step
+        if side < bucket_step:
+            problems.append(f"data.resolution = {side}: at least one step of {bucket_step} is needed")
         if least > side:
             problems.append(f"data.min_bucket_reso = {least}: greater than the resolution {side}")
         if most < side and data.enable_bucket:
@@ -87,9 +87,9 @@ def bucket_rules(data: DataSection, *, resolution: int, step: int) -> tuple[Buck
         rules.append(
             BucketRules(
                 resolution=side,
-                min_size=max(own_step, least // own_step * own_step),
-                max_size=-(-most // own_step) * own_step,
-                step=own_step,
+                min_size=max(bucket_step, least // bucket_step * bucket_step),
+                max_size=-(-most // bucket_step) * bucket_step,
+                step=bucket_step,
                 rule=data.bucket_rule,
                 no_upscale=data.bucket_no_upscale and data.enable_bucket,
             )
@@ -101,7 +101,7 @@ def bucket_rules(data: DataSection, *, resolution: int, step: int) -> tuple[Buck
 
 @dataclass(frozen=True, kw_only=True)
 class BucketUse:
-    """What is in a bucket, and what of it is cut off."""
+    """Number of images in a bucket, and how much of them it cuts off."""
 
     width: int
     height: int
@@ -112,13 +112,13 @@ class BucketUse:
 
 
 def bucket_table(placements: Iterable[Placement]) -> tuple[BucketUse, ...]:
-    """Every bucket that is used, by width and height."""
+    """Every bucket that is used, sorted by width and height."""
     cuts: dict[Size, list[float]] = {}
     for placement in placements:
         cuts.setdefault((placement.width, placement.height), []).append(placement.cut_off)
     return tuple(
-        BucketUse(width=w, height=h, count=len(own), mean_cut=sum(own) / len(own), worst_cut=max(own))
-        for (w, h), own in sorted(cuts.items())
+        BucketUse(width=w, height=h, count=len(shares), mean_cut=sum(shares) / len(shares), worst_cut=max(shares))
+        for (w, h), shares in sorted(cuts.items())
     )
 
 
@@ -148,7 +148,7 @@ def _place(rules: BucketRules, width: int, height: int) -> Placement:
 
 
 def _least_cut(sizes: Iterable[Size], image: Size) -> Size:
-    """The one that cuts off least; the larger where that is equal."""
+    """The bucket that cuts off least; of equals, the largest."""
 
     def kept(size: Size) -> tuple[float, int]:
         (width, height), area = _scaled(image, size), size[0] * size[1]
@@ -162,7 +162,7 @@ def _covering(image: Size, bucket: Size) -> Placement:
 
 
 def _scaled(image: Size, bucket: Size) -> Size:
-    """Of an image that just covers the bucket. In doubles, and halves rounded up, so that it is kohya's to the pixel."""
+    """Size of an image that just covers the bucket; in doubles with halves rounded up, which equals kohya's to the pixel."""
     width, height = image
     scale = bucket[1] / height if width / height > bucket[0] / bucket[1] else bucket[0] / width
     return int(width * scale + 0.5), int(height * scale + 0.5)
@@ -187,9 +187,9 @@ def _nearest_aspect(sizes: tuple[Size, ...], image: Size) -> Size:
 
 
 def _kohya_shrunk(rules: BucketRules, image: Size) -> Placement:
-    """An image that is too large is shrunk until a side is a multiple of the step; the rest over a multiple is cut off.
+    """Shrink an image that is too large until a side is a multiple of the step, and cut off the rest.
 
-    An image that is not too large stays as it is. One that is smaller than a step, which kohya's trainer cannot use, is
+    An image that is not too large keeps its size. One that is smaller than a step, which kohya's trainer cannot use, is
     enlarged to it.
     """
     (width, height), area, step = image, rules.resolution * rules.resolution, rules.step
@@ -216,7 +216,7 @@ def _whole_steps(length: float, step: int) -> int:
 
 
 def _sizes_within(rules: BucketRules, image: Size) -> list[Size]:
-    """Buckets that the image covers without being enlarged, each as large as fits; the smallest where none is."""
+    """Buckets that the image covers without enlargement, each as large as fits; the smallest bucket where there is none."""
     (width, height), area, step = image, rules.resolution * rules.resolution, rules.step
     found = [(wide, min(height, area // wide) // step * step) for wide in range(step, width + 1, step)]
     found += [(min(width, area // high) // step * step, high) for high in range(step, height + 1, step)]

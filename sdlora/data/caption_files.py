@@ -1,4 +1,4 @@
-"""Captions of a set's images from the files beside them or from tables, and what is missing or left over."""
+"""Captions of a set's images from files beside them or from tables, and reports of what is missing or left over."""
 
 from __future__ import annotations
 
@@ -8,62 +8,62 @@ from pathlib import Path
 
 from ..config.sections import DataSection, SetSection
 from .decoding import EXTENSIONS
-from .findings import Severity
-from .folders import FindingCollector, Folder, ListedImage, extension_of, stem_of
+from .findings import FindingCollector, Severity
+from .folders import Folder, ListedImage, extension_of, stem_of
 from .tables import Row, is_table
 
 CAPTION_EXTENSIONS = (".txt", ".caption", ".cap", ".tags", ".json")
-"""What caption files end in, of this trainer and others."""
+"""Extensions of caption files, of this trainer and others."""
 UNREAD_EXTENSIONS = frozenset(
     {
         *(".psd", ".xcf", ".kra", ".svg", ".tga", ".exr", ".hdr", ".dds", ".jp2"),
         *(".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".mp4", ".webm", ".mov", ".mkv", ".avi"),
     }
 )
-"""Images and films that one may take for training material, but which are not in ``EXTENSIONS``."""
+"""Images and videos that may look like training material, but are not in ``EXTENSIONS``."""
 NO_CAPTIONS = frozenset({"readme", "license", "licence", "copying", "notice", "credits"})
 """Names of text files that belong to no image."""
 MAX_CAPTION_BYTES = 1 << 16
 MAX_WORDS = 225
-"""Three chunks of 75 tokens, the most that is read of a caption; a word is at least one."""
+"""Three chunks of 75 tokens, the most of a caption that is read; a word is at least one token."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Caption:
-    """What was found for an image."""
+    """Captions that were found for an image."""
 
     texts: tuple[str, ...]
     """Alternatives; () where there is none."""
     file: Path | None
-    """None also where ``texts`` is the class prompt."""
+    """None for a class prompt, too."""
 
 
 class CaptionFinder:
-    """The captions of one set's images; ask for each, then for what is missing and unused."""
+    """Finds the captions of one set's images; afterwards reports what is missing and unused."""
 
-    def __init__(self, one: SetSection, data: DataSection, report: FindingCollector):
-        self._root = Path(one.images)
-        self._class_prompt = one.class_prompt
-        self._extension = "." + one.caption_extension.lstrip(".").lower()
-        self._lines = one.caption_lines
+    def __init__(self, section: SetSection, data: DataSection, report: FindingCollector):
+        self._root = Path(section.images)
+        self._class_prompt = section.class_prompt
+        self._extension = "." + section.caption_extension.lstrip(".").lower()
+        self._lines = section.caption_lines
         self._missing_is: Severity = "warning" if data.allow_missing_captions else "error"
         self._report = report
         self._found: dict[Path, Caption] = {}
         self._missing: list[ListedImage] = []
         self._claimed: set[Path] = set()
-        """Files that are an image's caption, or that a finding tells of already."""
+        """Files that are an image's caption, or that already have a finding."""
 
     def caption(self, image: ListedImage, table: Path | None, row: Row | None) -> Caption:
-        """Of ``image``: what its ``row`` of ``table`` says, else its caption file, else the class prompt."""
-        own = [name for name in image.folder.by_stem.get(image.stem, ()) if extension_of(name) == self._extension]
-        file = image.folder.path / own[0] if own else None
+        """The caption of ``image``: from its ``row`` of ``table``, else from its caption file, else the class prompt."""
+        names = [name for name in image.folder.by_stem.get(image.stem, ()) if extension_of(name) == self._extension]
+        file = image.folder.path / names[0] if names else None
         if file is not None:
             self._claimed.add(file)
         if table is not None and row is not None and (row.caption or row.tags):
             caption = Caption(texts=self._alternatives(row.caption or "", row.tags, image.path), file=table)
             if file is not None:
-                message = f"a caption here and one in {table.name}, which is the one that is used"
-                self._report.tell("caption-twice", file, message, "remove one of them", "warning")
+                message = f"a caption here and one in {table.name}; the table's is used"
+                self._report.add("caption-twice", file, message, "remove one of them", "warning")
             self._check_length(caption.texts, image.path)
         elif file is not None:
             caption = Caption(texts=self._read(file), file=file)
@@ -81,19 +81,19 @@ class CaptionFinder:
             text = stored[:MAX_CAPTION_BYTES].decode("utf-8-sig")
         except OSError as error:
             message = f"cannot be read: {error.strerror}"
-            self._report.tell("caption-unreadable", file, message, "give yourself the right to read it")
+            self._report.add("caption-unreadable", file, message, "make it readable")
             return ()
         except UnicodeDecodeError as error:
             message = f"not UTF-8 text (byte {error.start})"
-            self._report.tell("caption-not-utf8", file, message, "save it again as UTF-8")
+            self._report.add("caption-not-utf8", file, message, "save it again as UTF-8")
             return ()
         if len(stored) > MAX_CAPTION_BYTES:
-            message = f"more than {MAX_CAPTION_BYTES:,} bytes, which is no caption"
-            self._report.tell("caption-too-long", file, message, "shorten it")
+            message = f"more than {MAX_CAPTION_BYTES:,} bytes, too many for a caption"
+            self._report.add("caption-too-long", file, message, "shorten it")
             return ()
         texts = self._alternatives(text, "", file)
         if not texts:
-            self._report.tell("caption-empty", file, "empty", "write what the image shows", self._missing_is)
+            self._report.add("caption-empty", file, "empty", "write what the image shows", self._missing_is)
         self._check_length(texts, file)
         return texts
 
@@ -102,9 +102,9 @@ class CaptionFinder:
         if self._lines == "join":
             lines = [" ".join(lines)] if lines else []
         elif self._lines == "first" and len(lines) > 1:
-            message = f"{len(lines)} lines, of which only the first is read"
-            remedy = 'set data.caption_lines = "draw" to draw one in each epoch, or "join" to read all as one'
-            self._report.tell("caption-lines", file, message, remedy, "warning")
+            message = f"{len(lines)} lines; only the first is read"
+            remedy = 'set data.caption_lines = "draw" to draw one in each epoch, or "join" to join them'
+            self._report.add("caption-lines", file, message, remedy, "warning")
             lines = lines[:1]
         if tags:
             lines = [f"{line}, {tags}" for line in lines] or [tags]
@@ -115,10 +115,10 @@ class CaptionFinder:
         if words > MAX_WORDS:
             message = f"a caption of {words} words; at most {MAX_WORDS} tokens are read"
             drawn = ', or set data.caption_lines = "draw" where each line is a caption'
-            self._report.tell("caption-too-long", file, message, "shorten it" + drawn * (self._lines == "join"))
+            self._report.add("caption-too-long", file, message, "shorten it" + drawn * (self._lines == "join"))
 
-    def tell_missing(self) -> None:
-        """Of the images that were asked for: those without a caption, and the files that were meant to be one."""
+    def report_missing(self) -> None:
+        """Add findings for images without a caption, naming the files that were meant to be one."""
         captioned = sum(caption.file is not None for caption in self._found.values())
         elsewhere: dict[str, list[tuple[ListedImage, str]]] = {}
         alone: list[ListedImage] = []
@@ -129,43 +129,43 @@ class CaptionFinder:
             else:
                 alone.append(image)
         for extension, images in elsewhere.items():
-            self._tell_elsewhere(extension, images, general=len(images) > max(1, captioned))
+            self._report_elsewhere(extension, images, general=len(images) > max(1, captioned))
         captioned_folders = {path.parent for path, caption in self._found.items() if caption.file is not None}
         bare = [image for image in alone if not self._found[image.path].texts]
         if len(bare) == len(self._found) > 1:
             message = f"none of its {len(bare)} images has a caption"
             remedy = f"write {bare[0].stem}{self._extension} and so on, or set data.allow_missing_captions = true"
-            self._report.tell("caption-missing", self._root, message, remedy, self._missing_is)
+            self._report.add("caption-missing", self._root, message, remedy, self._missing_is)
             return
         for image in alone:
             near, wanted = self._misnamed(image), image.stem + self._extension
             remedy = f"rename {near} as {wanted}" if near else f"write {wanted} beside it"
             if not self._found[image.path].texts:
-                self._report.tell("caption-missing", image.path, "no caption", remedy, self._missing_is)
+                self._report.add("caption-missing", image.path, "no caption", remedy, self._missing_is)
             elif near or image.folder.path in captioned_folders:
                 message = f"no caption, so it is trained on {self._found[image.path].texts[0]!r}"
-                self._report.tell("caption-missing", image.path, message, remedy, "warning")
+                self._report.add("caption-missing", image.path, message, remedy, "warning")
 
-    def _tell_elsewhere(self, extension: str, images: Sequence[tuple[ListedImage, str]], *, general: bool) -> None:
+    def _report_elsewhere(self, extension: str, images: Sequence[tuple[ListedImage, str]], *, general: bool) -> None:
         if general:
-            message = f"found {len(images)} {extension} files; you asked for {self._extension}"
+            message = f"found {len(images)} {extension} files; {self._extension} is expected"
             remedy = f'set data.caption_extension = "{extension}"'
-            self._report.tell("caption-extension", self._root, message, remedy, self._missing_is)
+            self._report.add("caption-extension", self._root, message, remedy, self._missing_is)
             return
         for image, beside in images:
             remedy = f"set data.caption_extension, or rename it {image.stem}{self._extension}"
             message = f"no caption, but found {beside}"
-            self._report.tell("caption-extension", image.path, message, remedy, self._missing_is)
+            self._report.add("caption-extension", image.path, message, remedy, self._missing_is)
 
     def _beside(self, image: ListedImage) -> str | None:
-        """A caption file of ``image`` with an extension that was not asked for."""
+        """A caption file of ``image`` with another extension than expected."""
         for name in image.folder.by_stem.get(image.stem, ()):
             if extension_of(name) in CAPTION_EXTENSIONS and not is_table(name):
                 return name
         return None
 
     def _misnamed(self, image: ListedImage) -> str | None:
-        """A file that must be meant for the caption of ``image``: "1.png.txt", or with other capitals."""
+        """A file that is probably the caption of ``image``: "1.png.txt", or with other capitals."""
         for stem in (stem_of(image.file_name + self._extension), image.stem):
             for name in image.folder.by_small_letters.get(stem.lower() + self._extension, ()):
                 file = image.folder.path / name
@@ -174,24 +174,24 @@ class CaptionFinder:
                     return name
         return None
 
-    def tell_unused(self, folders: Sequence[Folder]) -> None:
-        """Of the files in ``folders``: captions without an image, and images that are not read."""
+    def report_unused(self, folders: Sequence[Folder]) -> None:
+        """Add findings for captions without an image, and images in formats that are not read."""
         extra: dict[str, int] = {}
         for folder in folders:
             for name in folder.files:
                 file, stem, extension = folder.path / name, stem_of(name), extension_of(name)
                 beside = {extension_of(other) for other in folder.by_stem[stem]}
                 if extension in UNREAD_EXTENSIONS:
-                    message = f"{extension} is not read, so this is not used"
-                    self._report.tell("image-format", file, message, "save it as PNG, or move it away", "warning")
+                    message = f"{extension} files cannot be read, so this is not used"
+                    self._report.add("image-format", file, message, "save it as PNG, or move it away", "warning")
                 elif file in self._claimed or is_table(name):
                     continue
                 elif beside & EXTENSIONS and extension in CAPTION_EXTENSIONS:
                     extra[extension] = extra.get(extension, 0) + 1
                 elif extension == self._extension and not (beside & UNREAD_EXTENSIONS or stem.lower() in NO_CAPTIONS):
-                    message, remedy = f"a caption, but there is no image {stem}", "rename or remove it"
-                    self._report.tell("caption-unused", file, message, remedy, "warning")
+                    message, remedy = f"a caption without an image {stem}", "rename or remove it"
+                    self._report.add("caption-unused", file, message, remedy, "warning")
         for extension, count in extra.items():
-            message = f"{count} {extension} files are not read; captions come from elsewhere"
-            remedy = f'set data.caption_extension = "{extension}" if they are the captions that you want'
-            self._report.tell("caption-extra", self._root, message, remedy, "note")
+            message = f"{count} {extension} files are not read; captions come from other files"
+            remedy = f'set data.caption_extension = "{extension}" if they are the captions you want'
+            self._report.add("caption-extra", self._root, message, remedy, "note")

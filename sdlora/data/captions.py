@@ -1,6 +1,6 @@
-"""Caption text: how the caption that is trained on is made from those that were found. Pure functions.
+"""The text of captions: how the caption that is trained on is made from those that were found. Pure functions.
 
-In this order: replacements, wildcards, the trigger, prefix and suffix, shuffled tags, dropped tags.
+The order is: replacements, wildcards, the trigger, prefix and suffix, shuffled tags, dropped tags.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import numpy as np
 from ..randomness import Stream, generator
 
 MAX_VARIANTS = 256
-"""Of one caption's wildcards that ``CaptionRules.longest`` goes through."""
+"""Largest number of a caption's wildcard variants that ``CaptionRules.longest`` lists."""
 MAX_DEPTH = 20
-"""Of wildcards within one another; deeper ones are text."""
+"""Levels of nested wildcards; deeper ones are text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class CaptionRules:
     """How the caption that is trained on is made from those that were found; the fields are those of ``[data]``."""
 
     trigger: str
-    """The empty text where the set has none."""
+    """Empty where the set has none."""
     trigger_as: Literal["word", "prefix", "template"] = "word"
     template: str = "{trigger}, {caption}"
     prefix: str = ""
@@ -39,10 +39,10 @@ class CaptionRules:
     tag_dropout: float = 0.0
 
     def caption(self, captions: Sequence[str], *, seed: int, epoch: int, image: int) -> str:
-        """The variant that view ``image`` is shown with in ``epoch``: a function of its arguments and nothing else.
+        """The variant with which ``image`` is shown in ``epoch``: a function of the arguments alone.
 
         One of ``captions`` is drawn, then the alternatives of its wildcards, the order of its tags, and which of them
-        are left out; the trigger and the first ``keep_tokens`` tags stay where they are.
+        are dropped; the trigger and the first ``keep_tokens`` tags keep their place.
         """
 
         def rng(stream: Stream) -> np.random.Generator:
@@ -58,17 +58,17 @@ class CaptionRules:
         return self._arranged(self._worded(*parts), rng)
 
     def plain(self, captions: Sequence[str]) -> str:
-        """Nothing drawn: the first caption with the first alternatives of its wildcards, every tag in its place."""
+        """Without randomness: the first caption, the first alternatives of its wildcards, every tag in its place."""
         parts = self._parts(captions[0] if captions else "")
         if self.wildcards:
             parts = [draw_wildcards(part, lambda _: 0) for part in parts]
         return self._arranged(self._worded(*parts), None)
 
     def longest(self, captions: Sequence[str]) -> tuple[str, ...]:
-        """Variants among which is the one with the most tokens: every caption with every alternative of its wildcards.
+        """Variants that include the one with the most tokens: every caption with every alternative of its wildcards.
 
-        Of a caption with more than ``MAX_VARIANTS`` only two are given: with the alternatives that have the most
-        words, and the most letters.
+        A caption with more than ``MAX_VARIANTS`` has only two: with the alternatives that have the most words, and the
+        most letters.
         """
         found: dict[str, None] = {}
         for caption in captions or ("",):
@@ -78,13 +78,13 @@ class CaptionRules:
         return tuple(found)
 
     def _parts(self, text: str) -> list[str]:
-        """Prefix, caption and suffix, in all of which wildcards may stand."""
+        """Prefix, caption and suffix, all of which may contain wildcards."""
         for old, new in self.replace:
             text = text.replace(old, new)
         return [self.prefix, text, self.suffix]
 
     def _worded(self, prefix: str, text: str, suffix: str) -> str:
-        """The three on one line, with the trigger."""
+        """Prefix, caption and suffix on one line, with the trigger."""
         prefix, text, suffix = (" ".join(part.split()) for part in (prefix, text, suffix))
         if self.trigger and self.trigger_as == "word":
             if not (has_word(prefix, self.trigger) or has_word(suffix, self.trigger)):
@@ -97,7 +97,7 @@ class CaptionRules:
         return _joined(_joined(prefix, text), suffix)
 
     def _arranged(self, text: str, rng: Callable[[Stream], np.random.Generator] | None) -> str:
-        """``text`` with its tags shuffled and dropped; without ``rng``, only spelled as it would be then."""
+        """``text`` with its tags shuffled and dropped; without ``rng``, only with the same spacing."""
         if not (self.shuffle_tags or self.tag_dropout):
             return text
         tags = split_tags(text)
@@ -112,31 +112,31 @@ class CaptionRules:
         return ", ".join(tags[i] for i in arranged if i in kept or not dropped[i])
 
     def _kept(self, tags: Sequence[str]) -> set[int]:
-        """Numbers of the tags that stay: the first ``keep_tokens``, and the first that holds the trigger."""
+        """Positions of the tags that are kept: the first ``keep_tokens``, and the first that contains the trigger."""
         kept = set(range(min(self.keep_tokens, len(tags))))
         if self.trigger:
-            # A trigger may have commas of its own; then it is several tags in a row.
-            own = split_tags(self.trigger)
+            # A trigger may contain commas; then it is several tags in a row.
+            trigger = split_tags(self.trigger)
             for first in range(len(tags)):
-                if has_word(", ".join(tags[first : first + len(own)]), ", ".join(own)):
-                    return kept | set(range(first, min(first + len(own), len(tags))))
+                if has_word(", ".join(tags[first : first + len(trigger)]), ", ".join(trigger)):
+                    return kept | set(range(first, min(first + len(trigger), len(tags))))
         return kept
 
 
 def has_word(caption: str, word: str) -> bool:
-    """Whether ``word`` stands in ``caption`` as a word of its own: "art" is not in "party"."""
+    """Whether ``caption`` contains ``word`` as a separate word: "art" is not in "party"."""
     return re.search(_word_pattern(word), caption, re.IGNORECASE) is not None
 
 
 def with_trigger(caption: str, trigger: str) -> str:
-    """``caption``, with ``trigger`` in front where it lacks it."""
+    """``caption``, with ``trigger`` in front if it lacks it."""
     if has_word(caption, trigger):
         return caption
     return f"{trigger}, {caption}" if caption else trigger
 
 
 def without_word(caption: str, word: str) -> str:
-    """``caption`` less every ``word`` that stands as a word of its own, and less the commas that this leaves over."""
+    """``caption`` without every separate ``word``, and without the commas that this leaves over."""
     if not has_word(caption, word):
         return caption
     rest = re.sub(_word_pattern(word), "", caption, flags=re.IGNORECASE)
@@ -149,16 +149,16 @@ def _word_pattern(word: str) -> str:
 
 
 def _joined(front: str, back: str) -> str:
-    """With a space between, as kohya joins them, but none before a comma."""
+    """Both with a space between, as kohya joins them, except before a comma."""
     between = " " if front and back and not back.startswith(",") else ""
     return front + between + back
 
 
 def split_tags(caption: str) -> list[str]:
-    """The tags of ``caption``, which commas separate, less white space around them and less empty ones.
+    """The tags of ``caption``, separated by commas, without surrounding white space and empty ones.
 
-    A comma within brackets separates nothing: ``(red hair, freckles:1.2)`` is one tag. A bracket that is escaped
-    (``\\(``) or has no partner, as in the tag ``:(``, is no bracket.
+    A comma within brackets does not separate: ``(red hair, freckles:1.2)`` is one tag. A bracket that is escaped
+    (``\\(``) or has no partner, as in the tag ``:(``, is not a bracket.
     """
     closing = _bracket_pairs(caption, "([", ")]")
     tags, start, position = [], 0, 0
@@ -186,7 +186,7 @@ def _bracket_pairs(text: str, opening: str, closing: str) -> dict[int, int]:
             open_at.append(position)
         elif letter in closing:
             kind = opening[closing.index(letter)]
-            # What was opened within and never closed is text.
+            # A bracket that was opened within and never closed is text.
             inner = next((i for i in reversed(range(len(open_at))) if text[open_at[i]] == kind), None)
             if inner is not None:
                 pairs[open_at[inner]] = position
@@ -195,24 +195,25 @@ def _bracket_pairs(text: str, opening: str, closing: str) -> dict[int, int]:
 
 
 Wildcards = tuple["str | tuple[Wildcards, ...]", ...]
-"""A text in pieces: plain ones, and the alternatives of each wildcard, in pieces themselves."""
+"""A text in pieces: plain text, and the alternatives of each wildcard, which are pieces again."""
 
 
 def draw_wildcards(text: str, choose: Callable[[int], int]) -> str:
-    """``text`` with one alternative of each ``{a|b}``; ``choose(count)`` gives the number of the one that is taken.
+    """``text`` with one alternative of each ``{a|b}``; ``choose(count)`` returns the index of the chosen one.
 
-    Wildcards may stand within one another. Braces without a ``|`` between them, or without a partner, are text.
+    Wildcards may be nested. Braces without a ``|`` between them, or without a partner, are text.
     """
     return _drawn(_pieces(text), choose)
 
 
 def wildcard_variants(texts: Sequence[str]) -> tuple[tuple[str, ...], ...]:
-    """All that ``draw_wildcards`` can make of ``texts`` together; of more than ``MAX_VARIANTS``, the two longest."""
+    """Everything that ``draw_wildcards`` can return for ``texts`` together; the two longest if there are more than
+    ``MAX_VARIANTS``."""
     pieces = [_pieces(text) for text in texts]
     if math.prod(map(_count, pieces)) <= MAX_VARIANTS:
         return tuple(dict.fromkeys(itertools.product(*map(_variants, pieces))))
-    by_words = tuple(_widest(own, lambda variant: len(re.findall(r"\w+|[^\w\s]", variant))) for own in pieces)
-    return tuple(dict.fromkeys((by_words, tuple(_widest(own, len) for own in pieces))))
+    by_words = tuple(_widest(text, lambda variant: len(re.findall(r"\w+|[^\w\s]", variant))) for text in pieces)
+    return tuple(dict.fromkeys((by_words, tuple(_widest(text, len) for text in pieces))))
 
 
 def _pieces(text: str, depth: int = 0) -> Wildcards:
@@ -230,7 +231,7 @@ def _pieces(text: str, depth: int = 0) -> Wildcards:
 
 
 def _bars(text: str, opening: int, pairs: dict[int, int]) -> list[int]:
-    """Positions of ``|`` between a brace and its partner, less those within other braces."""
+    """Positions of ``|`` between a brace and its partner, except those within nested braces."""
     bars, position = [], opening + 1
     while position < pairs[opening]:
         position = pairs.get(position, position)

@@ -1,4 +1,4 @@
-"""Files that hold images: which can be read, opened with every fault told as one, and turned upright."""
+"""Image files: which formats are read, opening with one kind of error for every fault, and turning upright."""
 
 from __future__ import annotations
 
@@ -11,16 +11,13 @@ from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
 from ..errors import DataError
 from ..files import printable
 from .findings import Finding
-
-if TYPE_CHECKING:
-    pass
 
 EXTENSIONS = frozenset(
     {
@@ -39,9 +36,9 @@ SUFFIXES = {
     "HEIF": (".heic", ".heif", ".hif"),
     "JXL": (".jxl",),
 }
-"""Pillow's name of a format -> how its files end, the usual spelling first. What is not here is not read."""
+"""Pillow's name of a format -> extensions of its files, the usual one first. Other formats are not read."""
 MAX_PIXELS = 178_956_970
-"""What has more is a decompression bomb to Pillow, which does not open it."""
+"""Pillow refuses to open anything larger, as a decompression bomb."""
 _PLUGINS = {"HEIF": ("pillow_heif", "pillow-heif"), "JXL": ("pillow_jxl", "pillow-jxl-plugin")}
 _HEIF_BRANDS = {b"heic", b"heix", b"hevc", b"heim", b"heis", b"hevm", b"hevs", b"mif1", b"msf1"}
 ORIENTATION = 0x0112
@@ -55,14 +52,16 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 """EXIF orientation -> what undoes it; 1 is upright."""
+SIDEWAYS = (5, 6, 7, 8)
+"""EXIF orientations of which width and height are exchanged."""
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PIECE = 1 << 20
-"""Bytes that are read at once."""
+"""Bytes that are read at a time."""
 _WARNINGS = threading.RLock()
 
 
 class ImageError(DataError):
-    """An image that cannot be used; ``finding`` tells it apart from others."""
+    """An image that cannot be used; ``finding.code`` is the kind of fault."""
 
     def __init__(self, finding: Finding):
         self.finding = finding
@@ -71,53 +70,50 @@ class ImageError(DataError):
 
 @contextmanager
 def opened(file: Path) -> Generator[Image.Image]:
-    """The open image; what goes wrong within the block is told as a ``ImageError``."""
+    """Within the block, the open image.
+
+    Raises:
+        ImageError: whatever goes wrong within the block, except a lack of memory.
+    """
     try:
         with file.open("rb") as stream:
             head = stream.read(32)
             if not head:
-                raise ImageError(_fault(file, "image-empty", "empty file (0 bytes)", "replace or remove it"))
+                raise _error(file, "image-empty", "empty file (0 bytes)", "replace or remove it")
             if head.startswith(_PNG):
                 _check_sums(stream)
         _load_plugin(file, head)
-        # The filters of warnings are the process's, not the thread's: one thread at a time may change them.
+        # Filters of warnings belong to the process, not to the thread: only one thread at a time may change them.
         with _WARNINGS, warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(file, formats=_formats())
         with image:
             yield image
-    except ImageError:
+    except (ImageError, MemoryError):
         raise
-    except Image.DecompressionBombError:
-        raise ImageError(
-            _fault(file, "image-too-large", f"more than {MAX_PIXELS:,} pixels", "make it smaller")
-        ) from None
-    except UnidentifiedImageError:
-        raise ImageError(
-            _fault(
-                file,
-                "image-unknown",
-                "not an image, or of a kind that cannot be read",
-                "replace or remove it",
-            )
-        ) from None
-    except PermissionError as error:
-        raise ImageError(
-            _fault(file, "image-unreadable", f"cannot be read: {error.strerror}", "allow reading it")
-        ) from None
-    except FileNotFoundError:
-        raise ImageError(_fault(file, "image-unreadable", "no such file", "check the folder")) from None
-    except MemoryError:
-        raise
-    except Exception as error:  # Pillow's decoders raise nearly anything on bytes that are not what they should be.
-        reason = str(error).strip() or type(error).__name__
-        cut = isinstance(error, EOFError) or "truncated" in reason.lower()
-        code, what = ("image-truncated", "truncated image") if cut else ("image-damaged", "damaged image")
-        raise ImageError(_fault(file, code, f"{what} ({reason})", "replace or remove it")) from None
+    except Exception as error:  # Pillow's decoders raise nearly anything on bytes that they do not expect.
+        raise _error(file, *_explain(error)) from None
 
 
-def _fault(file: Path, code: str, message: str, remedy: str) -> Finding:
-    return Finding(code=code, severity="error", file=printable(file), message=message, remedy=remedy)
+def _error(file: Path, code: str, message: str, remedy: str) -> ImageError:
+    return ImageError(Finding(code=code, severity="error", file=printable(file), message=message, remedy=remedy))
+
+
+def _explain(error: Exception) -> tuple[str, str, str]:
+    """Code, message and remedy for what Pillow or the system raised."""
+    match error:
+        case Image.DecompressionBombError():
+            return "image-too-large", f"more than {MAX_PIXELS:,} pixels", "make it smaller"
+        case UnidentifiedImageError():
+            return "image-unknown", "not an image, or in a format that cannot be read", "replace or remove it"
+        case PermissionError():
+            return "image-unreadable", f"cannot be read: {error.strerror}", "allow reading it"
+        case FileNotFoundError():
+            return "image-unreadable", "no such file", "check the folder"
+    reason = str(error).strip() or type(error).__name__
+    if isinstance(error, EOFError) or "truncated" in reason.lower():
+        return "image-truncated", f"truncated image ({reason})", "replace or remove it"
+    return "image-damaged", f"damaged image ({reason})", "replace or remove it"
 
 
 def _load_plugin(file: Path, head: bytes) -> None:
@@ -129,20 +125,14 @@ def _load_plugin(file: Path, head: bytes) -> None:
     if form is None or _has_plugin(form):
         return
     package = _PLUGINS[form][1]
-    raise ImageError(
-        _fault(
-            file,
-            "image-needs-package",
-            f"a {form} image, which Pillow reads with {package}",
-            f"pip install {package}",
-        )
-    )
+    message = f"a {form} image, which Pillow reads with {package}"
+    raise _error(file, "image-needs-package", message, f"pip install {package}")
 
 
 def _check_sums(stream: BinaryIO) -> None:
-    """Hold the chunks of a PNG that every reader needs against their checksums; where one is cut short, Pillow tells.
+    """Check the checksums of the chunks of a PNG that every reader needs; Pillow itself reports those that are cut short.
 
-    Pillow does not look at them: to it, a byte that changed on the disk is a streak in the image.
+    Pillow ignores checksums: a byte that changed on the disk would become a streak in the image.
     """
     stream.seek(len(_PNG))
     while len(head := stream.read(8)) == 8:
@@ -154,8 +144,8 @@ def _check_sums(stream: BinaryIO) -> None:
         while left and (data := stream.read(min(left, _PIECE))):
             found = zlib.crc32(data, found)
             left -= len(data)
-        told = stream.read(4)
-        if left == 0 and len(told) == 4 and found != int.from_bytes(told):
+        stated = stream.read(4)
+        if left == 0 and len(stated) == 4 and found != int.from_bytes(stated):
             raise ValueError(f"the checksum of its {name.decode('latin-1')} chunk is wrong")
 
 
@@ -176,12 +166,13 @@ def _formats() -> tuple[str, ...]:
 
 
 def format_of(image: Image.Image) -> str:
-    """Phones write JPEG files with further images behind the first, which Pillow calls MPO."""
+    """Pillow's name of the format: a key of ``SUFFIXES``."""
+    # Phones write JPEG files with further images after the first, which Pillow calls MPO.
     return "JPEG" if image.format == "MPO" else str(image.format)
 
 
 def orientation_of(image: Image.Image) -> int:
-    """EXIF's, 1 (upright) to 8."""
+    """EXIF orientation, from 1 (upright) to 8."""
     try:
         value = image.getexif().get(ORIENTATION, 1)
     except Exception:  # A damaged EXIF block raises nearly anything, and says nothing about the pixels.
@@ -190,11 +181,11 @@ def orientation_of(image: Image.Image) -> int:
 
 
 def turned(image: Image.Image, orientation: int) -> Image.Image:
-    """``image`` upright."""
+    """``image`` upright, given its EXIF orientation."""
     method = _UPRIGHT.get(orientation)
     return image if method is None else image.transpose(method)
 
 
 def has_alpha(image: Image.Image) -> bool:
-    """Whether it has a channel, or a colour, that is transparent."""
+    """Whether the image has an alpha channel, or a colour that is transparent."""
     return "A" in image.getbands() or "transparency" in image.info

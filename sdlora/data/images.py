@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageColor
 
+from ..config.sections import MaskKind
 from ..files import printable
 from .buckets import Placement
 from .decoding import ORIENTATION, ImageError, format_of, has_alpha, opened, orientation_of, turned
@@ -17,12 +18,14 @@ from .findings import Finding
 if TYPE_CHECKING:
     import torch
 
+WHITE = "#ffffff"
 
-def open_image(file: Path, background: str = "#ffffff") -> Image.Image:
-    """Decode ``file`` fully: first frame, EXIF orientation applied, transparency composited on ``background``, as RGB.
+
+def open_image(file: Path, background: str = WHITE) -> Image.Image:
+    """Decode ``file`` fully: first frame, EXIF orientation applied, transparency composited on ``background``, RGB.
 
     Raises:
-        ImageError: empty, truncated, damaged, not an image, of a format whose package is not installed, or so large
+        ImageError: empty, truncated, damaged, not an image, in a format whose package is not installed, or so large
             that it must be an attack.
     """
     with opened(file) as image:
@@ -31,7 +34,7 @@ def open_image(file: Path, background: str = "#ffffff") -> Image.Image:
 
 
 def open_alpha(file: Path) -> np.ndarray | None:
-    """The alpha channel of ``file`` as float32 (height, width) in [0, 1], upright; None where it has none.
+    """The alpha channel of ``file`` as float32 (height, width) in [0, 1], upright; None without one.
 
     Raises:
         ImageError: as ``open_image``.
@@ -44,17 +47,15 @@ def open_alpha(file: Path) -> np.ndarray | None:
         return np.asarray(alpha, np.float32) / 255
 
 
-def open_mask(
-    image: Path, mask: Path | None, size: tuple[int, int], kind: Literal["none", "alpha", "files"]
-) -> np.ndarray | None:
-    """How much each pixel of ``image`` weighs in the loss: float32 (height, width) in [0, 1]; None where all weigh alike.
+def open_mask(image: Path, mask: Path | None, size: tuple[int, int], kind: MaskKind) -> np.ndarray | None:
+    """Weight of each pixel of ``image`` in the loss: float32 (height, width) in [0, 1]; None where all are equal.
 
     Args:
-        mask: the file that holds it, for ``files``: white counts, black does not.
+        mask: the mask file, for ``files``; white counts, black does not.
         size: (width, height) of the upright image.
 
     Raises:
-        ImageError: the mask cannot be decoded, or is of another size than the image.
+        ImageError: the mask cannot be decoded, or differs from the image in size.
     """
     if kind == "none" or (kind == "files" and mask is None):
         return None
@@ -68,16 +69,16 @@ def open_mask(
                 severity="error",
                 file=printable(mask),
                 message=f"a mask of {levels.shape[1]} x {levels.shape[0]} pixels for an image of {size[0]} x {size[1]}",
-                remedy="make it the size of its image",
+                remedy="resize it to the size of the image",
             )
         )
     return levels
 
 
 def write_upright(file: Path, target: Path) -> bool:
-    """Write the image to ``target`` upright, in its own format; False, and nothing written, where it cannot be.
+    """Write the image to ``target`` upright, in the same format; False, and nothing written, where that is impossible.
 
-    A JPEG is saved at quality 98, which loses next to nothing; other formats without loss.
+    A JPEG is saved at quality 98, which loses almost nothing; other formats without loss.
 
     Raises:
         ImageError: as ``open_image``.
@@ -106,28 +107,26 @@ def write_upright(file: Path, target: Path) -> bool:
 
 
 def scale(image: Image.Image, placement: Placement) -> Image.Image:
-    """The whole image at the size that is planned."""
+    """The whole image at the scaled size of ``placement``."""
     return image.resize((placement.scaled_width, placement.scaled_height), Image.Resampling.LANCZOS)
 
 
 def cut_out(scaled: Image.Image, placement: Placement, *, flipped: bool = False) -> np.ndarray:
-    """The planned part of what ``scale`` made, mirrored afterwards where ``flipped`` -> uint8 (height, width, 3),
-    of a grey image (height, width).
-    """
+    """Crop what ``scale`` returned, and mirror it where ``flipped`` -> uint8 (height, width, 3); (height, width) if grey."""
     left, top = placement.left, placement.top
     pixels = np.asarray(scaled.crop((left, top, left + placement.width, top + placement.height)))
     return np.ascontiguousarray(pixels[:, ::-1] if flipped else pixels)
 
 
 def as_pixels(cut: np.ndarray) -> torch.Tensor:
-    """What ``cut_out`` gives -> float32 (3, height, width) in [-1, 1]."""
+    """uint8 (height, width, 3) from ``cut_out`` -> float32 (3, height, width) in [-1, 1]."""
     import torch
 
     return torch.from_numpy(cut.copy()).permute(2, 0, 1).float().div(127.5).sub(1)
 
 
 def place(image: Image.Image, placement: Placement) -> torch.Tensor:
-    """Scale and crop as planned -> float32 (3, height, width) in [-1, 1]."""
+    """Scale and crop -> float32 (3, height, width) in [-1, 1]."""
     return as_pixels(cut_out(scale(image, placement), placement))
 
 

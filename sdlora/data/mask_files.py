@@ -1,4 +1,4 @@
-"""Masks in files of their own, and the images that they belong to."""
+"""Mask files, and the images that they belong to."""
 
 from __future__ import annotations
 
@@ -6,17 +6,24 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..config.sections import MaskKind
 from .decoding import EXTENSIONS
-from .folders import MASK_LABEL, FindingCollector, Folder, ListedImage, extension_of, stem_of
+from .findings import FindingCollector
+from .folders import MASK_LABEL, Folder, ListedImage, extension_of, stem_of
 
 
 def find_masks(
-    folders: Sequence[Folder], images: Sequence[ListedImage], *, masks: Path | None, kind: str, report: FindingCollector
+    folders: Sequence[Folder],
+    images: Sequence[ListedImage],
+    *,
+    masks: Path | None,
+    kind: MaskKind,
+    report: FindingCollector,
 ) -> dict[Path, Path]:
-    """File of an image -> file of its mask; nothing where ``kind``, that is ``data.mask``, is not "files".
+    """File of an image -> file of its mask; empty where ``kind``, which is ``data.mask``, is not "files".
 
-    The mask of NAME.png has the stem NAME and lies in ``masks``, in a folder ``mask`` beside the image, or beside it
-    as NAME-masklabel.png.
+    The mask of NAME.png has the stem NAME, in ``masks`` or in a folder ``mask`` beside the image, or it is
+    NAME-masklabel.png beside the image.
     """
     named = _by_stem(masks, report) if masks is not None else {}
     chosen: dict[Path, Path] = {}
@@ -33,16 +40,18 @@ def find_masks(
         for folder_path, files in offered.items():
             if files:
                 message = f'{len(files)} masks are not used: data.mask is "{kind}"'
-                report.tell("mask-unused", folder_path, message, 'set data.mask = "files", or remove them', "warning")
+                report.add("mask-unused", folder_path, message, 'set data.mask = "files", or remove them', "warning")
         return {}
     used = set(chosen.values())
     for mask in [*named.values(), *(mask for files in offered.values() for mask in files)]:
         if mask not in used:
-            report.tell("mask-unused", mask, "a mask without an image of its name", "rename or remove it", "warning")
+            report.add(
+                "mask-unused", mask, "a mask without an image of the same name", "rename or remove it", "warning"
+            )
     for image in images if chosen else ():
         if image.path not in chosen:
             message, remedy = "no mask, so all of it counts", f"add mask/{image.stem}.png"
-            report.tell("mask-missing", image.path, message, remedy, "warning")
+            report.add("mask-missing", image.path, message, remedy, "warning")
     return chosen
 
 
@@ -50,7 +59,9 @@ def _by_stem(folder: Path, report: FindingCollector) -> dict[str, Path]:
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
-        report.tell("folder-missing", folder, f"no folder of masks: {error.strerror}", "correct the path")
+        report.add(
+            "folder-missing", folder, f"the folder of masks cannot be listed: {error.strerror}", "correct the path"
+        )
         return {}
     return {
         stem_of(name): folder / name for name in names if extension_of(name) in EXTENSIONS and not name.startswith(".")

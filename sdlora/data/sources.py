@@ -1,4 +1,4 @@
-"""Which images there are and what is said of each, before any is opened: folders, caption files, tables of metadata."""
+"""The images of a dataset with their captions, before any is opened: folders, caption files, tables of metadata."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ..files import printable
 from .caption_files import CaptionFinder
 from .captions import CaptionRules
 from .decoding import EXTENSIONS
-from .findings import Finding
-from .folders import FindingCollector, ListedImage, extension_of, list_folders
+from .findings import Finding, FindingCollector, findings_from
+from .folders import ListedImage, extension_of, list_folders
 from .mask_files import find_masks
 from .tables import TableRows
 
@@ -24,42 +24,43 @@ Role = Literal["train", "regularisation", "validation"]
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """An image file with its captions and its part in training."""
+    """An image file with its captions and its role in training."""
 
     file: Path
     name: str
     """Its path within the folder of its set, with ``/``."""
     set_number: int
-    """Which of the data section's resolved ``sets`` it belongs to, from 0."""
+    """Index of its set in the resolved ``data.sets``."""
     captions: tuple[str, ...]
-    """Alternatives as they were found, less surrounding white space; () where there is none."""
+    """Alternatives as they were found, without surrounding white space; () where there is none."""
     caption_file: Path | None
-    """Where they stand; a table of metadata may hold those of many images."""
+    """File that holds them; a table of metadata may hold those of many images."""
     rules: CaptionRules
     mask: Path | None
     role: Role
     repeats: int
     loss_weight: float
-    """Of its set, times its own."""
+    """Weight of its set times the weight of its row in a table."""
     resolution: tuple[int, ...]
-    """Sides in pixels of the squares whose areas it is shown at; () for the base's own."""
+    """Sides in pixels of the squares whose areas it is shown at; () for the resolution of the base."""
     crop: Literal["center", "random", "salient"]
     flip: bool
 
     def shown_at(self, resolution: int) -> bool:
+        """Whether the image is shown at ``resolution``, in pixels."""
         return not self.resolution or resolution in self.resolution
 
 
 @dataclass(frozen=True, kw_only=True)
 class Listing:
-    """Every image, sets in the order of the configuration and files by their names, and what is wrong with them."""
+    """Every image, sets in the order of the configuration and files by name, and the findings of the listing."""
 
     sources: tuple[Source, ...]
     findings: tuple[Finding, ...]
 
 
 def caption_rules(section: SetSection, data: DataSection) -> CaptionRules:
-    """The rules of the captions of a complete set."""
+    """The caption rules of a complete set of ``data``."""
     trigger = section.trigger
     if trigger is None:
         trigger = "" if section.role == "regularisation" else data.trigger or ""
@@ -78,53 +79,46 @@ def caption_rules(section: SetSection, data: DataSection) -> CaptionRules:
 
 
 def find_sources(data: DataSection) -> Listing:
-    """List every set of ``data``; a fault of the files is not raised, all of them are findings.
+    """List every set of ``data``; faults of the files are findings.
 
     Raises:
-        ConfigError: ``data.dataset_config`` is at fault.
+        ConfigError: ``data.dataset_config`` cannot be used.
     """
     data = resolve_data(data)
     sources: list[Source] = []
     report = FindingCollector()
-    for number, one in enumerate(data.sets):
-        sources += _sources_of(number, one, data, report)
-    findings = [*report.findings, *_shared_images(sources)]
-    if sources and data.mask == "files" and not any(source.mask for source in sources):
-        findings.append(
-            Finding(
-                code="mask-missing",
-                severity="error",
-                file=None,
-                message=f'data.mask is "files", but none of the {len(sources)} images has a mask',
-                remedy='put masks into a folder "mask" beside the images, under their names, or set data.mask = "none"',
-            )
-        )
-    return Listing(sources=tuple(sources), findings=tuple(findings))
+    for number, section in enumerate(data.sets):
+        sources += _sources_of(number, section, data, report)
+    unmasked = data.mask == "files" and not any(source.mask for source in sources)
+    message = unmasked and sources and f'data.mask is "files", but none of the {len(sources)} images has a mask'
+    remedy = 'put masks into a folder "mask" beside the images, under their names, or set data.mask = "none"'
+    missing = findings_from(None, ("mask-missing", "error", message, remedy))
+    return Listing(sources=tuple(sources), findings=(*report.findings, *_shared_images(sources), *missing))
 
 
-def _sources_of(number: int, one: SetSection, data: DataSection, report: FindingCollector) -> list[Source]:
-    root = Path(one.images)
+def _sources_of(number: int, section: SetSection, data: DataSection, report: FindingCollector) -> list[Source]:
+    root = Path(section.images)
     if not root.is_dir():
         message = "not a folder" if root.exists() else "no such folder"
-        report.tell("folder-missing", root, message, "name the folder of training images")
+        report.add("folder-missing", root, message, "name the folder of training images")
         return []
-    folders = list_folders(root, subfolders=one.subfolders, report=report)
+    folders = list_folders(root, subfolders=section.subfolders, report=report)
     rows = TableRows(folders, report)
-    if one.metadata is None:
-        rows.read_own()
+    if section.metadata is None:
+        rows.read_in_folders()
         images = [image for folder in folders for image in folder.images]
     else:
-        images = rows.read_named(Path(one.metadata), root)
+        images = rows.read_named(Path(section.metadata), root)
     if not images:
         entries = sum(len(folder.files) for folder in folders)
         message = f"no image among its {entries} files"
         kinds = " ".join(sorted(EXTENSIONS))
-        report.tell("folder-empty", root, message, f"put images there whose names end in {kinds}")
-    _tell_collisions(images, rows, report)
-    masks = Path(one.masks) if one.masks is not None else None
+        report.add("folder-empty", root, message, f"add images whose names end in {kinds}")
+    _report_collisions(images, rows, report)
+    masks = Path(section.masks) if section.masks is not None else None
     mask_of = find_masks(folders, images, masks=masks, kind=data.mask, report=report)
-    captions = CaptionFinder(one, data, report)
-    rules = caption_rules(one, data)
+    captions = CaptionFinder(section, data, report)
+    rules = caption_rules(section, data)
     sources = []
     for image in sorted(images, key=lambda image: image.name):
         table, row = rows.of(image)
@@ -138,21 +132,21 @@ def _sources_of(number: int, one: SetSection, data: DataSection, report: Finding
                 caption_file=caption.file,
                 rules=rules,
                 mask=mask_of.get(image.path),
-                role=one.role,
-                repeats=one.repeats * image.folder.repeats,
-                loss_weight=one.loss_weight * (1.0 if row is None else row.weight),
-                resolution=one.own_sides,
-                crop=one.crop,
-                flip=one.flip,
+                role=section.role,
+                repeats=section.repeats * image.folder.repeats,
+                loss_weight=section.loss_weight * (1.0 if row is None else row.weight),
+                resolution=section.own_sides,
+                crop=section.crop,
+                flip=section.flip,
             )
         )
-    captions.tell_missing()
-    captions.tell_unused(folders)
+    captions.report_missing()
+    captions.report_unused(folders)
     return sources
 
 
-def _tell_collisions(images: Sequence[ListedImage], rows: TableRows, report: FindingCollector) -> None:
-    """Find images that have one caption file between them."""
+def _report_collisions(images: Sequence[ListedImage], rows: TableRows, report: FindingCollector) -> None:
+    """Report images that share a caption file."""
     by_stem: dict[tuple[Path, str], list[ListedImage]] = {}
     for image in images:
         _, row = rows.of(image)
@@ -161,11 +155,11 @@ def _tell_collisions(images: Sequence[ListedImage], rows: TableRows, report: Fin
     for first, *others in by_stem.values():
         if others:
             message = f"shares its caption file with {', '.join(other.file_name for other in others)}"
-            report.tell("stem-collision", first.path, message, "rename or remove one")
+            report.add("stem-collision", first.path, message, "rename or remove one")
 
 
 def _shared_images(sources: Sequence[Source]) -> Iterator[Finding]:
-    """A finding for each image that more than one set has."""
+    """A finding for each image that is in more than one set."""
     by_file: dict[str, list[Source]] = {}
     for source in sources:
         by_file.setdefault(os.path.realpath(source.file), []).append(source)
@@ -173,13 +167,20 @@ def _shared_images(sources: Sequence[Source]) -> Iterator[Finding]:
         sides = [side for source in several for side in source.resolution or (0,)]
         if len(set(sides)) < len(sides) or len({source.role for source in several}) > 1:
             roles = sorted({source.role for source in several})
-            learned = len(roles) > 1
-            yield Finding(
-                code="image-shared",
-                severity="error" if learned else "warning",
-                file=printable(several[0].file),
-                message=f"in {len(several)} sets" + (f", with the roles {' and '.join(roles)}" if learned else ""),
-                remedy="leave it in one of them"
-                if learned
-                else "leave it in one of them, or let repeats show it more often",
+            same_role = len(roles) == 1
+            in_sets = f"in {len(several)} sets"
+            yield from findings_from(
+                printable(several[0].file),
+                (
+                    "image-shared",
+                    "error",
+                    not same_role and f"{in_sets}, with the roles {' and '.join(roles)}",
+                    "leave it in one of them",
+                ),
+                (
+                    "image-shared",
+                    "warning",
+                    same_role and in_sets,
+                    "leave it in one of them, or use repeats to show it more often",
+                ),
             )

@@ -17,26 +17,26 @@ from typing import Any
 
 from ..files import printable
 from .decoding import EXTENSIONS
-from .findings import Finding
-from .folders import FindingCollector, Folder, ListedImage, extension_of
+from .findings import Finding, FindingCollector
+from .folders import Folder, ListedImage, extension_of
 
 NAME_KEYS = ("file_name", "image_path")
-"""Of the image's file: the imagefolder's, and kohya's in .jsonl."""
+"""Keys of the image's file: the imagefolder's, and kohya's in .jsonl."""
 CAPTION_KEYS = ("text", "caption", "prompt")
 WEIGHT_KEYS = ("loss_weight", "weight")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What a table says of one image."""
+    """One image's entry in a table."""
 
     name: str
-    """Path of its file as the table has it, with ``/``; in kohya's .json it may lack the extension."""
+    """Path of the image file as written in the table, with ``/``; in kohya's .json it may lack the extension."""
     where: str
-    """The row's line, or its key."""
+    """The line of the row, or its key."""
     caption: str | None
     tags: str
-    """Comma-separated, to be added to each of the caption's alternatives."""
+    """Comma-separated; added to each alternative of the caption."""
     weight: float
 
 
@@ -50,27 +50,27 @@ class Table:
 
 
 def is_table(name: str) -> bool:
-    """Whether a file of this name in a folder of images is taken for a table of their captions."""
+    """Whether a file of this name in a folder of images is read as a table of their captions."""
     return re.fullmatch(r"metadata\.jsonl|metadata\.csv|meta_.+\.json", name) is not None
 
 
 def read_table(file: Path) -> Table:
-    """Read ``file`` by its extension: .jsonl, .csv, or .json; no fault of it is raised, all of them are findings."""
+    """Read ``file`` by its extension: .jsonl, .csv, or .json; every fault is a finding."""
     reading = _Reading(file)
     readers = {".jsonl": reading.json_lines, ".csv": reading.csv_rows, ".json": reading.json_entries}
     reader, rows = readers.get(extension_of(file.name)), ()
     try:
         if reader is None:
             reading.fault(
-                "table-unreadable", "a table of an unknown kind", "name one that ends in .jsonl, .csv or .json"
+                "table-unreadable", "a table in an unknown format", "name one that ends in .jsonl, .csv or .json"
             )
         else:
             rows = tuple(reader(file.read_bytes().decode("utf-8-sig")))
             if not (rows or reading.findings):
-                reading.fault("table-empty", "no row in this table", "write one for each image, or remove it")
+                reading.fault("table-empty", "no rows in this table", "write one for each image, or remove it")
     except OSError as error:
         reading.fault(
-            "table-unreadable", f"this table cannot be read: {error.strerror}", "check the path and its rights"
+            "table-unreadable", f"this table cannot be read: {error.strerror}", "check the path and its permissions"
         )
     except UnicodeDecodeError as error:
         reading.fault("table-not-utf8", f"not UTF-8 text (byte {error.start})", "save it again as UTF-8")
@@ -78,7 +78,7 @@ def read_table(file: Path) -> Table:
 
 
 class TableRows:
-    """Which row of which table each image of a set has; every fault goes into ``report``."""
+    """The table and row of each image of a set; faults are added to ``report``."""
 
     def __init__(self, folders: Sequence[Folder], report: FindingCollector):
         self._folders, self._report = folders, report
@@ -89,28 +89,30 @@ class TableRows:
             self._by_stem.setdefault(os.path.splitext(key)[0], []).append(image)
 
     def of(self, image: ListedImage) -> tuple[Path, Row] | tuple[None, None]:
-        """The table and the row of ``image``."""
+        """The table and the row of ``image``; (None, None) if it is in no table."""
         return self._rows.get(_key(image.path), (None, None))
 
-    def read_own(self) -> None:
-        """Read the table of each folder, where it has one."""
+    def read_in_folders(self) -> None:
+        """Read the table of each folder that has one."""
         for folder in self._folders:
             tables = [name for name in folder.files if is_table(name)]
             if len(tables) > 1:
                 message = f"several tables of captions: {', '.join(tables)}"
-                remedy = "name the right one by data.metadata, or the set's own metadata, or leave one"
-                self._report.tell("table-several", folder.path, message, remedy)
+                remedy = "name the right one in data.metadata or in metadata of the set, or keep only one"
+                self._report.add("table-several", folder.path, message, remedy)
             for name in tables[:1]:
                 self._read(folder.path / name, (folder.path,), others=False)
 
     def read_named(self, file: Path, root: Path) -> list[ListedImage]:
-        """Read ``file``, whose paths start at ``root`` or beside it; returns the images that it names."""
+        """Read ``file``, whose paths are relative to ``root`` or to its own folder; returns the images that it names."""
         self._read(file, (root, file.parent), others=True)
         unused = [key for key in self._images if key not in self._rows]
         if unused and self._rows:
-            message = f"{len(unused)} of its {len(self._images)} images are not in {printable(file)} and not used"
+            message = (
+                f"{len(unused)} of its {len(self._images)} images are not in {printable(file)}, so they are not used"
+            )
             remedy = f"add rows, for example of {self._images[unused[0]].name}, or move them away"
-            self._report.tell("image-unused", root, message, remedy, "warning")
+            self._report.add("image-unused", root, message, remedy, "warning")
         return [self._images[key] for key in self._rows]
 
     def _read(self, file: Path, bases: Sequence[Path], *, others: bool) -> None:
@@ -120,17 +122,17 @@ class TableRows:
             found = (self._named(base / row.name, others=others) for base in bases)
             images = next(filter(None, found), ())
             if not images:
-                message = f"{row.where} names {row.name!r}, which is no image of this set"
-                self._report.tell("row-without-image", file, message, "correct the name, or remove the row")
+                message = f"{row.where} names {row.name!r}, which is not an image of this set"
+                self._report.add("row-without-image", file, message, "correct the name, or remove the row")
             for key in dict.fromkeys(_key(image.path) for image in images):
                 if key in self._rows:
                     message = f"{row.where} names {row.name!r} again, after {self._rows[key][1].where}"
-                    self._report.tell("row-duplicate", file, message, "keep one of them")
+                    self._report.add("row-duplicate", file, message, "keep one of them")
                 else:
                     self._rows[key] = (file, row)
 
     def _named(self, path: Path, *, others: bool) -> Sequence[ListedImage]:
-        """The images at ``path``, or whose path less its extension it is; with ``others``, outside the set too."""
+        """The images at ``path``, with or without their extension; with ``others``, also outside the set."""
         key = _key(path)
         if key not in self._images and others and extension_of(path.name) in EXTENSIONS and os.path.isfile(path):
             folder = Folder(path=path.parent, name="", files=(), repeats=1, class_prompt=None)
@@ -166,7 +168,7 @@ class _Reading:
             if isinstance(record, dict):
                 yield from self._row(record, f"line {number}")
             else:
-                self._broken(f"line {number}", 'is no JSON object such as {"file_name": "1.png", "text": "a fox"}')
+                self._broken(f"line {number}", 'is not a JSON object such as {"file_name": "1.png", "text": "a fox"}')
 
     def csv_rows(self, text: str) -> Iterator[Row]:
         reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
@@ -182,7 +184,10 @@ class _Reading:
             for record in reader:
                 where = f"line {reader.line_num}"
                 if None in record or None in record.values():
-                    self._broken(where, f"has not {len(columns)} fields as the first line; quote texts with commas")
+                    self._broken(
+                        where,
+                        f"does not have {len(columns)} fields like the first line; quote texts that contain commas",
+                    )
                 else:
                     yield from self._row({key: value or None for key, value in record.items()}, where)
         except csv.Error as error:
@@ -207,15 +212,15 @@ class _Reading:
             self._broken("this table", f"is not JSON: {_reason(error)}")
             return
         for key in twice:
-            self.fault("row-duplicate", f"the key {key!r} stands twice in one object", "keep one of them")
+            self.fault("row-duplicate", f"the key {key!r} is in one object twice", "keep one of them")
         if not isinstance(entries, dict):
-            self._broken("this table", 'is no JSON object such as {"1.png": {"caption": "a fox"}}')
+            self._broken("this table", 'is not a JSON object such as {"1.png": {"caption": "a fox"}}')
             return
         for key, record in entries.items():
             if isinstance(record, dict):
                 yield from self._row({**record, NAME_KEYS[0]: key}, f"entry {key!r}")
             else:
-                self._broken(f"entry {key!r}", 'is no JSON object such as {"caption": "a fox"}')
+                self._broken(f"entry {key!r}", 'is not a JSON object such as {"caption": "a fox"}')
 
     def _row(self, record: Mapping[str, Any], where: str) -> Iterator[Row]:
         name = next((record[key] for key in NAME_KEYS if record.get(key) is not None), None)
@@ -225,15 +230,15 @@ class _Reading:
         weight, faults = _number(given_weight), []
         if not (isinstance(name, str) and name.strip()):
             faults.append(
-                f"has no {NAME_KEYS[0]}" if name is None else f"has {NAME_KEYS[0]} = {name!r}, which is no text"
+                f"has no {NAME_KEYS[0]}" if name is None else f"has {NAME_KEYS[0]} = {name!r}, which is not text"
             )
         for value, kind in ((caption, "a caption"), (tags, "tags")):
             if not (value is None or isinstance(value, str) or _is_texts(value)):
-                faults.append(f"has {kind} that is no text: {value!r}")
+                faults.append(f"has {kind}, but not as text: {value!r}")
         if weight is None:
-            faults.append(f"has a weight that is no number from 0: {given_weight!r}")
+            faults.append(f"has a weight that is not a number from 0: {given_weight!r}")
         if not all(_is_unicode(text) for text in (name, caption, tags)):
-            faults.append("holds half of a character (a lone surrogate)")
+            faults.append("contains half of a character (a lone surrogate)")
         for fault in faults:
             self._broken(where, fault)
         if not faults:
@@ -270,7 +275,7 @@ def _is_unicode(value: object) -> bool:
 
 
 def _number(value: object) -> float | None:
-    """A weight; None where it is none."""
+    """A finite weight from 0; None where ``value`` is not one."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:

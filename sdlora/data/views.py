@@ -1,4 +1,4 @@
-"""What is shown of an image: which part, and which way round. All that can be is known beforehand, and encoded once."""
+"""Views of an image: which crop, flipped or not. All possible ones are known beforehand and encoded once."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .buckets import Placement
 from .images import scale
 
 CROPS = 5
-"""Positions that a random crop has, at most: few enough that each is encoded once."""
+"""Largest number of positions of a random crop: few enough that each is encoded once."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """A part of an image, mirrored after it was cut out or not."""
+    """A crop of an image; ``flipped`` is mirrored after cropping. ``item`` is the image's number."""
 
     item: int
     placement: Placement
@@ -25,14 +25,14 @@ class View:
 
     @property
     def left(self) -> int:
-        """Where the part begins in the scaled image as it is shown, which is mirrored as a whole."""
+        """Left edge of the crop in the scaled image, in pixels; for a flipped view in the mirrored scaled image."""
         spot = self.placement
         return spot.scaled_width - spot.width - spot.left if self.flipped else spot.left
 
 
 @dataclass(frozen=True, kw_only=True)
 class ViewSet:
-    """The views that an image may have at one resolution; all are of one size."""
+    """The possible views of an image at one resolution, all of the same size."""
 
     item: int
     placements: tuple[Placement, ...]
@@ -44,15 +44,16 @@ class ViewSet:
         return self.placements[0].width, self.placements[0].height
 
     def all(self) -> tuple[View, ...]:
-        ways = (False, True) if self.flips else (False,)
+        """Every view."""
+        flips = (False, True) if self.flips else (False,)
         return tuple(
             View(item=self.item, placement=placement, flipped=flipped)
             for placement in self.placements
-            for flipped in ways
+            for flipped in flips
         )
 
     def draw(self, *, seed: int, turn: int) -> View:
-        """The view of the image's showing number ``turn``: a function of seed, image and turn."""
+        """The view when the image is shown for the ``turn``-th time (from 0): a function of seed, image and turn."""
 
         def rng(stream: Stream) -> np.random.Generator:
             return generator(seed, stream, turn, self.item)
@@ -64,7 +65,7 @@ class ViewSet:
 
 
 def crop_positions(placement: Placement) -> tuple[Placement, ...]:
-    """Up to ``CROPS`` crops, evenly spread along the axis with more room, both ends and the centre among them."""
+    """Up to ``CROPS`` crops, evenly spread along the axis with more room, including both ends and the centre."""
     across = placement.scaled_width - placement.width
     down = placement.scaled_height - placement.height
     starts = sorted({max(across, down) * k // (CROPS - 1) for k in range(CROPS)})
@@ -74,7 +75,7 @@ def crop_positions(placement: Placement) -> tuple[Placement, ...]:
 
 
 def salient_crop(image: Image.Image, placement: Placement) -> Placement:
-    """The crop with most detail along each axis that has room; of equal ones that nearest to the centre.
+    """The crop with most detail along each axis that has room; of equals, the one nearest to the centre.
 
     Detail is the gradient's energy: the squared differences of neighbouring pixels' brightness, in the scaled image.
     """
@@ -92,7 +93,7 @@ def salient_crop(image: Image.Image, placement: Placement) -> Placement:
 
 
 def _busiest(energy: np.ndarray, length: int) -> int:
-    """Where the window of ``length`` begins that holds most of ``energy``, (n,) int64."""
+    """Start of the window of ``length`` that holds most of ``energy``, (n,) int64."""
     running = np.concatenate([[0], energy.cumsum()])
     held = running[length:] - running[:-length]
     best = np.flatnonzero(held == held.max())

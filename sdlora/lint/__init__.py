@@ -1,1 +1,1 @@
-"""What is wrong with a dataset, reported at once; repaired copies and contact sheets."""
+"""Checks of a dataset, all faults at once; repaired copies and contact sheets."""

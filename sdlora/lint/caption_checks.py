@@ -1,4 +1,4 @@
-"""What is wrong with captions and trigger words, or worth knowing of them: one small function for each kind of fault."""
+"""Checks of captions and trigger words: what is wrong with them, or worth knowing."""
 
 from __future__ import annotations
 
@@ -9,45 +9,45 @@ from typing import Protocol
 
 from ..data.caption_files import MAX_WORDS
 from ..data.captions import has_word, split_tags
-from ..data.findings import Finding, Severity
+from ..data.findings import Finding, findings_from
 from ..data.folders import stem_of
 from ..data.sources import Source
 from ..families import WORDS_IN_CHUNK
 from ..files import printable
 
 COMMON_RANK = 40_000
-"""A word among the first 40,000 of the 48,894 that CLIP's tokenizer learned stands for something already; "sks", which
-people use for its rarity, is number 47,625."""
+"""The first 40,000 of the 48,894 words that CLIP's tokenizer learned mean something to it; "sks", which people use because
+it is rare, is number 47,625."""
 MANY_PIECES = 4
+"""Tokens from which a trigger is reported as long."""
 FUSED_FROM = 5
-"""Captions that there must be before a tag in all of them says anything."""
+"""Captions that a set needs before a tag in all of them means anything."""
 
 
 class Vocabulary(Protocol):
     """The words of a text encoder."""
 
     def count(self, text: str) -> int:
-        """Tokens of ``text``, marks not counted."""
+        """Number of tokens of ``text``, without the marks of its start and end."""
         ...
 
     def pieces(self, text: str) -> tuple[str, ...]:
-        """The tokens of ``text`` as they are read, the end of a word marked by a space."""
+        """The tokens of ``text`` as text; a space marks the end of a word."""
         ...
 
     def rank(self, word: str) -> int | None:
-        """The number of ``word`` among the merges by which the vocabulary was learned, frequent ones first; None where it is
-        not one token."""
+        """Position of ``word`` in the learned vocabulary, frequent words first; None where it is not one token."""
         ...
 
 
 def place_of(source: Source) -> str:
-    """The file that holds its caption alone, else the image's own."""
-    own = source.caption_file is not None and stem_of(source.caption_file.name) == stem_of(source.file.name)
-    return printable(source.caption_file if own and source.caption_file else source.file)
+    """The caption file, if it belongs to this image alone, otherwise the image file."""
+    file = source.caption_file
+    return printable(file if file and stem_of(file.name) == stem_of(source.file.name) else source.file)
 
 
 def tag_counts(sources: Sequence[Source]) -> tuple[tuple[str, int], ...]:
-    """How many training images have each tag, the trigger left out; frequent ones first."""
+    """Each tag except the trigger, and the number of training images that have it; frequent ones first."""
     counts: Counter[str] = Counter()
     for source in sources:
         if source.role == "train":
@@ -60,77 +60,77 @@ def _tags_but_trigger(source: Source, text: str) -> list[str]:
 
 
 def check_length(source: Source, vocabulary: Vocabulary, limit: int) -> Iterator[Finding]:
-    """Whether all of a caption is read, and in how many pieces; more words than tokens are told of when it is listed."""
+    """A finding where not all of a caption is read, or not at once.
+
+    A caption with more words than tokens can be read is reported when it is listed.
+    """
     if any(len(text.split()) > MAX_WORDS for text in source.captions):
-        return
+        return iter(())
     tokens = max(map(vocabulary.count, source.rules.longest(source.captions)))
-    if tokens > limit:
-        yield _finding(
-            source,
+    chunks = -(-tokens // WORDS_IN_CHUNK)
+    return findings_from(
+        place_of(source),
+        (
             "caption-overflow",
             "warning",
-            f"{tokens} tokens, of which the last {tokens - limit} are not read (data.max_token_length is {limit})",
-            "shorten it, what matters most in front" + (", or set data.max_token_length = 225" if limit < 225 else ""),
-        )
-    elif tokens > WORDS_IN_CHUNK:
-        chunks = -(-tokens // WORDS_IN_CHUNK)
-        yield _finding(
-            source,
+            tokens > limit
+            and f"{tokens} tokens, of which the last {tokens - limit} are not read (data.max_token_length is {limit})",
+            "shorten it, what matters most first" + (", or set data.max_token_length = 225" if limit < 225 else ""),
+        ),
+        (
             "caption-long",
             "note",
-            f"{tokens} tokens, read in {chunks} pieces of {WORDS_IN_CHUNK}",
+            WORDS_IN_CHUNK < tokens <= limit and f"{tokens} tokens, read in {chunks} pieces of {WORDS_IN_CHUNK}",
             f"shorten it to {WORDS_IN_CHUNK} tokens if you want it read at once",
-        )
+        ),
+    )
 
 
 def check_spelling(source: Source) -> Iterator[Finding]:
-    """Brackets, braces, broken letters, underscores, tags told twice."""
-    text = "\n".join(source.captions)
-    if pair := _unbalanced(text):
-        yield _finding(
-            source,
-            "caption-brackets",
-            "warning",
-            f"{pair} are not in pairs: {text.count(pair[0])} open, {text.count(pair[-1])} close",
-            "close or remove them; a prompt with such a weight would be read otherwise than you mean",
-        )
-    if not source.rules.wildcards and (found := re.search(r"\{[^{}]*\|[^{}]*\}", text)):
-        yield _finding(
-            source,
-            "caption-braces",
-            "warning",
-            f"{found[0]!r} is read as it stands",
-            "set data.wildcards = true to draw one of its alternatives, or write one",
-        )
-    if found := re.search("\N{REPLACEMENT CHARACTER}|[ÃÂ][\u0080-\u00bf]|â€", text):
-        yield _finding(
-            source,
-            "caption-garbled",
-            "warning",
-            f"letters that were decoded wrongly ({found[0]!r})",
-            "write it again and save it as UTF-8",
-        )
-    trigger = source.rules.trigger
-    if found := re.search(r"[^\W_]+(?:_[^\W_]+)+", text.replace(trigger, " ") if trigger else text):
-        yield _finding(
-            source,
-            "caption-underscores",
-            "note",
-            f"underscores between words ({found[0]!r}), which take a token each",
-            'write spaces, or set data.caption_replace = [["_", " "]]',
-        )
+    """Findings about brackets, braces, garbled letters, underscores and repeated tags."""
+    text, trigger = "\n".join(source.captions), source.rules.trigger
+    pair = _unbalanced(text)
+    braces = not source.rules.wildcards and re.search(r"\{[^{}]*\|[^{}]*\}", text)
+    garbled = re.search("\N{REPLACEMENT CHARACTER}|[ÃÂ][\u0080-\u00bf]|â€", text)
+    underscores = re.search(r"[^\W_]+(?:_[^\W_]+)+", text.replace(trigger, " ") if trigger else text)
     repeated = [
         tag
         for caption in source.captions
         for tag, times in Counter(tag.lower() for tag in split_tags(caption)).items()
         if times > 1
     ]
-    if repeated:
-        yield _finding(source, "caption-tag-twice", "note", f"the tag {repeated[0]!r} twice", "remove one of them")
+    return findings_from(
+        place_of(source),
+        (
+            "caption-brackets",
+            "warning",
+            pair and f"{pair} are not in pairs: {text.count(pair[0])} open, {text.count(pair[-1])} close",
+            "close or remove them; A1111 and ComfyUI would read a prompt with them differently than you mean",
+        ),
+        (
+            "caption-braces",
+            "warning",
+            braces and f"{braces[0]!r} is read literally",
+            "set data.wildcards = true to draw one of its alternatives, or write one",
+        ),
+        (
+            "caption-garbled",
+            "warning",
+            garbled and f"letters that were decoded with the wrong encoding ({garbled[0]!r})",
+            "write it again and save it as UTF-8",
+        ),
+        (
+            "caption-underscores",
+            "note",
+            underscores and f"underscores between words ({underscores[0]!r}), each of which takes a token",
+            'write spaces, or set data.caption_replace = [["_", " "]]',
+        ),
+        ("caption-tag-twice", "note", repeated and f"the tag {repeated[0]!r} twice", "remove one of them"),
+    )
 
 
 def _unbalanced(text: str) -> str:
-    """The first kind of bracket that does not pair up; those behind a backslash are text."""
+    """The first kind of bracket that does not pair up; brackets after a backslash are text."""
     bare = re.sub(r"\\.", "", text, flags=re.DOTALL)
     for pair in ("()", "[]"):
         depth = 0
@@ -144,107 +144,98 @@ def _unbalanced(text: str) -> str:
 
 
 def check_trigger_in(source: Source) -> Iterator[Finding]:
-    """How a caption of a training image has the trigger."""
+    """A finding for the first caption of a training image that lacks the trigger or spells it differently."""
     trigger = source.rules.trigger
     if not trigger or source.role != "train":
-        return
-    for caption in source.captions:
-        if not has_word(caption, trigger):
-            if trigger.lower() in caption.lower():
-                yield _finding(
-                    source,
-                    "trigger-in-word",
-                    "warning",
-                    f"the trigger {trigger!r} only as a part of another word",
-                    f"write {trigger!r} as a word of its own; it is put in front until then",
-                )
-            elif source.rules.trigger_as == "word":
-                yield _finding(
-                    source,
-                    "trigger-absent",
-                    "note",
-                    f"without the trigger {trigger!r}, which is put in front",
-                    "write it where it belongs if that is elsewhere, or use --fix",
-                )
-            return
-        if trigger not in caption:
-            yield _finding(
-                source,
-                "trigger-case",
-                "note",
-                f"the trigger {trigger!r} in other capitals, which CLIP reads as the same",
-                "spell it alike everywhere, for programs that compare letters",
-            )
-            return
+        return iter(())
+    caption = next((text for text in source.captions if not has_word(text, trigger) or trigger not in text), None)
+    if caption is None:
+        return iter(())
+    absent = not has_word(caption, trigger)
+    in_word = absent and trigger.lower() in caption.lower()
+    return findings_from(
+        place_of(source),
+        (
+            "trigger-in-word",
+            "warning",
+            in_word and f"the trigger {trigger!r} only as a part of another word",
+            f"write {trigger!r} as a separate word; until then it is put in front",
+        ),
+        (
+            "trigger-absent",
+            "note",
+            absent
+            and not in_word
+            and source.rules.trigger_as == "word"
+            and f"without the trigger {trigger!r}, which is put in front",
+            "write it where it belongs if that is elsewhere, or use --fix",
+        ),
+        (
+            "trigger-case",
+            "note",
+            not absent and f"the trigger {trigger!r} in other capitals, which CLIP reads as the same",
+            "spell it the same everywhere, for programs that compare letters",
+        ),
+    )
 
 
 def check_trigger(trigger: str, place: str, vocabulary: Vocabulary) -> Iterator[Finding]:
-    """Whether a text encoder has an idea of the trigger already, or spells it out in many tokens."""
-    words = trigger.split()
+    """Findings for a trigger that means something to a text encoder already, or takes many tokens."""
+    words, pieces = trigger.split(), vocabulary.pieces(trigger)
     ranks = [vocabulary.rank(word) for word in words]
-    if words and all(rank is not None and rank <= COMMON_RANK for rank in ranks):
-        told = ", ".join(f"{word!r} is number {rank:,}" for word, rank in zip(words, ranks, strict=True))
-        yield Finding(
-            code="trigger-common",
-            severity="warning",
-            file=place,
-            message=f"the trigger {trigger!r} means something already: {told} of the 48,894 words and syllables of CLIP",
-            remedy="choose a word that does not exist, of two or three syllables",
-        )
-    pieces = vocabulary.pieces(trigger)
-    if len(pieces) >= MANY_PIECES:
-        yield Finding(
-            code="trigger-many-tokens",
-            severity="warning",
-            file=place,
-            message=f"the trigger {trigger!r} is {len(pieces)} tokens: {' + '.join(piece.strip() for piece in pieces)}",
-            remedy="choose a shorter one, of two or three tokens",
-        )
+    known = [f"{word!r} is number {rank:,}" for word, rank in zip(words, ranks, strict=True) if rank is not None]
+    return findings_from(
+        place,
+        (
+            "trigger-common",
+            "warning",
+            bool(words)
+            and all(rank is not None and rank <= COMMON_RANK for rank in ranks)
+            and f"the trigger {trigger!r} means something already: {', '.join(known)} of the 48,894 words and syllables "
+            "of CLIP",
+            "choose a word that does not exist, of two or three syllables",
+        ),
+        (
+            "trigger-many-tokens",
+            "warning",
+            len(pieces) >= MANY_PIECES
+            and f"the trigger {trigger!r} is {len(pieces)} tokens: {' + '.join(piece.strip() for piece in pieces)}",
+            "choose a shorter one, of two or three tokens",
+        ),
+    )
 
 
 def check_repetition(sources: Sequence[Source], place: str) -> Iterator[Finding]:
-    """Captions that several training images share, and tags that all of them have."""
+    """Findings about captions that several training images share, and tags that all of them have."""
     captioned = [source for source in sources if source.role == "train" and any(source.captions)]
     by_text: dict[str, list[Source]] = {}
     for source in captioned:
         by_text.setdefault(source.rules.plain(source.captions), []).append(source)
     if len(by_text) == 1 and len(captioned) > 1:
-        text = next(iter(by_text))
-        yield Finding(
-            code="caption-all-same",
-            severity="warning",
-            file=place,
-            message=f"all {len(captioned)} captions say {_short(text)!r}",
-            remedy="write what each image shows, or all of it becomes part of the style",
-        )
+        message = f"all {len(captioned)} captions say {_short(next(iter(by_text)))!r}"
+        remedy = "write what each image shows, or all of it becomes part of the style"
+        yield from findings_from(place, ("caption-all-same", "warning", message, remedy))
         return
     for text, group in by_text.items():
-        if len(group) > 1:
-            others = ", ".join(source.file.name for source in group[1:4]) + (", …" if len(group) > 4 else "")
-            yield _finding(
-                group[0],
-                "caption-duplicate",
-                "note",
-                f"{_short(text)!r} is the caption of {len(group)} images: {group[0].file.name}, {others}",
-                "tell them apart if they differ",
-            )
+        names = ", ".join(source.file.name for source in group[:4]) + (", …" if len(group) > 4 else "")
+        message = len(group) > 1 and f"{_short(text)!r} is the caption of {len(group)} images: {names}"
+        remedy = "write what is different if they differ"
+        yield from findings_from(place_of(group[0]), ("caption-duplicate", "note", message, remedy))
     if len(captioned) >= FUSED_FROM:
-        for tag, count in tag_counts(captioned):
-            if count == len(captioned):
-                yield Finding(
-                    code="tag-in-every-caption",
-                    severity="warning",
-                    file=place,
-                    message=f"the tag {_short(tag)!r} is in all {count} captions; it is learned as one with the trigger",
-                    remedy="take it out if it belongs to the style, else show images without it"
-                    if any(source.rules.trigger for source in captioned)
-                    else "name it as the trigger if it is, take it out if it belongs to the style",
-                )
+        yield from _fused_tags(captioned, place)
+
+
+def _fused_tags(captioned: Sequence[Source], place: str) -> Iterator[Finding]:
+    remedy = "name it as the trigger if it is, remove it if it belongs to the style"
+    if any(source.rules.trigger for source in captioned):
+        remedy = "remove it if it belongs to the style, otherwise add images without it"
+    for tag, count in tag_counts(captioned):
+        message = (
+            count == len(captioned)
+            and f"the tag {_short(tag)!r} is in all {count} captions; it is learned together with the trigger"
+        )
+        yield from findings_from(place, ("tag-in-every-caption", "warning", message, remedy))
 
 
 def _short(text: str) -> str:
     return text if len(text) <= 60 else text[:59] + "…"
-
-
-def _finding(source: Source, code: str, severity: Severity, message: str, remedy: str) -> Finding:
-    return Finding(code=code, severity=severity, file=place_of(source), message=message, remedy=remedy)

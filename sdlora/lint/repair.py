@@ -1,4 +1,4 @@
-"""A copy of a dataset in which what can be mended safely is mended; the dataset itself is only read."""
+"""A repaired copy of a dataset: only what can be repaired safely, and the dataset itself is only read."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ..config.sections import DataSection
 from ..data.caption_files import CAPTION_EXTENSIONS
 from ..data.captions import with_trigger
 from ..data.decoding import SUFFIXES
+from ..data.examine import ExaminedImage
 from ..data.folders import stem_of
 from ..data.images import write_upright
 from ..data.sources import Source
@@ -20,53 +21,57 @@ from ..errors import DataError
 from ..files import printable
 from ..progress import Progress
 from .duplicates import exact_groups
-from .image_checks import Examined
 
 
 @dataclass(frozen=True, kw_only=True)
 class Repair:
-    """Something that is other in the copy."""
+    """A difference of the copy from the dataset."""
 
     code: str
-    """Of the finding that it mends."""
+    """Code of the finding that it repairs."""
     file: str
-    """As it is called in the dataset."""
+    """The image file in the dataset."""
     done: str
     """Begins with a verb: ``turned upright``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RepairReport:
+    """A finished copy."""
+
     folder: Path
     images: int
-    """In the copy."""
+    """Number of images in the copy."""
     repairs: tuple[Repair, ...]
 
     def lines(self) -> list[str]:
-        """What was done, and to which image, or to how many."""
+        """One line for each kind of repair, with the image or the number of images."""
         files: dict[str, list[str]] = {}
         for repair in self.repairs:
             files.setdefault(repair.done, []).append(repair.file)
-        return [f"  {own[0] if len(own) == 1 else f'{len(own)} images'}: {done}" for done, own in files.items()]
+        return [
+            f"  {repaired[0] if len(repaired) == 1 else f'{len(repaired)} images'}: {done}"
+            for done, repaired in files.items()
+        ]
 
 
 def write_repaired(
-    data: DataSection, sources: Sequence[Source], examined: Sequence[Examined], *, out: Path, progress: Progress
+    data: DataSection, sources: Sequence[Source], examined: Sequence[ExaminedImage], *, out: Path, progress: Progress
 ) -> RepairReport:
-    """Write a copy of the images, their captions and masks to the new folder ``out``, and tell what is other in it.
+    """Write a copy of the images, their captions and masks to the new folder ``out``, and report the differences.
 
     Left out: what cannot be decoded, copies of an image that have the same caption, and files that nothing uses. Images
-    are turned upright and named after their format, names that collide are told apart. Captions have the one extension, are
-    UTF-8, and have the trigger where they lack it. Everything else is byte for byte as it was. Several sets become folders
-    of ``out``.
+    are turned upright and named after their format; names that collide become different. Captions get one extension,
+    UTF-8 encoding, and the trigger where they lack it. Everything else is copied byte for byte. Several sets become
+    folders of ``out``.
 
     Args:
         data: resolved, as the sources number its sets.
 
     Raises:
-        DataError: ``out`` is not new, lies within a set or around one, or cannot be written; nothing is left of it then.
+        DataError: ``out`` is not new, lies within a set or contains one, or cannot be written; nothing is left of it then.
     """
-    roots = [Path(one.images) for one in data.sets]
+    roots = [Path(section.images) for section in data.sets]
     _check_target(out, roots)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -79,8 +84,8 @@ def write_repaired(
         names = _Names()
         kept, repairs = _kept(sources, examined)
         progress.start("Writing the copy", len(kept))
-        for own in kept:
-            repairs += _copy(own, work, folders[own.source.set_number], names, data)
+        for image in kept:
+            repairs += _copy(image, work, folders[image.source.set_number], names, data)
             progress.advance()
         if out.is_dir():
             out.rmdir()
@@ -93,12 +98,13 @@ def write_repaired(
 
 
 class _Names:
-    """Gives each image a stem of its own, whatever the case and the spelling of accents."""
+    """Gives each image a different stem, regardless of capitals and the encoding of accents."""
 
     def __init__(self):
         self._taken: set[str] = set()
 
     def free(self, path: PurePosixPath, old_suffix: str) -> PurePosixPath:
+        """``path`` if its stem is free, otherwise with the old extension or a number added to the stem."""
         candidates = [path, path.with_stem(f"{path.stem}-{old_suffix.lstrip('.').lower()}")]
         number = 2
         while (key := str(candidates[0].with_name(stem_of(candidates[0].name))).casefold()) in self._taken:
@@ -117,7 +123,7 @@ def _check_target(out: Path, roots: Sequence[Path]) -> None:
     for root in roots:
         source = root.resolve()
         if source.is_relative_to(target) or target.is_relative_to(source):
-            raise DataError(f"{out}: the copy cannot lie within {root} or around it; name a folder beside it")
+            raise DataError(f"{out}: the copy cannot lie within {root} or contain it; name a folder beside it")
 
 
 def _folder_names(roots: Sequence[Path]) -> list[str]:
@@ -127,16 +133,16 @@ def _folder_names(roots: Sequence[Path]) -> list[str]:
     return [name if names.count(name) == 1 else f"{number}-{name}" for number, name in enumerate(names, 1)]
 
 
-def _kept(sources: Sequence[Source], examined: Sequence[Examined]) -> tuple[list[Examined], list[Repair]]:
-    """What goes into the copy, and why the rest does not."""
-    readable = {own.source.file for own in examined}
+def _kept(sources: Sequence[Source], examined: Sequence[ExaminedImage]) -> tuple[list[ExaminedImage], list[Repair]]:
+    """The images that go into the copy, and why the others do not."""
+    readable = {image.source.file for image in examined}
     repairs = [
         Repair(code="image-unreadable", file=printable(source.file), done="left out, as it cannot be decoded")
         for source in sources
         if source.file not in readable
     ]
     surplus = set()
-    for group in exact_groups([own.facts for own in examined]):
+    for group in exact_groups([image.facts for image in examined]):
         seen: dict[tuple[object, ...], Source] = {}
         for number in group:
             source = examined[number].source
@@ -145,11 +151,13 @@ def _kept(sources: Sequence[Source], examined: Sequence[Examined]) -> tuple[list
                 surplus.add(number)
                 done = f"left out, as it is the same image as {printable(first.file)}"
                 repairs.append(Repair(code="image-duplicate", file=printable(source.file), done=done))
-    return [own for number, own in enumerate(examined) if number not in surplus], repairs
+    return [image for number, image in enumerate(examined) if number not in surplus], repairs
 
 
-def _copy(own: Examined, work: Path, folder: PurePosixPath, names: _Names, data: DataSection) -> Iterator[Repair]:
-    source, facts = own.source, own.facts
+def _copy(
+    image: ExaminedImage, work: Path, folder: PurePosixPath, names: _Names, data: DataSection
+) -> Iterator[Repair]:
+    source, facts = image.source, image.facts
 
     def repair(code: str, done: str) -> Repair:
         return Repair(code=code, file=printable(source.file), done=done)
@@ -161,7 +169,7 @@ def _copy(own: Examined, work: Path, folder: PurePosixPath, names: _Names, data:
         yield repair("image-extension", f"named {named.name}, as it is a {facts.format} file")
     new = names.free(named, old.suffix)
     if new != named:
-        yield repair("stem-collision", f"named {new.name}, so that its caption is its own")
+        yield repair("stem-collision", f"named {new.name}, so that its caption belongs to it alone")
     target = work / new
     target.parent.mkdir(parents=True, exist_ok=True)
     if facts.orientation != 1 and facts.frames == 1 and facts.bits == 8 and write_upright(source.file, target):
@@ -176,7 +184,7 @@ def _copy(own: Examined, work: Path, folder: PurePosixPath, names: _Names, data:
 
 
 def _write_caption(source: Source, target: Path) -> Iterator[Repair]:
-    """The captions of ``source``, a line each; nothing where there are none."""
+    """Write the captions of ``source``, one on each line; nothing where there are none."""
 
     def repair(code: str, done: str) -> Repair:
         return Repair(code=code, file=printable(source.file), done=done)
@@ -207,7 +215,7 @@ def _write_caption(source: Source, target: Path) -> Iterator[Repair]:
 
 
 def _beside(source: Source) -> Path | None:
-    """A caption file of any kind that was not taken for its caption."""
+    """A caption file of any kind that was not used as its caption."""
     files = [source.caption_file] if source.caption_file is not None else []
     files += [source.file.with_suffix(extension) for extension in CAPTION_EXTENSIONS if extension != ".json"]
     return next((file for file in files if _has_text(file)), None)
@@ -218,7 +226,7 @@ def _has_text(file: Path) -> bool:
 
 
 def _decoded(data: bytes) -> str:
-    """UTF-8 or UTF-16 where it is that, else Windows' western letters."""
+    """Text in UTF-8 or UTF-16 if it is valid, otherwise in Windows' western encoding."""
     for encoding in ("utf-8-sig", "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", "cp1252"):
         try:
             return data.decode(encoding)

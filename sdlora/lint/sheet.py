@@ -2,42 +2,43 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from ..config.sections import MaskKind
 from ..data.buckets import Placement
 from ..data.decoding import ImageError
+from ..data.examine import ExaminedImage
 from ..data.images import cut_out, open_image, open_mask, scale
 from ..data.views import salient_crop
 from ..errors import DataError
+from ..files import write_whole
 from ..progress import Progress
-from .image_checks import Examined
 
 SIDE = 192
-"""Pixels; a larger bucket is made smaller to fit, a smaller one is shown pixel by pixel."""
+"""In pixels; a larger bucket is reduced to fit, a smaller one is shown pixel by pixel."""
 GAP, COLUMNS, ROWS = 8, 8, 20
 """Pixels around an image; images in a row; rows in a sheet, of which a large set has several."""
 VEIL = (255, 0, 255)
-"""What does not count in the loss is covered with, as far as it does not count."""
+"""Colour over what does not count in the loss, as opaque as it does not count."""
 _PAPER, _INK, _FAINT = (255, 255, 255), (20, 20, 20), (110, 110, 110)
 _LINES, _LINE = 4, 15
-"""Of a caption, and how many pixels high each is."""
+"""Lines of a caption, and the height of each in pixels."""
 _TEXT_WIDTH = 128
 
 
 def write_sheets(
-    examined: Sequence[Examined],
+    examined: Sequence[ExaminedImage],
     placements: Sequence[Placement],
     *,
     background: str,
-    mask: Literal["none", "alpha", "files"],
+    mask: MaskKind,
     file: Path,
     progress: Progress,
 ) -> tuple[Path, ...]:
@@ -57,38 +58,37 @@ def write_sheets(
             images = list(pool.map(lambda entry: image_as_seen(*entry, background=background, mask=mask), some))
         progress.advance(len(some))
         target = file if number == 1 else file.with_name(f"{file.stem}-{number}{file.suffix}")
-        _save(_drawn([own for own, _ in some], [place for _, place in some], images), target)
+        _save(_drawn(some, images), target)
         written.append(target)
     return tuple(written)
 
 
-def image_as_seen(
-    own: Examined, placement: Placement, *, background: str, mask: Literal["none", "alpha", "files"]
-) -> Image.Image:
-    """The image scaled and cropped for its bucket, what its mask leaves out covered; at most ``SIDE`` pixels a side.
+def image_as_seen(image: ExaminedImage, placement: Placement, *, background: str, mask: MaskKind) -> Image.Image:
+    """The image scaled and cropped for its bucket, with what its mask excludes covered: RGB, at most ``SIDE`` pixels a side.
 
-    Of crops that are drawn anew each time, the one in the middle.
+    Of random crops, the one in the middle is shown.
     """
-    image = open_image(own.source.file, background)
-    if own.source.crop == "salient":
-        placement = salient_crop(image, placement)
-    image = _cropped(image, placement)
+    source = image.source
+    whole = open_image(source.file, background)
+    if source.crop == "salient":
+        placement = salient_crop(whole, placement)
+    seen = _cropped(whole, placement)
     try:
-        weights = open_mask(own.source.file, own.source.mask, (own.facts.width, own.facts.height), mask)
+        weights = open_mask(source.file, source.mask, (image.width, image.height), mask)
     except ImageError:  # It is among the findings.
         weights = None
     if weights is not None:
         cover = _cropped(Image.fromarray((weights * 255).round().astype(np.uint8)), placement)
-        image = Image.composite(image, Image.new("RGB", image.size, VEIL), cover)
-    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-    return image
+        seen = Image.composite(seen, Image.new("RGB", seen.size, VEIL), cover)
+    seen.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    return seen
 
 
 def _cropped(image: Image.Image, placement: Placement) -> Image.Image:
     return Image.fromarray(cut_out(scale(image, placement), placement))
 
 
-def _drawn(examined: Sequence[Examined], placements: Sequence[Placement], images: Sequence[Image.Image]) -> Image.Image:
+def _drawn(shown: Sequence[tuple[ExaminedImage, Placement]], images: Sequence[Image.Image]) -> Image.Image:
     font = ImageFont.load_default(12)
     columns = min(COLUMNS, len(images))
     wide = max(_TEXT_WIDTH, *(image.width for image in images))
@@ -97,13 +97,13 @@ def _drawn(examined: Sequence[Examined], placements: Sequence[Placement], images
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * cell[0] + GAP, rows * cell[1] + GAP), _PAPER)
     pen = ImageDraw.Draw(sheet)
-    for number, (own, placement, image) in enumerate(zip(examined, placements, images, strict=True)):
+    for number, ((examined, placement), image) in enumerate(zip(shown, images, strict=True)):
         left, top = GAP + number % columns * cell[0], GAP + number // columns * cell[1]
         sheet.paste(image, (left, top))
         size = f" {placement.width}x{placement.height}"
-        name = _fitted(own.source.name, font, wide - font.getlength(size)) + size
+        name = _fitted(examined.source.name, font, wide - font.getlength(size)) + size
         pen.text((left, top + high + 2), name, _FAINT, font)
-        caption = own.source.rules.plain(own.source.captions)
+        caption = examined.source.rules.plain(examined.source.captions)
         for row, text in enumerate(_wrapped(caption, font, wide), 1):
             pen.text((left, top + high + 2 + row * _LINE), text, _INK, font)
     return sheet
@@ -134,13 +134,9 @@ def _fitted(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width
 
 
 def _save(sheet: Image.Image, file: Path) -> None:
-    part = file.with_name(f".{file.name}.{os.getpid()}")
+    data = io.BytesIO()
+    sheet.save(data, format="PNG")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(part, format="PNG")
-        part.replace(file)
+        write_whole(file, data.getvalue())
     except OSError as error:
         raise DataError(f"{file}: cannot be written: {error.strerror or error}") from None
-    finally:
-        with suppress(OSError):
-            part.unlink()

@@ -1,4 +1,4 @@
-"""Which images make up the batch of a step: a function of (seed, step), so that a resumed run needs no memory."""
+"""Images of each batch, as a function of (seed, step): a resumed run needs to remember nothing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..randomness import Stream, generator
 
 @dataclass(frozen=True, kw_only=True)
 class Showing:
-    """GeneratedImage ``number`` is shown; it was shown ``turn`` times before."""
+    """Image ``number`` is shown; it was shown ``turn`` times before."""
 
     number: int
     turn: int
@@ -25,9 +25,9 @@ class BatchPlan:
     """Images grouped by size; a batch never mixes sizes, and a remainder is a smaller batch, never dropped."""
 
     buckets: tuple[tuple[int, ...], ...]
-    """GeneratedImage numbers of each bucket."""
+    """Image numbers of each bucket."""
     repeats: tuple[int, ...]
-    """How often each image is shown in an epoch; 0 is never."""
+    """Times that an epoch shows each image; 0 is never."""
     batch_size: int
     seed: int
 
@@ -35,7 +35,7 @@ class BatchPlan:
     def of(
         cls, sizes: Sequence[tuple[int, int]], *, repeats: Sequence[int] | None = None, batch_size: int, seed: int
     ) -> BatchPlan:
-        """For images of these sizes; each is shown once in an epoch, or as often as ``repeats`` says."""
+        """Plan for images of these sizes (width, height); an epoch shows each once, or as often as ``repeats`` says."""
         times = tuple(repeats) if repeats is not None else (1,) * len(sizes)
         by_size: dict[tuple[int, int], list[int]] = {}
         for number, size in enumerate(sizes):
@@ -50,12 +50,12 @@ class BatchPlan:
         return sum(math.ceil(count / self.batch_size) for count in shown)
 
     def batch(self, step: int) -> tuple[Showing, ...]:
-        """What is shown in ``step`` (from 0)."""
+        """Showings of ``step`` (from 0)."""
         epoch, position = divmod(step, self.batches_per_epoch)
         return self.epoch(epoch)[position]
 
     def epoch(self, epoch: int) -> tuple[tuple[Showing, ...], ...]:
-        """Every batch of an epoch, in order."""
+        """Every batch of ``epoch`` (from 0), in order."""
         return _epoch(self, epoch)
 
 
@@ -75,10 +75,10 @@ def _epoch(plan: BatchPlan, epoch: int) -> tuple[tuple[Showing, ...], ...]:
 
 
 def regularisation_repeats(wanted: int, repeats: Sequence[int]) -> tuple[int, ...]:
-    """How often each regularisation image is shown in an epoch of ``wanted`` training showings.
+    """Times that an epoch of ``wanted`` training showings shows each regularisation image.
 
     As in kohya's trainer: as many of them as of training images. Each is taken as often as its set says, in order,
-    until there are enough; images behind that are never shown. Where all are too few, each is shown once more, in
+    until there are enough; images after that are never shown. Where all are too few, each is shown once more, in
     order, until there are enough. (kohya's trainer lets the last image of the first round go over the mark.)
     """
     shown, left = [], wanted

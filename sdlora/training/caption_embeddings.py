@@ -18,7 +18,7 @@ from ..base.tokens import COMMA_REACH, PromptTokens, Tokens, padded, plain, toke
 from ..cache.keys import CacheKey, text_key
 from ..cache.store import EncodedCache
 from ..config.sections import Config
-from ..data.items import Item
+from ..data.examine import ExaminedImage
 from ..families import TOKENS_IN_CHUNK, WORDS_IN_CHUNK
 
 KEPT_BYTES = 2**29
@@ -47,7 +47,7 @@ class CaptionEmbeddings(Protocol):
 
 
 def open_caption_embeddings(
-    base: Base, items: Iterable[Item], config: Config, cache: EncodedCache
+    base: Base, items: Iterable[ExaminedImage], config: Config, cache: EncodedCache
 ) -> CaptionEmbeddings:
     """Embeddings for the captions of ``items``, frozen if the text encoders have learning rate 0."""
     limit = config.data.max_token_length
@@ -139,7 +139,7 @@ class FrozenEmbeddings:
         )
 
 
-def most_chunks(base: Base, item: Item, limit: int) -> int:
+def most_chunks(base: Base, item: ExaminedImage, limit: int) -> int:
     """Number of chunks of the longest caption that can be drawn for ``item``, cut off after ``limit`` tokens."""
     rules, captions = item.source.rules, item.source.captions
     texts = rules.longest(captions)

@@ -1,17 +1,17 @@
-"""What a finished file says of the images that it was trained on."""
+"""Facts about the training images, for the metadata of the finished file."""
 
 from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
 
-from ..data.items import Item
+from ..data.examine import ExaminedImage
 from .metadata import DatasetFacts, FolderFacts
 from .plan import RunPlan
 
 
 def describe_data(plan: RunPlan, validation_loss: float | None) -> DatasetFacts:
-    """Of ``plan``'s images; nothing in it names a folder's place."""
+    """Facts about the images of ``plan``; no path of a folder is among them."""
     training, rules = plan.training, plan.rules
     buckets: Counter[tuple[int, int]] = Counter()
     for views, times in zip(training.shown, training.batches.repeats, strict=True):
@@ -23,25 +23,25 @@ def describe_data(plan: RunPlan, validation_loss: float | None) -> DatasetFacts:
         if (item := training.items[views.item]).source.role == "train"
     ]
     trained = [item for item in training.items if item.source.role == "train"]
-    captions = [item.source.rules for item in trained]
+    caption_rules = [item.source.rules for item in trained]
     return DatasetFacts(
         folders=_folders(trained),
         regularisation=_folders([item for item in training.items if item.source.role == "regularisation"]),
-        shuffle_caption=any(own.shuffle_tags for own in captions),
-        keep_tokens=max(own.keep_tokens for own in captions),
-        tag_dropout=max(own.tag_dropout for own in captions),
+        shuffle_caption=any(rule.shuffle_tags for rule in caption_rules),
+        keep_tokens=max(rule.keep_tokens for rule in caption_rules),
+        tag_dropout=max(rule.tag_dropout for rule in caption_rules),
         validation_images=sum(item.source.role == "validation" for item in training.items),
         validation_loss=validation_loss,
         buckets=buckets,
         mean_aspect_error=sum(errors) / len(errors),
         bucket_sides=None
         if rules[0].no_upscale
-        else (min(own.min_size for own in rules), max(own.max_size for own in rules)),
+        else (min(rule.min_size for rule in rules), max(rule.max_size for rule in rules)),
     )
 
 
-def _folders(items: list[Item]) -> list[FolderFacts]:
-    """By folder and repeats; where names are alike, the later ones are numbered, as kohya's trainer does."""
+def _folders(items: list[ExaminedImage]) -> list[FolderFacts]:
+    """Grouped by folder and repeats; of the same names, the later ones are numbered, as in kohya's trainer."""
     grouped: dict[tuple[Path, int], list[str]] = {}
     for item in items:
         source = item.source

@@ -22,8 +22,9 @@ from ..cache.keys import latent_key
 from ..cache.store import EncodedCache
 from ..config.sections import Config
 from ..data.buckets import Placement
-from ..data.images import as_pixels, cut_out, open_image, open_mask, scale
-from ..data.items import Item
+from ..data.examine import ExaminedImage
+from ..data.images import as_pixels, cut_out, open_mask, scale
+from ..data.kept_images import KeptImages
 from ..data.masks import mask_on_grid
 from ..data.views import View
 from ..progress import Progress
@@ -50,7 +51,13 @@ class EncodedImage:
 
 
 def encode_views(
-    base: Base, items: Sequence[Item], views: Sequence[View], config: Config, cache: EncodedCache, progress: Progress
+    base: Base,
+    items: Sequence[ExaminedImage],
+    views: Sequence[View],
+    config: Config,
+    cache: EncodedCache,
+    kept: KeptImages,
+    progress: Progress,
 ) -> dict[View, EncodedImage]:
     """Look up or encode ``views`` of ``items``: mean and standard deviation (4, h / 8, w / 8) of each view of h x w pixels.
 
@@ -63,7 +70,7 @@ def encode_views(
     masks = _masks(items, views, config, base.checkpoint.latent_factor)
     images: dict[View, EncodedImage] = {}
     encoded_bytes = 0
-    jobs = latent_jobs(base, items, views, config)
+    jobs = latent_jobs(base, items, views, config, kept)
     encoded = fill(
         cache,
         jobs,
@@ -95,17 +102,19 @@ def encoders_for(base: Base, views: Sequence[View]) -> int:
     return threads if base.device.type == "cpu" and threads * largest <= PIXELS_AT_ONCE else 1
 
 
-def latent_jobs(base: Base, items: Sequence[Item], views: Sequence[View], config: Config) -> list[Job[np.ndarray]]:
+def latent_jobs(
+    base: Base, items: Sequence[ExaminedImage], views: Sequence[View], config: Config, kept: KeptImages
+) -> list[Job[np.ndarray]]:
     """One job for each view. It loads uint8 (h, w, 3): the pixels of the crop, mirrored for a flipped view.
 
     Loading does not use torch, whose threads belong to the encoder.
     """
     vae = vae_fingerprint(base) if config.cache.disk else ""
-    crops = _Crops(items, config)
+    crops = _Crops(items, kept)
     return [
         Job(
             key=latent_key(
-                pixels=items[view.item].digest,
+                pixels=items[view.item].shown_digest(config.data.alpha_background),
                 placement=view.placement,
                 flipped=view.flipped,
                 vae=vae,
@@ -121,8 +130,8 @@ def latent_jobs(base: Base, items: Sequence[Item], views: Sequence[View], config
 class _Crops:
     """Loads views. Crops of one image share its scaled copy, of which the last few are kept."""
 
-    def __init__(self, items: Sequence[Item], config: Config):
-        self._items, self._background = items, config.data.alpha_background
+    def __init__(self, items: Sequence[ExaminedImage], kept: KeptImages):
+        self._items, self._kept = items, kept
         self._scaled = lru_cache(maxsize=SCALED_IMAGES)(self._new_scaled)
 
     def load(self, view: View) -> np.ndarray:
@@ -131,21 +140,21 @@ class _Crops:
         return cut_out(self._scaled(view.item, uncropped).get(), view.placement, flipped=view.flipped)
 
     def _new_scaled(self, item: int, placement: Placement) -> _ScaledImage:
-        return _ScaledImage(self._items[item].source.file, self._background, placement)
+        return _ScaledImage(self._items[item].source.file, self._kept, placement)
 
 
 class _ScaledImage:
     """An image that the first thread that needs it opens and scales; other threads wait for it."""
 
-    def __init__(self, file: Path, background: str, placement: Placement):
-        self._file, self._background, self._placement = file, background, placement
+    def __init__(self, file: Path, kept: KeptImages, placement: Placement):
+        self._file, self._kept, self._placement = file, kept, placement
         self._lock = threading.Lock()
         self._image: Image.Image | None = None
 
     def get(self) -> Image.Image:
         with self._lock:
             if self._image is None:
-                self._image = scale(open_image(self._file, self._background), self._placement)
+                self._image = scale(self._kept.open(self._file), self._placement)
             return self._image
 
 
@@ -159,7 +168,7 @@ def encode_crop(base: Base, pixels: np.ndarray) -> dict[str, Tensor]:
     return {"mean": posterior.mean[0], "std": posterior.std[0]}
 
 
-def framing_of(item: Item, view: View) -> Framing:
+def framing_of(item: ExaminedImage, view: View) -> Framing:
     """Size conditioning of SDXL for ``view``, in pixels. For a mirrored view, ``left`` counts in the mirrored image."""
     return Framing(
         original_width=item.width,
@@ -171,7 +180,7 @@ def framing_of(item: Item, view: View) -> Framing:
     )
 
 
-def _masks(items: Sequence[Item], views: Sequence[View], config: Config, cell: int) -> dict[View, Tensor]:
+def _masks(items: Sequence[ExaminedImage], views: Sequence[View], config: Config, cell: int) -> dict[View, Tensor]:
     """The masks of the views that have one, (1, h, w) float32 in [0, 1]; the mask of each image is opened once.
 
     ``cell`` is the side in pixels of the square that one latent value covers.
@@ -179,7 +188,7 @@ def _masks(items: Sequence[Item], views: Sequence[View], config: Config, cell: i
     if config.data.mask == "none":
         return {}
 
-    def masks_of_item(item: Item, views: Sequence[View]) -> dict[View, Tensor]:
+    def masks_of_item(item: ExaminedImage, views: Sequence[View]) -> dict[View, Tensor]:
         mask = open_mask(item.source.file, item.source.mask, (item.width, item.height), config.data.mask)
         if mask is None:
             return {}

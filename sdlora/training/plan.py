@@ -1,18 +1,20 @@
-"""Everything that is decided, and every fault that is found, before a model is loaded."""
+"""Everything that is decided before a model is loaded."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..base.checkpoint import BaseCheckpoint, find_base
+from ..base.checkpoint import BaseCheckpoint
 from ..config.resolve import resolve_config
 from ..config.sections import Config
-from ..data.buckets import BucketRules, Placement, bucket_rules
-from ..data.findings import Finding, raise_errors
-from ..data.items import Item, dataset_digest, load_items
-from ..data.sources import find_sources
+from ..data.buckets import BucketRules, Placement
+from ..data.examine import ExaminedImage, dataset_digest
+from ..data.findings import Finding, findings_from, raise_errors
+from ..data.kept_images import KeptImages
 from ..errors import ConfigError
-from ..progress import Progress
+from ..lint.dataset import ExaminedDataset
+from ..lint.run import examine_dataset
+from ..progress import Progress, Silence
 from .batches import BatchPlan
 from .checkpoint import RunIdentity
 from .training_set import TrainingSet, plan_training_set
@@ -20,16 +22,18 @@ from .training_set import TrainingSet, plan_training_set
 
 @dataclass(frozen=True, kw_only=True)
 class RunPlan:
-    """A run that can begin."""
+    """A run that can start."""
 
     config: Config
     """With every folder of images in ``data.sets``, and with what ``data.dataset_config`` says."""
     base: BaseCheckpoint
     rules: tuple[BucketRules, ...]
-    """Of the buckets, at each resolution."""
+    """Bucket rules, one for each resolution."""
     training: TrainingSet
     findings: tuple[Finding, ...]
-    """What is worth knowing of the images and captions; none of it is an error."""
+    """Findings about images and captions; none is an error."""
+    kept: KeptImages
+    """Decoded images that wait for their encoding."""
     identity: RunIdentity
 
     @property
@@ -38,12 +42,13 @@ class RunPlan:
         return max(rules.resolution for rules in self.rules)
 
     @property
-    def items(self) -> tuple[Item, ...]:
+    def items(self) -> tuple[ExaminedImage, ...]:
+        """Images of all roles."""
         return self.training.items
 
     @property
     def placements(self) -> tuple[Placement, ...]:
-        """Of each training image, at each resolution."""
+        """Placements of each training image, one for each resolution."""
         return self.training.placements
 
     @property
@@ -51,55 +56,53 @@ class RunPlan:
         return self.training.batches
 
 
-def plan_run(config: Config, progress: Progress | None = None) -> RunPlan:
-    """Check the base, the images and the captions, and place every image.
+def plan_run(config: Config, dataset: ExaminedDataset) -> RunPlan:
+    """Place every image of ``dataset``, which ``examine_dataset`` returned for ``config``.
 
     Raises:
-        BaseModelError, DataError, ConfigError: with everything that is wrong with that input.
+        DataError: with one line for each finding that is an error.
+        ConfigError: nothing would be trained.
     """
-    base = find_base(config.base)
     config = resolve_config(config)
-    data, train = config.data, config.train
     if config.optimizer.learning_rate == 0 and config.optimizer.text_encoder_learning_rate == 0:
         raise ConfigError(
             "optimizer.learning_rate and optimizer.text_encoder_learning_rate are both 0: nothing would be trained"
         )
-    rules = bucket_rules(data, resolution=base.resolution, step=base.size_step)
-    listing = find_sources(data)
-    items, faults = load_items(listing, background=data.alpha_background, mask=data.mask, progress=progress)
-    findings = (*listing.findings, *faults)
-    raise_errors(findings)
+    raise_errors(dataset.findings)
     training = plan_training_set(
-        items,
-        rules,
-        data,
-        batch_size=train.batch_size,
-        seed=train.seed,
+        dataset.images,
+        dataset.rules,
+        kept=dataset.kept,
+        batch_size=config.train.batch_size,
+        seed=config.train.seed,
         prior_loss_weight=config.objective.prior_loss_weight,
     )
     return RunPlan(
         config=config,
-        base=base,
-        rules=rules,
+        base=dataset.base,
+        rules=dataset.rules,
         training=training,
-        findings=(*findings, *_unused_regularisation(training)),
-        identity=RunIdentity.of(config, dataset=dataset_digest(items), base=base),
+        findings=(*dataset.findings, *_unused_regularisation(training)),
+        kept=dataset.kept,
+        identity=RunIdentity.of(config, dataset=dataset_digest(dataset.images), base=dataset.base),
     )
 
 
+def plan_config(config: Config, progress: Progress | None = None) -> RunPlan:
+    """Examine the images of ``config``, then plan its run.
+
+    Raises:
+        BaseModelError, DataError, ConfigError: with everything that is wrong with that input.
+    """
+    return plan_run(config, examine_dataset(config, progress=progress or Silence()))
+
+
 def _unused_regularisation(training: TrainingSet) -> list[Finding]:
-    """Kohya's trainer, too, shows no more regularisation images in an epoch than training images."""
-    every = {number for number, item in enumerate(training.items) if item.source.role == "regularisation"}
+    """As in kohya's trainer, an epoch shows no more regularisation images than training images."""
+    every = {number for number, image in enumerate(training.items) if image.source.role == "regularisation"}
     never = every - {views.item for views, times in zip(training.shown, training.batches.repeats, strict=True) if times}
-    if not never:
-        return []
-    return [
-        Finding(
-            code="regularisation-unused",
-            severity="warning",
-            file=None,
-            message=f"{len(never)} of {len(every)} regularisation images are never shown: an epoch shows as many as "
-            "training images",
-            remedy="raise the repeats of the training sets, or remove what is not needed",
-        )
-    ]
+    message = never and (
+        f"{len(never)} of {len(every)} regularisation images are never shown: an epoch shows as many as training images"
+    )
+    remedy = "raise the repeats of the training sets, or remove what is not needed"
+    return list(findings_from(None, ("regularisation-unused", "warning", message, remedy)))

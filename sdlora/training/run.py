@@ -14,7 +14,8 @@ from ..data.findings import raise_errors
 from ..formats.thumbnail import add_thumbnail
 from ..generation.grid import labelled_grid
 from ..generation.infotext import save_png
-from ..lint.report import lint_config, summary_lines
+from ..lint.report import LintReport, summary_lines
+from ..lint.run import examine_dataset
 from ..progress import progress_bar
 
 if TYPE_CHECKING:
@@ -45,25 +46,28 @@ def train(
         SdloraError: a fault of the input, found before a model is loaded wherever that is possible.
         Interrupted: Ctrl-C; the state is saved and the same call goes on from it.
     """
-    with progress_bar(show_progress) as progress:
-        report = lint_config(config, progress=progress)
-        raise_errors(report.findings)
-        # Imported here since it brings diffusers: what is wrong with the input is told before.
-        from accelerate import PartialState
+    from accelerate import PartialState
 
+    main = PartialState().is_main_process
+    with progress_bar(show_progress and main) as progress:
+        dataset = examine_dataset(config, progress=progress)
+        raise_errors(dataset.findings)
+        # Imported here since it brings diffusers: what is wrong with the input is reported before.
         from .loop import run_training
         from .plan import plan_run
 
-        plan = plan_run(config, progress)
-        if PartialState().is_main_process:
-            for line in (*summary_lines(report), *(str(own) for own in plan.findings if own not in report.findings)):
+        plan = plan_run(config, dataset)
+        if main:
+            for line in summary_lines(LintReport(dataset=dataset)):
                 say(line)
+            for finding in plan.findings[len(dataset.findings) :]:
+                say(str(finding))
         result = run_training(plan, restart=restart, progress=progress)
     prompts = config.samples.prompts
     if prompts is None:
         sources = [item.source for item in plan.items if item.source.role == "train"]
         prompts = tuple(dict.fromkeys(source.rules.plain(source.captions) for source in sources))[:4]
-    if not prompts or result.loss is None or not PartialState().is_main_process:
+    if not prompts or result.loss is None or not main:
         return TrainReport(result=result, samples=None)
     from ..generation.studio import generate
 

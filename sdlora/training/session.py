@@ -111,7 +111,8 @@ def open_session(plan: RunPlan, base: Base, accelerator: Accelerator, progress: 
     config, training = plan.config, plan.training
     views = (*training.views(config.train.steps), *training.validation)
     cache = open_cache(config.cache)
-    images = encode_views(base, training.items, views, config, cache, progress)
+    images = encode_views(base, training.items, views, config, cache, plan.kept, progress)
+    plan.kept.clear()
     embeddings = open_caption_embeddings(base, training.items, config, cache)
     adapter, rates = _new_adapter(base, config)
     if config.train.gradient_checkpointing:

@@ -1,4 +1,4 @@
-"""What is shown in each step: which image, which part of it, which way round, and with which caption."""
+"""What each step shows: which image, which crop, flipped or not, with which caption."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from ..config.sections import DataSection
 from ..data.buckets import BucketRules, Placement
-from ..data.images import open_image
-from ..data.items import Item
+from ..data.examine import ExaminedImage
+from ..data.kept_images import KeptImages
 from ..data.views import View, ViewSet, crop_positions, salient_crop
 from ..errors import DataError
 from .batches import BatchPlan, regularisation_repeats
@@ -17,31 +16,31 @@ from .batches import BatchPlan, regularisation_repeats
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """An image as it is shown once."""
+    """One showing of an image."""
 
     view: View
     caption: str
     weight: float
-    """What its loss is multiplied by."""
+    """Factor of its loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSet:
-    """Everything that a run shows. What it shows when is a function of the seed and the step, and of nothing else."""
+    """Everything that a run shows; what a step shows depends on the seed and the step alone."""
 
-    items: tuple[Item, ...]
-    """Of all roles; a view's ``item`` is a place in here."""
+    items: tuple[ExaminedImage, ...]
+    """Images of all roles; ``View.item`` is an index into it."""
     shown: tuple[ViewSet, ...]
     """Training and regularisation images, each at each resolution."""
     weights: tuple[float, ...]
-    """Of the loss, for each of ``shown``."""
+    """Loss weight of each of ``shown``."""
     batches: BatchPlan
-    """Its numbers are places in ``shown``."""
+    """Its numbers are indices into ``shown``."""
     validation: tuple[View, ...]
     """Never trained on."""
 
     def batch(self, step: int) -> tuple[Sample, ...]:
-        """What is shown in ``step`` (from 0)."""
+        """Samples of ``step`` (from 0)."""
         samples = []
         for showing in self.batches.batch(step):
             views = self.shown[showing.number]
@@ -58,7 +57,7 @@ class TrainingSet:
         return tuple(samples)
 
     def views(self, steps: int) -> tuple[View, ...]:
-        """Those that the first ``steps`` steps show, ordered by image, so that each need be opened once."""
+        """Views that the first ``steps`` steps show, ordered by image, so that each is opened once."""
         possible = sum(len(views.all()) for views, times in zip(self.shown, self.batches.repeats, strict=True) if times)
         found: set[View] = set()
         for step in range(steps):
@@ -70,7 +69,7 @@ class TrainingSet:
 
     @property
     def placements(self) -> tuple[Placement, ...]:
-        """Of training images, one for each at each resolution; a random crop's is the centred one."""
+        """Placements of training images, one for each resolution; for random crops the centred one."""
         return tuple(
             views.placements[len(views.placements) // 2]
             for views in self.shown
@@ -79,24 +78,27 @@ class TrainingSet:
 
 
 def plan_training_set(
-    items: Sequence[Item],
+    items: Sequence[ExaminedImage],
     rules: Sequence[BucketRules],
-    data: DataSection,
     *,
+    kept: KeptImages,
     batch_size: int,
     seed: int,
     prior_loss_weight: float,
 ) -> TrainingSet:
-    """Place every image at every resolution, and say how often it is shown and what its loss weighs.
+    """Place every image at every resolution, and set how often it is shown and the weight of its loss.
+
+    Args:
+        kept: opens the images whose crop depends on their pixels.
 
     Raises:
         DataError: there is nothing to train on, or an image can no longer be read.
     """
     if not any(item.source.role == "train" for item in items):
         raise DataError("no image to train on: every one is for regularisation or validation")
-    often = {own.resolution: _repeats(items, own.resolution) for own in rules}
+    often = {rule.resolution: _repeats(items, rule.resolution) for rule in rules}
     shown, weights, repeats, validation = [], [], [], []
-    for number, (item, placed) in enumerate(zip(items, _placed(items, rules, data), strict=True)):
+    for number, (item, placed) in enumerate(zip(items, _placed(items, rules, kept), strict=True)):
         source = item.source
         for resolution, placement in placed.items():
             if source.role == "validation":
@@ -116,8 +118,8 @@ def plan_training_set(
     )
 
 
-def _repeats(items: Sequence[Item], resolution: int) -> dict[int, int]:
-    """How often each training and regularisation image is shown in an epoch at ``resolution``, if it is at all."""
+def _repeats(items: Sequence[ExaminedImage], resolution: int) -> dict[int, int]:
+    """Number of times an epoch shows each training and regularisation image that has this ``resolution``."""
     times: dict[str, dict[int, int]] = {"train": {}, "regularisation": {}, "validation": {}}
     for number, item in enumerate(items):
         if item.source.shown_at(resolution):
@@ -127,17 +129,21 @@ def _repeats(items: Sequence[Item], resolution: int) -> dict[int, int]:
     return times["train"] | dict(zip(regularisation, fill, strict=True))
 
 
-def _placed(items: Sequence[Item], rules: Sequence[BucketRules], data: DataSection) -> list[dict[int, Placement]]:
-    """For each image, its placement at each resolution that it is shown at."""
+def _placed(
+    items: Sequence[ExaminedImage], rules: Sequence[BucketRules], kept: KeptImages
+) -> list[dict[int, Placement]]:
+    """For each image, resolution -> placement, of the resolutions at which it is shown."""
 
-    def place(item: Item) -> dict[int, Placement]:
+    def place(image: ExaminedImage) -> dict[int, Placement]:
         centred = {
-            own.resolution: own.place(item.width, item.height) for own in rules if item.source.shown_at(own.resolution)
+            rule.resolution: rule.place(image.width, image.height)
+            for rule in rules
+            if image.source.shown_at(rule.resolution)
         }
-        if item.source.crop != "salient" or not any(placement.cut_off for placement in centred.values()):
+        if image.source.crop != "salient" or not any(placement.cut_off for placement in centred.values()):
             return centred
-        image = open_image(item.source.file, data.alpha_background)
-        return {resolution: salient_crop(image, placement) for resolution, placement in centred.items()}
+        pixels = kept.open(image.source.file)
+        return {resolution: salient_crop(pixels, placement) for resolution, placement in centred.items()}
 
     with ThreadPoolExecutor() as pool:
         return list(pool.map(place, items))
