@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import sdlora
-from sdlora.config.loading import default_settings
+from sdlora.config.catalogue import default_settings
 from sdlora.errors import ResumeError
 from sdlora.formats.hashes import hash_file
 from sdlora.formats.metadata_file import read_metadata, write_metadata

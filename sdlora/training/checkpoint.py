@@ -14,13 +14,16 @@ import torch
 from safetensors.torch import load_file
 
 from ..base.checkpoint import BaseCheckpoint
-from ..config.loading import default_settings
+from ..config.catalogue import default_settings
 from ..config.sections import Config
+from ..config.setting import DECIDES_RESUMING
 from ..errors import ResumeError
 from ..files import write_whole
 from ..formats.safetensors_file import read_header, serialise
 
 KEPT = 2
+FORMAT = 2
+"""Of a ``RunIdentity`` as JSON; raised when settings change their names or meaning. Format 1 did not state it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,18 +31,14 @@ class RunIdentity:
     """What must not change between the halves of a run."""
 
     config: Mapping[str, str]
-    """``section.key`` -> value, less what does not touch the weights, and no path: this goes into the output too."""
+    """``section.key`` -> value, of the settings that decide resuming; no paths, since this goes into the output too."""
     dataset: str
     base: str
+    format: int = FORMAT
 
     @classmethod
     def of(cls, config: Config, *, dataset: str, base: BaseCheckpoint) -> RunIdentity:
-        settings = config.flat(paths=False)
-        # How attention is computed, and what is kept where, changes nothing else.
-        cache = [key for key in settings if key.startswith("cache.")]
-        for key in ("base.attention", "train.save_every", *cache):
-            del settings[key]
-        settings = {k: v for k, v in settings.items() if not k.startswith("output.") or k == "output.precision"}
+        settings = config.flat(DECIDES_RESUMING)
         settings["base.path"] = json.dumps(base.name)
         return cls(config=settings, dataset=dataset, base=base.fingerprint)
 
@@ -48,6 +47,8 @@ class RunIdentity:
 
         A key that an earlier version did not know counts as having had its default.
         """
+        if self.format != other.format:
+            return ["another version of sdlora, with other settings, made it"]
         earlier = {**default_settings(), **other.config}
         found = [
             f"{key} was {earlier.get(key)}, is now {self.config.get(key)}"
@@ -61,13 +62,18 @@ class RunIdentity:
         return found
 
     def to_json(self) -> str:
-        fields = {"config": dict(self.config), "dataset": self.dataset, "base": self.base}
+        fields = {"config": dict(self.config), "dataset": self.dataset, "base": self.base, "format": self.format}
         return json.dumps(fields, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> RunIdentity:
         fields = json.loads(text)
-        return cls(config=fields["config"], dataset=fields["dataset"], base=fields["base"])
+        return cls(
+            config=fields["config"],
+            dataset=fields["dataset"],
+            base=fields["base"],
+            format=fields.get("format", 1),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -194,7 +194,7 @@ def _run_values(config: Config, run: RunFacts, data: DatasetFacts) -> dict[str, 
         "ss_caption_tag_dropout_rate": data.tag_dropout,
         "ss_flip_aug": config.data.flip or any(one.flip for one in config.data.sets),
         "ss_color_aug": False,
-        "ss_random_crop": any((one.crop or config.data.crop) == "random" for one in config.data.sets),
+        "ss_random_crop": any(one.crop == "random" for one in config.data.sets),
         "sdlora_modules": run.modules,
         "sdlora_version": __version__,
         **({} if data.validation_loss is None else {"sdlora_validation_loss": data.validation_loss}),
@@ -203,7 +203,7 @@ def _run_values(config: Config, run: RunFacts, data: DatasetFacts) -> dict[str, 
 
 def _modelspec_values(config: Config, run: RunFacts) -> dict[str, object]:
     """ModelSpec 1.0.1, less the hash, which is over the final bytes, and the thumbnail, which is made of a sample."""
-    epsilon, output, trigger = run.prediction == "epsilon", config.output, config.data.trigger
+    epsilon, output, trigger = run.prediction == "epsilon", config.output, config.trigger
     written = {
         "author": output.author,
         "license": output.license,

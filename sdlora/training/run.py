@@ -73,7 +73,7 @@ def train(
 
     gc.collect()  # Models hold themselves in cycles: without this the run's base would lie beside the samples' base.
     images = generate(
-        [with_trigger(prompt, config.data.trigger) for prompt in prompts],
+        [with_trigger(prompt, config.trigger) for prompt in prompts],
         base=config.base,
         loras=[str(result.output)],
         seed=config.train.seed,
