@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sdlora
+from sdlora.base.base import Base
 from sdlora.base.checkpoint import find_base
 from sdlora.base.detect import detect_checkpoint
-from sdlora.base.load import Base
 from sdlora.config.sections import BaseSection
 from sdlora.errors import BaseModelError, SdloraError
 from sdlora.families import FAMILIES

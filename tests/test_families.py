@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import sdlora
 from sdlora.base.attention import _build_fault, use_attention, why_not_xformers
 from sdlora.base.checkpoint import find_base
-from sdlora.base.encode import Framing
+from sdlora.base.conditioning import Framing
 from sdlora.base.load import load_base
 from sdlora.config.loading import load_config
 from sdlora.config.sections import BaseSection

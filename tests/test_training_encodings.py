@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import sdlora as package
-from sdlora.base.encode import Conditioning
+from sdlora.base.conditioning import Conditioning
 from sdlora.base.load import load_base
 from sdlora.data.images import as_pixels, open_image, place
 from sdlora.training.plan import plan_run

@@ -1,4 +1,4 @@
-"""In which number format the frozen base computes."""
+"""The device and the number format in which the frozen base computes."""
 
 from __future__ import annotations
 
@@ -18,3 +18,10 @@ def choose_precision(requested: str, device: torch.device, *, unet_parameters: i
         gains = unet_parameters >= SMALL_UNET and torch.cpu._is_amx_tile_supported()
         return torch.bfloat16 if gains else torch.float32
     return torch.float32
+
+
+def choose_device() -> torch.device:
+    """The first available of CUDA, Apple's Metal and the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

@@ -16,8 +16,9 @@ from diffusers import (
 from PIL import Image
 from torch import Tensor
 
-from ..base.encode import Conditioning, Framing, added_conditions, decode_latents, encode_prompts
-from ..base.load import Base
+from ..base.base import Base
+from ..base.conditioning import Conditioning, Framing
+from ..base.encode import decode_latents, encode_prompts
 from ..base.schedule import ScheduleFacts
 from ..base.tokens import padded, tokenize
 from ..formats.hashes import file_hashes
@@ -112,8 +113,7 @@ def denoise(base: Base, requests: Sequence[ImageRequest], progress: Progress) ->
     scheduler.set_timesteps(first.steps, device=base.device)
     guided = first.guidance != 1.0
     conditioning = _conditioning(base, requests, guided=guided)
-    rows = conditioning.context.shape[0]
-    added = added_conditions(base, conditioning, [Framing.whole(first.width, first.height)] * rows)
+    framings = [Framing.whole(first.width, first.height)] * conditioning.context.shape[0]
     factor = base.checkpoint.latent_factor
     shape = (1, base.unet.config["in_channels"], first.height // factor, first.width // factor)
     generators = [torch.Generator("cpu").manual_seed(request.seed) for request in requests]
@@ -122,10 +122,7 @@ def denoise(base: Base, requests: Sequence[ImageRequest], progress: Progress) ->
     extra = {"generator": generators} if first.sampler == "euler-a" else {}
     for timestep in scheduler.timesteps:
         doubled = torch.cat([latents] * 2) if guided else latents
-        scaled = scheduler.scale_model_input(doubled, timestep).to(base.dtype)
-        predicted = base.unet(scaled, timestep, conditioning.context, added_cond_kwargs=added, return_dict=False)[
-            0
-        ].float()
+        predicted = base.predict(scheduler.scale_model_input(doubled, timestep), timestep, conditioning, framings)
         if guided:
             without, with_prompt = predicted.chunk(2)
             predicted = without + first.guidance * (with_prompt - without)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from ..base.checkpoint import find_base
-from ..base.precision import choose_precision
+from ..base.precision import choose_device, choose_precision
 from ..config.sections import BaseSection
 from ..errors import SdloraError
 from ..progress import progress_bar
@@ -18,7 +18,7 @@ from .infotext import SAMPLERS
 from .loras import FittedLora, LoraChoice, fit_loras
 
 if TYPE_CHECKING:
-    from ..base.load import Base
+    from ..base.base import Base
     from .pipeline import GeneratedImage, ImageRequest
 
 
@@ -112,7 +112,7 @@ class Studio:
         choices = [LoraChoice.parse(lora) if isinstance(lora, str) else lora for lora in loras]
         fitted = fit_loras(checkpoint, [choice.file for choice in choices])
         # Imported here since it brings diffusers: what is wrong with the input is told before.
-        from ..base.load import choose_device, load_base
+        from ..base.load import load_base
 
         device = choose_device()
         dtype = choose_precision(precision, device, unet_parameters=checkpoint.unet_parameters)

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from ..base.load import Base, load_base
+from ..base.base import Base
+from ..base.load import load_base
 from ..base.precision import choose_precision
 from ..errors import Interrupted, TrainingError
 from ..families import WORDS_IN_CHUNK

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..base.load import Base
+from ..base.base import Base
 from ..cache.store import open_cache
 from ..config.sections import Config
 from ..data.views import View
