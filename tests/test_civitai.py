@@ -30,7 +30,7 @@ def lora(tiny_files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
         f"output.path={file}", "output.author=Ada", "output.description=Blue lines.", "train.steps=2",
         "data.resolution=64", "samples.prompts=[]",
     ]  # fmt: skip
-    sdlora.train(sdlora.load_config(None, settings), show_progress=False)
+    sdlora.train(sdlora.load_config(None, settings))
     write_metadata(
         file, file, read_metadata(file) | {"ss_vae_name": "/home/jane/secret/vae.pt", "sshs_model_hash": "00"}
     )
@@ -38,7 +38,7 @@ def lora(tiny_files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
 
 
 def made(lora: Path, folder: Path, base: Path, **options) -> sdlora.publish.civitai.Package:
-    drawing = {"steps": 1, "size": (64, 64), "show_progress": False}
+    drawing = {"steps": 1, "size": (64, 64)}
     return sdlora.export_civitai(lora, folder, base=str(base), **drawing | options)
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..generation.request import ImageRequest
 from .app import BaseOption, JsonOption, app, emit, guard, parse_size
 
 
@@ -25,9 +26,9 @@ def export(
     previews: Annotated[bool, typer.Option(help="Generate preview images.")] = True,
     negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
     weight: Annotated[float, typer.Option(help="LoRA weight for the previews, and recommended to users.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the first preview.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps.")] = 20,
-    cfg: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is off.")] = 5.0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the first preview.")] = ImageRequest.seed,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps.")] = ImageRequest.steps,
+    cfg: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is off.")] = ImageRequest.cfg,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels; default: the base's own.")] = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ..generation.request import ImageRequest
+from ..generation.samplers import SAMPLERS
 from .app import BaseOption, JsonOption, app, emit, guard, parse_size
 
 
@@ -21,12 +23,12 @@ def generate(
         typer.Option(metavar="FILE[:UNET[:TE]]", help="A LoRA with its weight (default 1); may be repeated."),
     ] = None,
     negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the first image.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps.")] = 20,
-    cfg: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is off.")] = 5.0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the first image.")] = ImageRequest.seed,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps.")] = ImageRequest.steps,
+    cfg: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is off.")] = ImageRequest.cfg,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels; default: the base's own.")] = None,
     count: Annotated[int, typer.Option(min=1, help="Images of each prompt, with the seeds N, N+1, ...")] = 1,
-    sampler: Annotated[str, typer.Option(help="dpm++2m, euler, euler-a or ddim.")] = "dpm++2m",
+    sampler: Annotated[str, typer.Option(help=f"One of {', '.join(SAMPLERS)}.")] = ImageRequest.sampler,
     strip: Annotated[
         bool,
         typer.Option(

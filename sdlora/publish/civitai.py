@@ -20,7 +20,9 @@ from ..formats.metadata_file import read_metadata, redacted, write_metadata
 from ..formats.readers import lost_elsewhere
 from ..generation.infotext import save_png
 from ..generation.loras import LoraChoice
+from ..generation.request import ImageRequest
 from ..generation.studio import generate
+from ..progress import Progress
 from ..tools.convert import convert
 from .model_card import model_card, sidecar
 
@@ -54,10 +56,10 @@ def export_civitai(
     negative: str = "",
     weight: float = 1.0,
     seed: int = 0,
-    steps: int = 20,
-    cfg: float = 5.0,
+    steps: int = ImageRequest.steps,
+    cfg: float = ImageRequest.cfg,
     size: tuple[int, int] | None = None,
-    show_progress: bool = True,
+    progress: Progress | None = None,
 ) -> Package:
     """Make ``folder``, which must not be there or be empty, whole or not at all.
 
@@ -94,7 +96,7 @@ def export_civitai(
         changed = _pack(file, file.family, packed, base if prompts else None)
         drawing: dict[str, Any] = {"negative": negative, "seed": seed, "steps": steps, "cfg": cfg, "size": size}
         choice = LoraChoice(file=packed, unet=weight, text_encoder=weight)
-        images = generate(prompts, base=base, loras=[choice], show_progress=show_progress, **drawing) if prompts else []
+        images = generate(prompts, base=base, loras=[choice], progress=progress, **drawing) if prompts else []
         previews = [f"{name}-{number}.png" for number in range(1, len(images) + 1)]
         for image, preview in zip(images, previews, strict=True):
             save_png(image.image, partial / preview, image.parameters)
