@@ -19,7 +19,6 @@ from sdlora.config.loading import load_config
 from sdlora.config.sections import Config
 from sdlora.errors import LoraFileError
 from sdlora.families import FAMILIES, SD1, SDXL
-from sdlora.files import write_whole
 from sdlora.formats.hashes import FileHashes, hash_file
 from sdlora.formats.keys import kohya_keys, part_of, resolve
 from sdlora.formats.lora_file import read_lora
@@ -255,15 +254,6 @@ def test_truncation_is_told_in_bytes(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(header + payload[:-5])
     with pytest.raises(LoraFileError, match="truncated or damaged: 5 bytes are missing"):
         read_header(tmp_path / "x", LoraFileError)
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
-    file = tmp_path / "x"
-    file.write_bytes(b"old")
-    with pytest.raises(TypeError):
-        write_whole(file, b"new", None)  # ty: ignore[invalid-argument-type]
-    assert file.read_bytes() == b"old"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["x"]
 
 
 def facts(**changes: object) -> tuple[RunFacts, DatasetFacts]:

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
-
 from .._version import __version__
+from ..files import write_png
 from ..formats.metadata import safe_title
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from .pipeline import ImageRequest
 
 SAMPLERS = {"dpm++2m": "DPM++ 2M", "euler": "Euler", "euler-a": "Euler a", "ddim": "DDIM"}
@@ -74,15 +74,8 @@ def infotext(
 
 
 def save_png(image: Image.Image, file: Path, parameters: str) -> None:
-    """Write ``image`` with ``parameters`` as its tEXt chunk of that name; whole or not at all."""
-    from io import BytesIO
-
-    from ..files import write_whole
-
-    info, buffer = PngInfo(), BytesIO()
-    info.add_text("parameters", parameters)
-    image.save(buffer, "PNG", pnginfo=info)
-    write_whole(file, buffer.getvalue())
+    """Write ``image`` with ``parameters`` as its text chunk of that name. Raises as ``files.write_whole``."""
+    write_png(file, image, [("parameters", parameters)])
 
 
 def _weights(lora: UsedLora) -> str:
