@@ -190,7 +190,7 @@ def test_what_cannot_be_used_is_listed(tmp_path: Path) -> None:
         "lora_unet_f",
         "lora_unet_g puts another weight",
         "lora_unet_h is for a weight of another shape",
-        "lora_unet_i has GLoRA matrices with less than two axes",
+        "lora_unet_i has GLoRA matrices with fewer than two axes",
         "tensor lora_unet_j.something is of a kind that cannot be applied",
     ):
         assert part in text
