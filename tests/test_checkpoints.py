@@ -79,7 +79,7 @@ def test_a_folder_is_loaded_as_diffusers_loads_it(made: Made, tmp_path: Path) ->
     pipe.save_pretrained(tmp_path / "folder")
     same_models(opened(tmp_path / "folder"), pipe)
     found = detect_checkpoint(tmp_path / "folder")
-    assert (found.dialect, found.require_family().name) == ("diffusers", file.stem)
+    assert (found.format, found.require_family().name) == ("diffusers", file.stem)
 
 
 def test_marked_variants_and_pickled_folders_are_found(tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ def test_inspect_tells_what_a_checkpoint_is(made: Made, tmp_path: Path, monkeypa
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     family = FAMILIES[file.stem]
     report = sdlora.inspect(file)
-    assert (report.kind, report.family, report.dialect, report.dtype) == ("checkpoint", file.stem, "ldm", "float32")
+    assert (report.kind, report.family, report.format, report.dtype) == ("checkpoint", file.stem, "ldm", "float32")
     assert (report.prediction, report.resolution, report.ema_tensors) == ("epsilon", family.resolution, 1)
     assert report.parameters is not None
     assert report.parameters["unet"] == sum(p.numel() for p in pipe.unet.parameters())

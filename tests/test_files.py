@@ -99,9 +99,13 @@ def test_a_folder_appears_when_it_is_complete(tmp_path: Path, empty: bool) -> No
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_a_failed_folder_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
-    with pytest.raises(error), whole_folder(tmp_path / "x") as partial:
-        (partial / "y").mkdir()
-        raise error
+    def fail() -> None:
+        with whole_folder(tmp_path / "x") as partial:
+            (partial / "y").mkdir()
+            raise error
+
+    with pytest.raises(error):
+        fail()
     assert names(tmp_path) == []
 
 

@@ -143,7 +143,7 @@ def test_legacy_hashes_of_a_file_over_a_megabyte(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "dialect"),
+    ("names", "format"),
     [
         ((f"{UNET}.lora_A.weight", f"{UNET}.lora_B.weight"), "peft"),
         ((f"{UNET}.lora.down.weight", f"{UNET}.lora.up.weight"), "diffusers"),
@@ -151,10 +151,10 @@ def test_legacy_hashes_of_a_file_over_a_megabyte(tmp_path: Path) -> None:
         ((f"{TEXT}.lora_linear_layer.down.weight", f"{TEXT}.lora_linear_layer.up.weight"), "diffusers"),
     ],
 )
-def test_files_without_alpha_have_scale_one(tmp_path: Path, names: tuple[str, str], dialect: str) -> None:
+def test_files_without_alpha_have_scale_one(tmp_path: Path, names: tuple[str, str], format: str) -> None:
     save_file({names[0]: torch.randn(4, 6), names[1]: torch.randn(5, 4)}, tmp_path / "x.safetensors")
     file = read_lora(tmp_path / "x.safetensors")
-    assert file.dialect == dialect
+    assert file.format == format
     assert [module.scale for module in file.modules.values()] == [1.0]
     assert resolve(file.modules, [UNET, TEXT]).unmatched == ()
 

@@ -21,9 +21,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from recipes.mini.export import export
 from sdlora.base.checkpoint import MINI_FOLDER, find_base
 from sdlora.base.load import Base, clip_tokenizer, load_base
-from sdlora.base.single_file import ldm_tensors
 from sdlora.config.sections import BaseSection
 from sdlora.families import FAMILIES
+from tests.single_file import ldm_tensors
 
 CPU = torch.device("cpu")
 

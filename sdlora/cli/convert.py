@@ -11,16 +11,17 @@ from .app import JsonOption, app, emit, guard
 
 @app.command()
 def convert(
-    source: Annotated[
-        str, typer.Argument(metavar="IN", help="A LoRA file in any dialect, or a PEFT adapter's folder.")
-    ],
+    source: Annotated[str, typer.Argument(metavar="IN", help="A LoRA file in any format, or a PEFT adapter's folder.")],
     target: Annotated[str, typer.Argument(metavar="OUT", help="The .safetensors file to write.")],
-    to: Annotated[str, typer.Option("--to", metavar="DIALECT", help="kohya, diffusers or peft.")],
-    base: Annotated[str | None, typer.Option(metavar="BASE", help="Where it is not of a published size.")] = None,
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="kohya, diffusers or peft.")],
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="BASE", help="Its base, if not of a published size."),
+    ] = None,
     precision: Annotated[str, typer.Option(help="auto (as it is), float16, bfloat16 or float32.")] = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Write a LoRA in another dialect: the same changes under other names."""
+    """Write a LoRA in another format: the same changes under other names."""
 
     def run() -> None:
         if precision not in ("auto", "float16", "bfloat16", "float32"):
@@ -32,7 +33,7 @@ def convert(
             emit(report.to_json())
         else:
             typer.echo(
-                f"{report.output}: {report.modules} modules, {report.family}, {report.dialect} names, {report.dtype}"
+                f"{report.output}: {report.modules} modules, {report.family}, {report.format} names, {report.dtype}"
             )
             for problem in report.left_out:
                 typer.echo(f"  left out: {problem}")

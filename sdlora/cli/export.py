@@ -12,7 +12,7 @@ from .app import BaseOption, JsonOption, app, emit, guard, parse_size
 
 @app.command()
 def export(
-    lora: Annotated[str, typer.Argument(metavar="LORA", help="A LoRA file in any dialect.")],
+    lora: Annotated[str, typer.Argument(metavar="LORA", help="A LoRA file in any format.")],
     civitai: Annotated[Path, typer.Option("--civitai", metavar="DIR", help="The folder to make: all an upload needs.")],
     base: BaseOption = "mini",
     prompt: Annotated[

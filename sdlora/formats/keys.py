@@ -10,17 +10,15 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from ..families import Family
+from ..families import LORA_PARTS, Family
 from .checkpoint_keys import unet_table_to_ldm
-
-PARTS = ("unet", "text_encoder", "text_encoder_2")
 
 _KOHYA_PREFIXES = {
     "unet": ("lora_unet", "lycoris", "oft_unet"),
     "text_encoder": ("lora_te", "lora_te1", "lycoris", "oft_te", "oft_te1"),
     "text_encoder_2": ("lora_te2", "oft_te2"),
 }
-"""In front of a flattened path; kohya's own for one text encoder first, SimpleTuner's and kohya's OFT behind."""
+"""In front of a flattened path; kohya's own for one text encoder first, then those of SimpleTuner and of kohya's OFT."""
 _COMFYUI_PREFIXES = {
     "unet": ("diffusion_model",),
     "text_encoder": ("text_encoders.clip_l.transformer", "text_encoders.clip_h.transformer"),
@@ -68,7 +66,7 @@ def part_of(key: str) -> str | None:
         if any(key.startswith(f"{prefix}.") for prefix in prefixes):
             return part
     head = key.partition(".")[0]
-    if head in PARTS:
+    if head in LORA_PARTS:
         return head
     bare = key.removeprefix("lycoris_")
     if bare.startswith(("down_blocks", "up_blocks", "mid_block", "input_blocks", "middle_block", "output_blocks")):
@@ -121,6 +119,6 @@ def _spellings(name: str, sgm: str | None) -> set[str]:
         if not dot:
             head, dot, projection = path.removesuffix(".0").rpartition(".attn2.")
         if dot:
-            # The oldest of diffusers' spellings.
+            # Diffusers' oldest spelling.
             dotted |= {f"{prefix}{head}{dot}processor.{projection}" for prefix in ("", "unet.")}
     return {f"{prefix}_{p}" for prefix in _KOHYA_PREFIXES[part] for p in flat} | dotted

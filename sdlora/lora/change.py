@@ -53,9 +53,7 @@ class Change(ABC):
     def _fits_weight(self, shape: tuple[int, ...]) -> bool:
         """Kinds whose ``weight_shape`` is None have a rule of their own."""
         known = self.weight_shape
-        return known is not None and (
-            known == shape or (known[:2] == shape[:2] and set(known[2:] + shape[2:]) <= {1})
-        )
+        return known is not None and (known == shape or (known[:2] == shape[:2] and set(known[2:] + shape[2:]) <= {1}))
 
     def bias_delta(self) -> Tensor | None:
         """Change of the bias, (out,), where there is one."""

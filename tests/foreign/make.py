@@ -38,9 +38,9 @@ def alpha(value: float, dtype: type = np.float32) -> ndarray:
 class File:
     """The tensors of one file, and what they are meant to be."""
 
-    def __init__(self, dialect: str, *, metadata: dict[str, str] | None = None):
+    def __init__(self, format: str, *, metadata: dict[str, str] | None = None):
         self.tensors: dict[str, ndarray] = {}
-        self.dialect, self.metadata = dialect, metadata
+        self.format, self.metadata = format, metadata
         self.modules: dict[str, str] = {}
         self.changes: dict[str, ndarray] = {}
         self.embeddings: list[str] = []
@@ -398,7 +398,7 @@ if __name__ == "__main__":
     expected, changes = {}, {}
     for name, file in FILES.items():
         save_file(file.tensors, HERE / f"{name}.safetensors", file.metadata)
-        expected[name] = {"dialect": file.dialect, "modules": file.modules, "embeddings": file.embeddings}
+        expected[name] = {"format": file.format, "modules": file.modules, "embeddings": file.embeddings}
         changes |= {f"{name}|{module}": change for module, change in file.changes.items()}
     (HERE / "expected.json").write_text(json.dumps(expected, indent=1) + "\n", encoding="utf-8")
     save_file(changes, HERE / "expected.safetensors")
