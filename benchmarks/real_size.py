@@ -35,8 +35,8 @@ from safetensors.torch import save_file
 
 from sdlora.base.checkpoint import find_base
 from sdlora.base.detect import detect_checkpoint
-from sdlora.base.load import choose_device, load_base
-from sdlora.base.precision import choose_precision
+from sdlora.base.load import load_base
+from sdlora.base.precision import choose_device, choose_precision
 from sdlora.config.loading import load_config
 from sdlora.families import FAMILIES
 from sdlora.generation.studio import generate

@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sdlora
+from sdlora.base.base import Base
 from sdlora.base.checkpoint import find_base
 from sdlora.base.detect import detect_checkpoint
-from sdlora.base.load import Base
 from sdlora.config.sections import BaseSection
 from sdlora.errors import BaseModelError, SdloraError
 from sdlora.families import FAMILIES
@@ -171,7 +171,7 @@ def test_a_replacement_vae_works_for_every_family(made: Made, tmp_path: Path) ->
     file, _ = made
     other = tiny_pipeline(file.stem, seed=3)
     other.vae.save_pretrained(tmp_path / "vae")
-    options = {"size": (64, 64), "steps": 1, "show_progress": False, "precision": "float32"}
+    options = {"size": (64, 64), "steps": 1, "precision": "float32"}
     own = sdlora.generate("a fox", base=str(file), **options)[0]  # ty: ignore[invalid-argument-type]
     section = BaseSection(path=str(file), vae=str(tmp_path / "vae"))
     replaced = sdlora.generate("a fox", base=section, **options)[0]  # ty: ignore[invalid-argument-type]

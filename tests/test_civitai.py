@@ -30,7 +30,7 @@ def lora(tiny_files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
         f"output.path={file}", "output.author=Ada", "output.description=Blue lines.", "train.steps=2",
         "data.resolution=64", "samples.prompts=[]",
     ]  # fmt: skip
-    sdlora.train(sdlora.load_config(None, settings), show_progress=False)
+    sdlora.train(sdlora.load_config(None, settings))
     write_metadata(
         file, file, read_metadata(file) | {"ss_vae_name": "/home/jane/secret/vae.pt", "sshs_model_hash": "00"}
     )
@@ -38,7 +38,7 @@ def lora(tiny_files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
 
 
 def made(lora: Path, folder: Path, base: Path, **options) -> sdlora.publish.civitai.Package:
-    drawing = {"steps": 1, "size": (64, 64), "show_progress": False}
+    drawing = {"steps": 1, "size": (64, 64)}
     return sdlora.export_civitai(lora, folder, base=str(base), **drawing | options)
 
 
@@ -112,7 +112,7 @@ def test_what_cannot_be_packed_leaves_nothing(lora: Path, tiny_files: dict[str, 
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "mine.txt").write_text("mine")
-    with pytest.raises(LoraFileError, match="is there already"):
+    with pytest.raises(LoraFileError, match="exists already"):
         made(lora, taken, tiny_files["sd1"])
     assert [file.name for file in taken.iterdir()] == ["mine.txt"]
     with pytest.raises(CompatibilityError, match="Stable Diffusion XL"):
@@ -138,4 +138,4 @@ def test_the_command(
     assert (tmp_path / "up" / "my-style-1.png").is_file()
     again = sdlora("export", lora, "--civitai", "up", *options)
     assert again.returncode == 1
-    assert "is there already" in again.stderr
+    assert "exists already" in again.stderr

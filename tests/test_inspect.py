@@ -107,7 +107,7 @@ def test_the_text_shows_it_and_cuts_what_is_long(lora: Path, sdlora: Callable[..
             tensors[f"strange_{number}"] = torch.ones(1)
 
     shown = sdlora("inspect", rewritten(lora, spoil)).stdout
-    assert "  unet     rank 4 … 8, median 4; alpha 2; scale 0.25 … 0.5, median 0.5; change" in shown
+    assert "  unet     rank 4 … 8, median 4; alpha 2; scale 0.25 … 0.5, median 0.5; ‖ΔW‖ " in shown
     assert "  tags     cat 5, zorb 3" in shown
     assert "  … and 20 more problems, all with --json" in shown
     whole = json.loads(sdlora("inspect", lora, "--json").stdout)

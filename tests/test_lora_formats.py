@@ -323,7 +323,6 @@ def test_diffusers_draws_the_same_from_a_converted_file_with_mixed_alphas(family
         size=(64, 64),
         sampler="euler" if family == "sdxl" else "ddim",
         precision="float32",
-        show_progress=False,
     )[0]
     for to, latents in drawn.items():
         assert (ours.latents - latents).abs().max() < 1e-3, to

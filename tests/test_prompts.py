@@ -10,9 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sdlora.base.base import Base
 from sdlora.base.checkpoint import find_base
 from sdlora.base.encode import encode_prompts
-from sdlora.base.load import Base, clip_tokenizer, load_base
+from sdlora.base.load import clip_tokenizer, load_base
 from sdlora.base.tokens import Span, padded, plain, token_count, tokenize
 from sdlora.config.sections import BaseSection
 from sdlora.errors import BaseModelError

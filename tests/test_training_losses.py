@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sdlora.base.encode import Framing
+from sdlora.base.conditioning import Framing
 from sdlora.training.loss import denoising_loss
 from sdlora.training.plan import plan_run
 from tests.conftest import write_images

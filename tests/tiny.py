@@ -19,8 +19,9 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from recipes.mini.export import export
+from sdlora.base.base import Base
 from sdlora.base.checkpoint import MINI_FOLDER, find_base
-from sdlora.base.load import Base, clip_tokenizer, load_base
+from sdlora.base.load import clip_tokenizer, load_base
 from sdlora.config.sections import BaseSection
 from sdlora.families import FAMILIES
 from tests.single_file import ldm_tensors

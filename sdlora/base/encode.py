@@ -10,55 +10,9 @@ from torch import Tensor
 
 from ..errors import BaseModelError
 from ..families import TOKENS_IN_CHUNK
-from .load import Base, TextEncoder
+from .base import Base, TextEncoder
+from .conditioning import Conditioning
 from .tokens import PromptTokens
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Conditioning:
-    """What the UNet is told of prompts, in the base's dtype.
-
-    ``context`` is (b, 77 · chunks, width); ``pooled`` (b, width) where a text encoder of the family gives one, else None.
-    """
-
-    context: Tensor
-    pooled: Tensor | None
-
-    @classmethod
-    def stack(cls, rows: Sequence[Conditioning]) -> Conditioning:
-        """All rows in one; they agree in the number of chunks."""
-        pooled = [row.pooled for row in rows if row.pooled is not None]
-        return cls(context=torch.cat([row.context for row in rows]), pooled=torch.cat(pooled) if pooled else None)
-
-    def row(self, number: int) -> Conditioning:
-        """One prompt's."""
-        pooled = None if self.pooled is None else self.pooled[number : number + 1]
-        return Conditioning(context=self.context[number : number + 1], pooled=pooled)
-
-    def zeros(self) -> Conditioning:
-        pooled = None if self.pooled is None else torch.zeros_like(self.pooled)
-        return Conditioning(context=torch.zeros_like(self.context), pooled=pooled)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Framing:
-    """What SDXL is told of an image, in pixels: its size before scaling, where it was cropped, and its size now."""
-
-    original_width: int
-    original_height: int
-    left: int
-    top: int
-    width: int
-    height: int
-
-    @classmethod
-    def whole(cls, width: int, height: int) -> Framing:
-        return cls(original_width=width, original_height=height, left=0, top=0, width=width, height=height)
-
-    @property
-    def numbers(self) -> tuple[int, ...]:
-        """In the order that SDXL was trained with (Podell et al. 2023, section 2.2; heights first)."""
-        return (self.original_height, self.original_width, self.top, self.left, self.height, self.width)
 
 
 def encode_prompts(base: Base, prompts: Sequence[PromptTokens]) -> Conditioning:
@@ -95,15 +49,6 @@ def _weighted(hidden: Tensor, weights: Tensor) -> Tensor:
     """Each token's vector times its weight, and the whole scaled back to its mean, as A1111 does by default."""
     result = hidden * weights[..., None]
     return result * (hidden.mean((1, 2), keepdim=True) / result.mean((1, 2), keepdim=True))
-
-
-def added_conditions(base: Base, conditioning: Conditioning, framings: Sequence[Framing]) -> dict[str, Tensor] | None:
-    """What the UNet takes as ``added_cond_kwargs``; None where the family has no size conditioning."""
-    if not base.checkpoint.family.unet.size_conditioning or conditioning.pooled is None:
-        return None
-    # float32 whatever the base computes in: bfloat16 holds whole numbers up to 256 only.
-    numbers = torch.tensor([framing.numbers for framing in framings], device=base.device, dtype=torch.float32)
-    return {"text_embeds": conditioning.pooled, "time_ids": numbers}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from torch import nn
 from transformers import CLIPTextConfig, CLIPTokenizer
 from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -19,51 +17,10 @@ from ..families import PART_TITLES, TOKENS_IN_CHUNK, TextEncoderFacts
 from ..formats.tensor_files import read_tensors
 from .architecture import Shapes, clip_config, unet_config, vae_config
 from .attention import use_attention
+from .base import Base, TextEncoder
 from .checkpoint import BaseCheckpoint
 from .schedule import NoiseSchedule
 from .words import clip_merges, clip_vocabulary
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class TextEncoder:
-    """A text encoder with what turns words into its tokens."""
-
-    facts: TextEncoderFacts
-    model: CLIPTextModel | CLIPTextModelWithProjection
-    tokenizer: CLIPTokenizer
-    pad_id: int
-
-    @property
-    def nesting(self) -> str:
-        """What canonical names have in front of the model's own: since transformers 5.6 one class has no ``text_model``."""
-        return "" if hasattr(self.model, "text_model") else "text_model."
-
-    @property
-    def final_norm(self) -> nn.Module:
-        return self.model.get_submodule("final_layer_norm" if self.nesting else "text_model.final_layer_norm")
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Base:
-    """The frozen parts of a checkpoint. UNet and text encoders share one dtype; the VAE's is that or float32."""
-
-    checkpoint: BaseCheckpoint
-    unet: UNet2DConditionModel
-    text_encoders: tuple[TextEncoder, ...]
-    vae: AutoencoderKL
-    schedule: NoiseSchedule
-    device: torch.device
-    dtype: torch.dtype
-    """Of the UNet and the text encoders. Kept here: asked for either, diffusers looks through all of a model."""
-
-    def modules(self) -> dict[str, nn.Module]:
-        """Canonical name -> module, of the UNet and the text encoders, containers too."""
-        named = {f"unet.{name}": module for name, module in self.unet.named_modules() if name}
-        for encoder in self.text_encoders:
-            for name, module in encoder.model.named_modules():
-                if name:
-                    named[f"{encoder.facts.part}.{encoder.nesting}{name}"] = module
-        return named
 
 
 def load_base(checkpoint: BaseCheckpoint, *, device: torch.device, dtype: torch.dtype) -> Base:
@@ -205,10 +162,3 @@ def _filled(
             length = module.position_ids.shape[-1]
             module.position_ids = torch.arange(length, device=device).expand(1, -1)
     return model.requires_grad_(False).eval()
-
-
-def choose_device() -> torch.device:
-    """The first of CUDA, Apple's Metal and the CPU that is there."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

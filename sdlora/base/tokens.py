@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..families import TOKENS_IN_CHUNK, WORDS_IN_CHUNK
-from .load import Base, TextEncoder
+from .base import Base, TextEncoder
 
 COMMA_REACH = 20
 """A chunk that is full ends at its last comma where that is at most so many tokens back (A1111's default)."""

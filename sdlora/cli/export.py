@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..generation.request import ImageRequest
 from .app import BaseOption, JsonOption, app, emit, guard, parse_size
 
 
@@ -22,8 +23,8 @@ def export(
     negative: Annotated[str, typer.Option(help="What the images should not show.")] = "",
     weight: Annotated[float, typer.Option(help="Of the images, and recommended.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
-    steps: Annotated[int, typer.Option(min=1, max=1000)] = 20,
-    cfg: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is off.")] = 5.0,
+    steps: Annotated[int, typer.Option(min=1, max=1000)] = ImageRequest.steps,
+    cfg: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is off.")] = ImageRequest.cfg,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="In pixels; default: the base's own.")] = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ..generation.request import ImageRequest
+from ..generation.samplers import SAMPLERS
 from .app import BaseOption, JsonOption, app, emit, guard, parse_size
 
 
@@ -21,11 +23,11 @@ def generate(
     ] = None,
     negative: Annotated[str, typer.Option(help="What the image should not show.")] = "",
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
-    steps: Annotated[int, typer.Option(min=1, max=1000)] = 20,
-    cfg: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is off.")] = 5.0,
+    steps: Annotated[int, typer.Option(min=1, max=1000)] = ImageRequest.steps,
+    cfg: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is off.")] = ImageRequest.cfg,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="In pixels; default: the base's own.")] = None,
     count: Annotated[int, typer.Option(min=1, help="Images of each prompt, with seeds N, N+1, ...")] = 1,
-    sampler: Annotated[str, typer.Option(help="dpm++2m, euler, euler-a or ddim.")] = "dpm++2m",
+    sampler: Annotated[str, typer.Option(help=f"One of {', '.join(SAMPLERS)}.")] = ImageRequest.sampler,
     strip: Annotated[
         bool, typer.Option("--strip", help="One labelled image: each LoRA at 0, 0.5 and 1, then all together.")
     ] = False,

@@ -20,7 +20,8 @@ from ..formats.metadata_file import read_metadata, redacted, write_metadata
 from ..formats.readers import lost_elsewhere
 from ..generation.infotext import save_png
 from ..generation.loras import LoraChoice
-from ..generation.studio import generate
+from ..generation.request import ImageRequest
+from ..generation.studio import Studio
 from ..progress import Progress, progress_or_bar
 from ..tools.convert import convert
 from .model_card import Presentation, model_card, sidecar
@@ -49,30 +50,18 @@ class Package:
         return asdict(self)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Drawing:
-    """How previews are drawn."""
-
-    base: str
-    seed: int
-    steps: int
-    cfg: float
-    size: tuple[int, int] | None
-    stop: Event | None
-
-
 def export_civitai(
     lora: str | Path,
     folder: str | Path,
     *,
     base: str = "mini",
     prompts: Sequence[str] | None = None,
-    negative: str = "",
+    negative: str = ImageRequest.negative,
     weight: float = 1.0,
-    seed: int = 0,
-    steps: int = 20,
-    cfg: float = 5.0,
-    size: tuple[int, int] | None = None,
+    seed: int = ImageRequest.seed,
+    steps: int = ImageRequest.steps,
+    cfg: float = ImageRequest.cfg,
+    size: tuple[int, int] | None = ImageRequest.size,
     progress: Progress | None = None,
     stop: Event | None = None,
 ) -> Package:
@@ -104,11 +93,14 @@ def export_civitai(
         negative=negative,
         prompts=tuple(_default_prompts(file, trigger) if prompts is None else prompts),
     )
-    drawing = _Drawing(base=base, seed=seed, steps=steps, cfg=cfg, size=size, stop=stop)
+    requests = [
+        ImageRequest(prompt=prompt, negative=negative, seed=seed, steps=steps, cfg=cfg, size=size)
+        for prompt in shown.prompts
+    ]
     with progress_or_bar(progress) as reporting, whole_folder(target) as partial:
         packed = partial / f"{shown.name}.safetensors"
-        changed = _pack(file, family, packed, base if shown.prompts else None, reporting)
-        previews = _draw(packed, shown, drawing, reporting) if shown.prompts else ()
+        changed = _pack(file, family, packed, base if requests else None, reporting)
+        previews = _draw(requests, packed, shown, base=base, progress=reporting, stop=stop) if requests else ()
         hashes = file_hashes(packed)
         _write_cards(partial, file, read_lora(packed), shown, hashes)
     return Package(
@@ -157,19 +149,19 @@ def _pack(file: LoraFile, family: Family, packed: Path, base: str | None, progre
     return sum(metadata[key] != clean[key] for key in metadata)
 
 
-def _draw(packed: Path, shown: Presentation, drawing: _Drawing, progress: Progress) -> tuple[str, ...]:
-    """Draw a preview for each prompt beside ``packed``; returns their names."""
-    images = generate(
-        shown.prompts,
-        base=drawing.base,
-        loras=[LoraChoice(file=packed, unet=shown.weight, text_encoder=shown.weight)],
-        negative=shown.negative,
-        seed=drawing.seed,
-        steps=drawing.steps,
-        cfg=drawing.cfg,
-        size=drawing.size,
-        progress=progress,
-        stop=drawing.stop,
+def _draw(
+    requests: Sequence[ImageRequest],
+    packed: Path,
+    shown: Presentation,
+    *,
+    base: str,
+    progress: Progress,
+    stop: Event | None,
+) -> tuple[str, ...]:
+    """Draw the previews beside ``packed``; returns their names."""
+    choice = LoraChoice(file=packed, unet=shown.weight, text_encoder=shown.weight)
+    images = Studio.open(base, [choice], requests=requests, precision="auto").images(
+        requests, progress=progress, stop=stop
     )
     names = tuple(f"{shown.name}-{number}.png" for number in range(1, len(images) + 1))
     for image, name in zip(images, names, strict=True):

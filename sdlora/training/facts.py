@@ -1,17 +1,62 @@
-"""What a finished file says of the images that it was trained on."""
+"""What a finished file states about its run and about the images that it was trained on."""
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from pathlib import Path
 
+from ..base.base import Base
 from ..data.items import Item
-from .metadata import DatasetFacts, FolderFacts
+from ..formats.hashes import FileHashes, file_hashes
+from ..formats.metadata import safe_title
+from ..progress import Progress
+from .metadata import DatasetFacts, FolderFacts, RunFacts, training_metadata
 from .plan import RunPlan
 
 
+def describe_run(
+    plan: RunPlan,
+    base: Base,
+    *,
+    modules: int,
+    tokens: int,
+    started_at: float,
+    validation_loss: float | None,
+    progress: Progress,
+) -> dict[str, str]:
+    """Metadata of the finished file. Captions were read up to ``tokens`` tokens; ``started_at`` is seconds since 1970."""
+    section, train, batches = plan.config.base, plan.config.train, plan.batches
+    run = RunFacts(
+        title=safe_title(Path(plan.config.output.path).stem),
+        base_name=Path(section.path).name,
+        base_hashes=_hashes(section.path, progress),
+        vae_name=section.vae and Path(section.vae).name,
+        vae_hashes=_hashes(section.vae, progress),
+        family=plan.base.family,
+        prediction=base.schedule.prediction,
+        resolution=plan.resolution,
+        modules=modules,
+        epochs=-(-train.steps // batches.batches_per_epoch),
+        batches_per_epoch=batches.batches_per_epoch,
+        precision=str(base.dtype).removeprefix("torch."),
+        clip_skip=section.clip_skip,
+        token_length=tokens,
+        zero_terminal_snr=plan.base.schedule.zero_terminal_snr,
+        session=int(plan.identity.dataset[:8], 16) ^ train.seed,
+        started_at=started_at,
+        finished_at=time.time(),
+    )
+    return training_metadata(plan.config, run, describe_data(plan, validation_loss))
+
+
+def _hashes(path: str | None, progress: Progress) -> FileHashes | None:
+    """Hashes of a checkpoint file; None for a folder."""
+    return file_hashes(Path(path), progress) if path is not None and Path(path).is_file() else None
+
+
 def describe_data(plan: RunPlan, validation_loss: float | None) -> DatasetFacts:
-    """Of ``plan``'s images; nothing in it names a folder's place."""
+    """Facts about the images of ``plan``, without the path of any folder."""
     training, rules = plan.training, plan.rules
     buckets: Counter[tuple[int, int]] = Counter()
     for views, times in zip(training.shown, training.batches.repeats, strict=True):
@@ -23,25 +68,25 @@ def describe_data(plan: RunPlan, validation_loss: float | None) -> DatasetFacts:
         if (item := training.items[views.item]).source.role == "train"
     ]
     trained = [item for item in training.items if item.source.role == "train"]
-    captions = [item.source.rules for item in trained]
+    caption_rules = [item.source.rules for item in trained]
     return DatasetFacts(
         folders=_folders(trained),
         regularisation=_folders([item for item in training.items if item.source.role == "regularisation"]),
-        shuffle_caption=any(own.shuffle_tags for own in captions),
-        keep_tokens=max(own.keep_tokens for own in captions),
-        tag_dropout=max(own.tag_dropout for own in captions),
+        shuffle_caption=any(rule.shuffle_tags for rule in caption_rules),
+        keep_tokens=max(rule.keep_tokens for rule in caption_rules),
+        tag_dropout=max(rule.tag_dropout for rule in caption_rules),
         validation_images=sum(item.source.role == "validation" for item in training.items),
         validation_loss=validation_loss,
         buckets=buckets,
         mean_aspect_error=sum(errors) / len(errors),
         bucket_sides=None
         if rules[0].no_upscale
-        else (min(own.min_size for own in rules), max(own.max_size for own in rules)),
+        else (min(bucket.min_size for bucket in rules), max(bucket.max_size for bucket in rules)),
     )
 
 
 def _folders(items: list[Item]) -> list[FolderFacts]:
-    """By folder and repeats; where names are alike, the later ones are numbered, as kohya's trainer does."""
+    """Facts by folder and repeats; folders of the same name are numbered, as in kohya's trainer."""
     grouped: dict[tuple[Path, int], list[str]] = {}
     for item in items:
         source = item.source
