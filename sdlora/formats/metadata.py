@@ -9,18 +9,22 @@ from collections.abc import Mapping
 
 from ..families import Family, Prediction
 
-_PREDICTIONS: Mapping[str, Prediction] = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
-"""ModelSpec's words, and one that trainers write in their place."""
+MODELSPEC_PREDICTIONS: Mapping[Prediction, str] = {"epsilon": "epsilon", "v_prediction": "v"}
+"""Prediction type -> the value of ``modelspec.prediction_type``."""
+_READ_PREDICTIONS = {word: prediction for prediction, word in MODELSPEC_PREDICTIONS.items()} | {
+    prediction: prediction for prediction in MODELSPEC_PREDICTIONS
+}
+"""Some files have our own names in ModelSpec's place, as diffusers' configurations do."""
 
 
 def stated_prediction(metadata: Mapping[str, str]) -> Prediction | None:
     """The prediction type that ModelSpec metadata of a LoRA or a checkpoint states; None where it states none."""
     if "-v/" in f"{metadata.get('modelspec.architecture', '')}/":
         return "v_prediction"
-    return _PREDICTIONS.get(metadata.get("modelspec.prediction_type", ""))
+    return _READ_PREDICTIONS.get(metadata.get("modelspec.prediction_type", ""))
 
 
-def family_metadata(family: Family, prediction: str | None) -> dict[str, str]:
+def family_metadata(family: Family, prediction: Prediction | None) -> dict[str, str]:
     """What says to A1111, Forge and kohya's tools which family a LoRA is for; a ``prediction`` of None is epsilon."""
     v = prediction == "v_prediction"
     return {
