@@ -11,7 +11,7 @@ from typing import Literal
 Prediction = Literal["epsilon", "v_prediction"]
 """What a UNet predicts."""
 Spelling = Literal["transformers", "open_clip"]
-"""Whose names an LDM or sgm file gives the tensors of a text encoder."""
+"""The library whose names an LDM or sgm file uses for the tensors of a text encoder."""
 
 PART_TITLES = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder", "text_encoder_2": "second text encoder"}
 """Part of a checkpoint -> what messages call it."""
@@ -50,7 +50,7 @@ class UnetFacts:
     """Number of attention heads, where it is the same on all levels; else their width is."""
     head_width: int | None = None
     cross_attention_dim: int
-    """Width of the text embeddings in the published checkpoints; other sizes of the family have their own."""
+    """Width of the text embeddings in the published checkpoints; other sizes of the family have other widths."""
     linear_projection: bool
     """Whether its attention begins and ends with linear layers; else with 1 x 1 convolutions."""
     size_conditioning: bool = False
@@ -75,7 +75,7 @@ class Family:
     resolution: int
     """Side in pixels of the square image that the published checkpoints were made for."""
     resolution_v: int
-    """The same where they predict v."""
+    """The same for checkpoints that predict v."""
     clip_skip: int
     """The text encoders' layer that is read, 1 being the last; the family was trained with this one."""
     clip_norm: bool
@@ -90,7 +90,7 @@ class Family:
     """``ss_base_model_version`` of a LoRA for a base that predicts epsilon."""
     kohya_version_v: str
     kohya_unet_names: Literal["diffusers", "sgm"]
-    """Whose block names kohya's own LoRA files use."""
+    """The library whose block names kohya's trainer uses in LoRA files."""
     modelspec_architecture: str
     modelspec_architecture_v: str
     modelspec_implementation: str

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 PARTIAL_SUFFIX = ".partial"
-"""Of files and folders that are being written; one that is old was left by a process that was killed."""
+"""Suffix of files and folders that are being written; an old one was left by a process that was killed."""
 
 
 def cache_folder() -> Path:
@@ -35,7 +35,7 @@ def write_whole(path: Path, *chunks: bytes, durable: bool = True) -> None:
         durable: also after a power failure. It costs waiting for the disk; without it the file may be torn then.
 
     Raises:
-        OSError: the disk is full or cannot be written to; nothing is left behind.
+        OSError: the disk is full or cannot be written to; no partial file remains.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with _written_beside(path, chunks, durable=durable) as partial:
@@ -48,7 +48,7 @@ def write_new(path: Path, *chunks: bytes) -> bool:
     """Write ``chunks`` to ``path`` as ``write_whole`` does; False, and nothing is written, if the file exists by then.
 
     Raises:
-        OSError: the folder is missing, the disk is full or cannot be written to; nothing is left behind.
+        OSError: the folder is missing, the disk is full or cannot be written to; no partial file remains.
     """
     with _written_beside(path, chunks, durable=True) as partial:
         try:

@@ -149,7 +149,7 @@ def test_every_spelling_names_its_sdxl_module(format: str, key: str, down: str, 
     assert name == expected
 
 
-def test_a_peft_folder_tells_its_alphas(tmp_path: Path) -> None:
+def test_alphas_of_a_peft_folder_are_read(tmp_path: Path) -> None:
     folder, names = tmp_path / "adapter", (f"{UNET}.to_q", f"{UNET}.to_k")
     folder.mkdir()
     tensors = {}
@@ -191,8 +191,8 @@ def test_bundled_embeddings_and_pickles(tmp_path: Path) -> None:
     assert len(load_file(tmp_path / "lost.safetensors")) == 2
     torch.save(tensors, tmp_path / "x.pt")
     assert list(read_lora(tmp_path / "x.pt").modules) == [key]
-    told = sdlora.inspect(tmp_path / "x.pt")
-    assert (told.kind, set(told.hashes)) == ("lora", {"sha256", "autov1", "autov2"})
+    pickled = sdlora.inspect(tmp_path / "x.pt")
+    assert (pickled.kind, set(pickled.hashes)) == ("lora", {"sha256", "autov1", "autov2"})
 
 
 def test_mixed_kinds_are_counted_and_cannot_become_peft(tmp_path: Path) -> None:
@@ -347,7 +347,7 @@ def test_every_module_s_name_is_known_to_the_other_readers(family: str) -> None:
         ("sdxl", "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_out"),
     ],
 )
-def test_names_that_a_reader_drops_are_told(family: str, key: str) -> None:
+def test_names_that_a_reader_drops_are_reported(family: str, key: str) -> None:
     """What transformers >= 5.6 makes of a text encoder, and blocks named by the other convention, among them."""
     assert "kohya" in lost_elsewhere([key], FAMILIES[family])
 

@@ -116,7 +116,7 @@ _ENCODERS: dict[str, list[dict[str, Any]]] = {
 
 
 def tiny_pipeline(family: str, *, seed: int = 0, prediction: str = "epsilon", **unet: Any) -> Any:
-    """diffusers' own pipeline of the family, with what a published checkpoint has (heads, tokens, latent scale)."""
+    """Diffusers' pipeline of the family, with what a published checkpoint has (heads, tokens, latent scale)."""
     torch.manual_seed(seed)
     facts = FAMILIES[family]
     encoders, tokenizers = [], []

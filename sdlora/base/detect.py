@@ -61,7 +61,7 @@ _DISTILLED = re.compile(r"turbo|lightning|hyper[-_ ]?sd|\blcm\b|\bdmd2?\b", re.I
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DetectedCheckpoint:
-    """A checkpoint as it lies on the disk, complete or not, usable or not."""
+    """A checkpoint on the disk, complete or not, usable or not."""
 
     path: Path
     format: str
@@ -73,7 +73,7 @@ class DetectedCheckpoint:
     """What the prediction type is known from: ``marker tensor``, ``scheduler configuration``, ``metadata``, ``weights`` or
     ``family``."""
     zeros_for_empty_negative: bool | None
-    """As a diffusers folder states it; None where it does not."""
+    """What a diffusers folder states; None if it states nothing."""
     ema_tensors: int
     """Number of tensors that hold averaged weights; they are not read."""
     files: tuple[TensorFile, ...]

@@ -1,4 +1,4 @@
-"""UNet, VAE and text encoders as they lie in files and folders: our names of their tensors, and where those are."""
+"""UNet, VAE and text encoders in files and folders: our names of their tensors, and the places of those."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ _BARE = {
     "vae": ("encoder.conv_in.weight", "decoder.conv_in.weight"),
     "text_encoder": ("text_model.final_layer_norm.weight", "ln_final.weight", "final_layer_norm.weight"),
 }
-"""Tensors by which a file is recognised that holds one part alone, under the part's own names."""
+"""Tensors by which a file is recognised that holds a single part, under names without a prefix."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Part:
-    """One of ``PARTS``: our names of its tensors, and where they are."""
+    """One of ``PARTS``: our names of its tensors, and their places in files."""
 
     tensors: Mapping[str, Wanted]
     config: Mapping[str, Any] | None

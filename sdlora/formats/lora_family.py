@@ -19,7 +19,7 @@ _SECOND_LAYER = r"transformer_blocks_1_"
 def detect_family(modules: Mapping[str, Change], metadata: Mapping[str, str]) -> Family | None:
     """The family of a LoRA, whose ``modules`` are keyed as a file spells them; None where nothing shows it.
 
-    Names and shapes decide; metadata, which may be wrong, is asked where they leave it open.
+    Names and shapes decide; metadata, which may be wrong, is used where they leave it open.
     """
     if any(part_of(key) == "text_encoder_2" for key in modules):
         return SDXL

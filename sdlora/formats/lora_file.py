@@ -1,4 +1,4 @@
-"""LoRA files as records, and records as LoRA files."""
+"""LoRA files, read into records."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class LoraFile:
     format: str
     """``kohya``, ``diffusers``, ``peft``, ``diffusers-processor``, ``comfyui`` or ``simpletuner``."""
     dtype: str
-    """Of the tensors, such as ``float16``; several are separated by commas."""
+    """Dtype of the tensors, such as ``float16``; several are separated by commas."""
     payload_start: int
     """Offset in bytes of the first tensor; 0 in a pickle."""
     unusable: Mapping[str, str]

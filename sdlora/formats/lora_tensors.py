@@ -50,7 +50,7 @@ _MOST_WORDS = 3
 
 
 def group_by_module(names: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """Module as the file spells it -> role -> tensor's name; and the names that mean nothing here."""
+    """Module as the file spells it -> role -> tensor's name; and the names that are of no known kind."""
     grouped: dict[str, dict[str, str]] = {}
     foreign, plain = [], []
     for name in names:
@@ -60,7 +60,7 @@ def group_by_module(names: Iterable[str]) -> tuple[dict[str, dict[str, str]], li
         else:
             (plain if name.endswith(".weight") else foreign).append(name)
     for name in plain:
-        # IA³ calls its vector ``weight``, as everything is called; ``on_input`` beside it tells.
+        # IA³ calls its vector ``weight``, as other tensors are called; it is known by ``on_input`` beside it.
         module = grouped.get(name.removesuffix(".weight"), {})
         if "on_input" in module:
             module["vector"] = name
@@ -101,19 +101,19 @@ def build_change(tensors: Mapping[str, Tensor], *, alpha: float | None) -> Chang
 
 
 _WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Bytes of a number -> whole numbers of that size."""
+"""Size of a number in bytes -> integers of that size."""
 
 
 @cache
 def _infinity(dtype: torch.dtype) -> int:
-    """Its bits, read as a whole number."""
+    """The bits of infinity, read as an integer."""
     return int(torch.tensor(math.inf, dtype=dtype).view(_WHOLE[dtype.itemsize]))
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """By bits: read as whole numbers, infinity and NaN lie above the finite numbers of their sign.
+    """By bits: read as integers, infinity and NaN are above the finite numbers of their sign.
 
-    Several times as fast as asking for each number, and needs no second tensor.
+    Several times as fast as ``torch.isfinite``, and without a second tensor.
     """
     if not tensor.numel():
         return True

@@ -1,4 +1,4 @@
-"""Changes of a base's modules as a LoRA file in one of the formats that other tools read as their own."""
+"""Changes of a base's modules as a LoRA file in one of the formats that other tools read."""
 
 from __future__ import annotations
 

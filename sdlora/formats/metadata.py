@@ -14,7 +14,7 @@ MODELSPEC_PREDICTIONS: Mapping[Prediction, str] = {"epsilon": "epsilon", "v_pred
 _READ_PREDICTIONS = {word: prediction for prediction, word in MODELSPEC_PREDICTIONS.items()} | {
     prediction: prediction for prediction in MODELSPEC_PREDICTIONS
 }
-"""Some files have our own names in ModelSpec's place, as diffusers' configurations do."""
+"""Some files state it in diffusers' words, which are ours too."""
 
 
 def stated_prediction(metadata: Mapping[str, str]) -> Prediction | None:

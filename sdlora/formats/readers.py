@@ -1,4 +1,4 @@
-"""Which of kohya's names other programs' loaders know, written out from their own key maps.
+"""Which of kohya's names other programs' loaders know, copied from their key maps.
 
 Deliberately apart from ``keys.py``: what is written is held against this before a run reports success, so that a mistake
 in our tables, or names that a library changes, cannot go unnoticed.

@@ -20,7 +20,7 @@ class Change(ABC):
         # Fields of some kinds and properties of others.
         @property
         def kind(self) -> str:
-            """``lora``, ``loha`` … as people call it."""
+            """Name of the kind: ``lora``, ``loha`` …"""
 
         @property
         def rank(self) -> int | None:
@@ -28,11 +28,11 @@ class Change(ABC):
 
         @property
         def alpha(self) -> float | None:
-            """As the file has it; None for kinds that have none."""
+            """The alpha of the file; None for kinds that have none."""
 
         @property
         def weight_shape(self) -> tuple[int, ...] | None:
-            """Shape of the weight that this changes; None where only the weight knows."""
+            """Shape of the weight that this changes; None where only the weight shows it."""
 
     @abstractmethod
     def delta(self, weight: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ class Change(ABC):
         return (bias is None or bias.numel() == shape[0]) and self._fits_weight(shape)
 
     def _fits_weight(self, shape: tuple[int, ...]) -> bool:
-        """Kinds whose ``weight_shape`` is None have a rule of their own."""
+        """Kinds whose ``weight_shape`` is None override it."""
         known = self.weight_shape
         return known is not None and (known == shape or (known[:2] == shape[:2] and set(known[2:] + shape[2:]) <= {1}))
 

@@ -11,17 +11,17 @@ from ..formats.lora_file import LoraFile
 
 @dataclass(frozen=True, kw_only=True)
 class Presentation:
-    """What an upload says about its LoRA besides the LoRA's own metadata."""
+    """What an upload says about its LoRA besides its metadata."""
 
     name: str
-    """As prompts call it, ``<lora:name:1>``."""
+    """The name in prompts: ``<lora:name:1>``."""
     family: Family
     trigger: tuple[str, ...]
     weight: float
-    """Of the previews, and recommended."""
+    """LoRA weight for the previews, and recommended to users."""
     negative: str
     prompts: tuple[str, ...]
-    """Of the previews."""
+    """One for each preview."""
 
 
 def sidecar(file: LoraFile, shown: Presentation) -> dict[str, str | float]:

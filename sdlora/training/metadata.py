@@ -58,7 +58,7 @@ class RunFacts:
     base_hashes: FileHashes | None
     """None for a folder."""
     vae_name: str | None
-    """Name of the VAE that replaces the base's own; None where none does."""
+    """Name of the VAE that replaces the base's; None if there is none."""
     vae_hashes: FileHashes | None
     family: Family
     prediction: Prediction

@@ -3,8 +3,8 @@
     python tests/foreign/make.py
 
 Names, shapes and formulas are typed out from the descriptions of the formats, in numpy alone: nothing of sdlora is used, so
-that what is read here was not written by the reader's own tables. ``expected.json`` tells what each file holds;
-``expected.safetensors`` the change of each weight, in float64. The weight W itself is ``weight(shape)``.
+that what is read here was not written by the reader's own tables. ``expected.json`` states what each file holds;
+``expected.safetensors`` holds the change of each weight, in float64. The weight W itself is ``weight(shape)``.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def kohya_sdxl() -> File:
 
 
 def kohya_under_new_transformers() -> File:
-    """The text encoder's paths as they are since transformers 5.6, less ``text_model``."""
+    """The text encoder's paths as they are since transformers 5.6, without ``text_model``."""
     file = File("kohya")
     file.low_rank(f"text_encoder.{TEXT}", "lora_te_encoder_layers_0_self_attn_q_proj", stored_alpha=alpha(1))
     return file
