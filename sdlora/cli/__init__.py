@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 
 # Read when torch is imported. OpenMP threads that spin while they wait slow a step a hundred times when another process
 # is busy; threads that sleep at once halve the speed of small steps. So they spin for some 50 microseconds, then sleep.
@@ -34,4 +36,9 @@ __all__ = [
 
 def main() -> None:
     """The ``sdlora`` command. Exit codes: 0 done, 1 input at fault, 2 usage, 130 interrupted after a safe save."""
+    # Imports make hundreds of thousands of objects that all stay. Looking through them for garbage every 700 objects
+    # takes a fifth of a start (``benchmarks/start.py``).
+    gc.set_threshold(100_000, 20, 20)
+    # diffusers imports peft where it finds it, a third of a second for a package that no verb uses.
+    sys.modules.setdefault("peft", None)  # ty: ignore[no-matching-overload]
     app()
