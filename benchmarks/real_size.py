@@ -37,12 +37,12 @@ from sdlora.base.checkpoint import find_base
 from sdlora.base.detect import detect_checkpoint
 from sdlora.base.load import load_base
 from sdlora.base.precision import choose_device, choose_precision
-from sdlora.base.single_file import ldm_tensors
 from sdlora.config.loading import load_config
 from sdlora.families import FAMILIES
 from sdlora.generation.studio import generate
 from sdlora.training.run import train
 from tests.published import our_names, published
+from tests.single_file import ldm_tensors
 
 
 def write_checkpoint(file: Path, family: str) -> None:

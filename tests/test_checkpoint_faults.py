@@ -74,9 +74,9 @@ def changed(tensors: dict[str, torch.Tensor], what: str) -> dict[str, torch.Tens
         ("sd3", "is a Stable Diffusion 3 checkpoint"),
         ("flux", "is a Flux checkpoint"),
         ("controlnet", "is a ControlNet"),
-        ("lora", "is a LoRA, not a base checkpoint; it goes with --lora"),
+        ("lora", "is a LoRA, not a base checkpoint; use it with --lora"),
         ("embedding", "is a textual-inversion embedding"),
-        ("unknown", "is no checkpoint that sdlora knows"),
+        ("unknown", "is not a checkpoint that sdlora knows"),
     ],
 )
 def test_what_cannot_be_used_is_named(what: str, sentence: str, tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def test_training_changes_every_part_under_kohya_s_names(loras: dict[str, Path],
     metadata = read_header(loras[family], SdloraError).metadata
     assert metadata["ss_base_model_version"] == FAMILIES[family].kohya_version
     report = sdlora.inspect(loras[family])
-    assert (report.family, report.dialect) == (family, "kohya")
+    assert (report.family, report.format) == (family, "kohya")
 
 
 @pytest.mark.filterwarnings("ignore")

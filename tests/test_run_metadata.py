@@ -88,7 +88,7 @@ def test_a_file_that_says_less_is_known_by_its_record(
     assert not record.exists()
 
 
-def test_the_hashes_of_a_base_file_are_told(tiny_files: dict[str, Path], images: Path, tmp_path: Path) -> None:
+def test_the_hashes_of_a_base_file_are_stated(tiny_files: dict[str, Path], images: Path, tmp_path: Path) -> None:
     out, base = tmp_path / "x.safetensors", tiny_files["sd1"]
     trained(base, images, out, "samples.prompts=[]")
     metadata = read_metadata(out)

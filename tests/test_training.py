@@ -26,7 +26,7 @@ from tests.training_runs import STEPS, config_for, everything, overrides, sessio
 def test_file_holds_every_module_and_the_change_is_not_zero(finished: tuple[Path, Path], tiny_base: Path) -> None:
     report = package.inspect(finished[1])
     assert report.modules == {"unet": 32, "text_encoder": 8, "text_encoder_2": 0}
-    assert (report.family, report.dialect, report.trigger, report.problems) == ("sd1", "kohya", ("zorb",), ())
+    assert (report.family, report.format, report.trigger, report.problems) == ("sd1", "kohya", ("zorb",), ())
     assert report.rank
     assert report.rank.min == report.rank.max == 4
     assert report.norm

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from ..config.sections import BaseSection
 from ..errors import BaseModelError
-from ..families import Family
+from ..families import PART_TITLES, Family
 from .detect import DetectedCheckpoint, detect_checkpoint
-from .parts import TITLES, Part, find_part
+from .parts import Part, find_part
 from .schedule import ScheduleFacts
 
 MINI = "mini"
@@ -109,9 +109,9 @@ def _gather(section: BaseSection, found: DetectedCheckpoint, family: Family) -> 
         elif part in found.parts:
             parts[part], sources[part] = found.parts[part], found.path
         else:
-            problems.append(f"{section.path}: holds no {TITLES[part]}; name a file or folder with base.{part}")
+            problems.append(f"{section.path}: holds no {PART_TITLES[part]}; name a file or folder with base.{part}")
     unneeded = [part for part, path in given.items() if path is not None and part not in needed]
-    problems += [f"base.{part}: {section.path} does not use a {TITLES[part]}; remove it" for part in unneeded]
+    problems += [f"base.{part}: {section.path} does not use a {PART_TITLES[part]}; remove it" for part in unneeded]
     if problems:
         raise BaseModelError(problems)
     return parts, sources

@@ -13,13 +13,12 @@ from transformers import CLIPTextConfig, CLIPTokenizer
 from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 
 from ..errors import BaseModelError
-from ..families import TOKENS_IN_CHUNK, TextEncoderFacts
+from ..families import PART_TITLES, TOKENS_IN_CHUNK, TextEncoderFacts
 from ..formats.tensor_files import read_tensors
 from .architecture import Shapes, clip_config, unet_config, vae_config
 from .attention import use_attention
 from .base import Base, TextEncoder
 from .checkpoint import BaseCheckpoint
-from .parts import TITLES
 from .schedule import NoiseSchedule
 from .words import clip_merges, clip_vocabulary
 
@@ -81,7 +80,7 @@ def _load_encoder(
     model = _filled(checkpoint, facts.part, lambda: kind(CLIPTextConfig(**config)), device, dtype)
     if len(tokenizer) > model.config.vocab_size:
         raise BaseModelError(
-            f"{checkpoint.name}: its {TITLES[facts.part]} has {model.config.vocab_size} tokens, its tokenizer "
+            f"{checkpoint.name}: its {PART_TITLES[facts.part]} has {model.config.vocab_size} tokens, its tokenizer "
             f"{len(tokenizer)}; name the folder of a matching text encoder with base.{facts.part}"
         )
     return TextEncoder(facts=facts, model=model, tokenizer=tokenizer, pad_id=pad_id)
@@ -117,7 +116,7 @@ def _inferred(checkpoint: BaseCheckpoint, part: str, infer: Callable[[Shapes], d
         return infer(checkpoint.parts[part].shapes())
     except (KeyError, IndexError, ValueError, ArithmeticError, StopIteration) as fault:
         raise BaseModelError(
-            f"{checkpoint.name}: its {TITLES[part]} is damaged or of an unknown layout (at {fault})"
+            f"{checkpoint.name}: its {PART_TITLES[part]} is damaged or of an unknown layout (at {fault})"
         ) from None
 
 
@@ -125,7 +124,7 @@ def _filled(
     checkpoint: BaseCheckpoint, part: str, build: Callable[[], Any], device: torch.device, dtype: torch.dtype
 ) -> Any:
     """Build a model on the meta device, then read its tensors into place."""
-    title, found = TITLES[part], checkpoint.parts[part]
+    title, found = PART_TITLES[part], checkpoint.parts[part]
     if empty := [name for name, place in found.tensors.items() if 0 in place.shape]:
         raise BaseModelError(f"{checkpoint.name}: its {title} is damaged: tensor {empty[0]} is empty")
     try:

@@ -34,8 +34,6 @@ def convert(
     if as_json:
         emit(report.to_json())
     else:
-        typer.echo(
-            f"{report.output}: {report.modules} modules, {report.family}, {report.dialect} names, {report.dtype}"
-        )
+        typer.echo(f"{report.output}: {report.modules} modules, {report.family}, {report.format} names, {report.dtype}")
         for problem in report.left_out:
             typer.echo(f"  left out: {problem}")

@@ -5,19 +5,19 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from io import BytesIO
 from pathlib import Path
-
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
+from typing import TYPE_CHECKING
 
 from .._version import __version__
 from ..base.checkpoint import BaseCheckpoint
-from ..files import write_whole
+from ..files import write_png
 from ..formats.metadata import safe_title
 from .loras import LoraChoice, WeightedLora
 from .request import ImageRequest
 from .samplers import SAMPLERS
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 def infotext(
@@ -57,11 +57,8 @@ def infotext(
 
 
 def save_png(image: Image.Image, file: Path, parameters: str) -> None:
-    """Write ``image`` to ``file`` with ``parameters`` in its tEXt chunk of that name; whole or not at all."""
-    info, buffer = PngInfo(), BytesIO()
-    info.add_text("parameters", parameters)
-    image.save(buffer, "PNG", pnginfo=info)
-    write_whole(file, buffer.getvalue())
+    """Write ``image`` with ``parameters`` as its text chunk of that name. Raises as ``files.write_whole``."""
+    write_png(file, image, [("parameters", parameters)])
 
 
 def _weights(choice: LoraChoice) -> str:
