@@ -190,8 +190,8 @@ def main() -> None:
             print(f"{size}, memory: {json.dumps(measure_apart('memory', file))}", flush=True)
         for what in [measure for measure in ("train", "generate") if measure in arguments.measures]:
             for resolution in arguments.resolutions or sorted({512, FAMILIES[family].resolution}):
-                told = measure_apart(what, file, resolution)
-                print(f"{size}, {what} at {resolution}²: {json.dumps(told)}", flush=True)
+                result = measure_apart(what, file, resolution)
+                print(f"{size}, {what} at {resolution}²: {json.dumps(result)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -110,9 +110,9 @@ class CallbackProgress:
         self._callback(update)
 
 
-def progress_bar(show: bool = True) -> Bar | Silence:
-    """A bar where standard error is a terminal and ``show`` is true, else ``Silence``."""
-    return Bar() if show and sys.stderr.isatty() else Silence()
+def progress_bar() -> Bar | Silence:
+    """A bar where standard error is a terminal, else ``Silence``."""
+    return Bar() if sys.stderr.isatty() else Silence()
 
 
 @contextmanager

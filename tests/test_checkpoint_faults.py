@@ -201,5 +201,5 @@ def test_a_checkpoint_of_nan_says_so(tmp_path: Path) -> None:
     tensors = tiny_ldm_tensors(tiny_pipeline("sd1"), "sd1")
     broken = tensors | {"model.diffusion_model.out.2.weight": torch.full((4, 32, 3, 3), float("nan"))}
     save_file(broken, tmp_path / "x.safetensors")
-    with pytest.raises(BaseModelError, match=r"its UNet gives no number \(NaN or infinity\)"):
+    with pytest.raises(BaseModelError, match="the UNet produced NaN or Inf"):
         sdlora.generate("x", base=str(tmp_path / "x.safetensors"), size=(64, 64), steps=1)

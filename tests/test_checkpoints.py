@@ -164,7 +164,7 @@ def test_replacement_parts_are_used(tmp_path: Path) -> None:
                 same_models(opened(tmp_path / unet_from, **options), other)
     with pytest.raises(BaseModelError, match="holds no text encoder"):
         opened(tmp_path / "unet.safetensors", vae=str(tmp_path / "vae"), text_encoder=str(tmp_path / "vae.safetensors"))
-    with pytest.raises(BaseModelError, match="has no place for a second text encoder"):
+    with pytest.raises(BaseModelError, match="does not use a second text encoder"):
         opened(tmp_path / "whole.safetensors", text_encoder_2=str(tmp_path / "te"))
 
 
@@ -226,7 +226,7 @@ def test_prediction_types_are_detected(
 
 
 def test_zero_terminal_snr_needs_v_prediction(made: Made) -> None:
-    with pytest.raises(BaseModelError, match=r"zero-terminal SNR wants v-prediction.*base\.prediction"):
+    with pytest.raises(BaseModelError, match=r"zero-terminal SNR needs v-prediction.*base\.prediction"):
         find_base(BaseSection(path=str(made[0]), prediction="epsilon", zero_terminal_snr=True))
 
 

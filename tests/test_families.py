@@ -118,7 +118,7 @@ def test_every_sampler_runs_on_a_zero_terminal_base(sampler: str, tmp_path: Path
 
 
 def kohya_names(family: str) -> set[str]:
-    """Of the trained modules of the tiny models, written out by hand from kohya's rules."""
+    """Names of the trained modules of the tiny models, written out by hand from kohya's rules."""
     attention = [f"{attn}_{to}" for attn in ("attn1", "attn2") for to in ("to_q", "to_k", "to_v", "to_out_0")]
     text = [f"self_attn_{to}_proj" for to in ("q", "k", "v", "out")]
     if family == "sdxl":
@@ -188,17 +188,17 @@ def test_the_loss_is_the_formula_on_diffusers_models(tiny_files: dict[str, Path]
     framing = cached.framing
     assert framing.numbers == (60, 100, placement.top, placement.left, 48, 80)
 
-    pipe, told = tiny_pipeline(family), {}
-    handed = base.unet.forward
+    pipe, call = tiny_pipeline(family), {}
+    forward = base.unet.forward
 
     def spy(*given: Any, **named: Any) -> Any:
-        told["given"], told["named"] = given, named
-        return handed(*given, **named)
+        call["given"], call["named"] = given, named
+        return forward(*given, **named)
 
     base.unet.forward = spy
     with session.attached():
         loss = session.step(0)
-    noisy, times, context = told["given"]
+    noisy, times, context = call["given"]
     reference = pipe.encode_prompt(
         prompt=f"zorb, {item.source.captions[0]}",
         device="cpu",
@@ -206,7 +206,7 @@ def test_the_loss_is_the_formula_on_diffusers_models(tiny_files: dict[str, Path]
         do_classifier_free_guidance=False,
     )
     torch.testing.assert_close(context, reference[0], rtol=1e-5, atol=1e-5)
-    added = told["named"]["added_cond_kwargs"]
+    added = call["named"]["added_cond_kwargs"]
     if family == "sdxl":
         torch.testing.assert_close(added["text_embeds"], reference[2], rtol=1e-5, atol=1e-5)
         assert added["time_ids"].tolist() == [list(map(float, framing.numbers))]
@@ -308,7 +308,7 @@ def test_framings_are_heights_first() -> None:
     assert framing.numbers == (2, 1, 4, 3, 6, 5)
 
 
-def test_kernels_for_another_cuda_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_for_another_cuda_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the words of xformers 0.0.35 beside another torch."""
     words = (
         "xFormers can't load C++/CUDA extensions. xFormers was built for:\n    PyTorch 2.10.0+cu128 with CUDA 1208 (you"
@@ -340,5 +340,5 @@ def test_xformers_is_probed_and_replaced_where_it_cannot_run(
             caplog.clear()
             use_attention(base.unet, requested)
         assert len(caplog.records) == warnings
-    assert "going on with torch's own attention" in caplog.text
+    assert "using torch's own attention" in caplog.text
     assert {name: type(processor) for name, processor in base.unet.attn_processors.items()} == before

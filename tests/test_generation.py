@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import subprocess
 import sys
@@ -99,9 +100,9 @@ def test_text_encoder_and_unet_weights_are_separate(tiny_base: Path, loras: tupl
     unet, text = ours(tiny_base, [f"{file}:1:0"]), ours(tiny_base, [f"{file}:0:1"])
     assert torch.equal(both.latents, ours(tiny_base, [file]).latents)
     assert torch.equal(neither.latents, ours(tiny_base, []).latents)
-    different = [unet.latents, text.latents, both.latents, neither.latents]
-    for i, one in enumerate(different):
-        assert all((one - other).abs().max() > 1e-3 for other in different[i + 1 :])
+    latents = [unet.latents, text.latents, both.latents, neither.latents]
+    for first, second in itertools.combinations(latents, 2):
+        assert (first - second).abs().max() > 1e-3
 
 
 def test_a_partial_lora_is_applied_and_counted(

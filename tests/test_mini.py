@@ -87,7 +87,7 @@ def test_the_background_is_the_one_asked_for() -> None:
     assert blue[2] - blue[0] > 30
 
 
-def test_the_card_tells_licences_recipe_and_quality() -> None:
+def test_the_card_states_licences_recipe_and_quality() -> None:
     card = (Path(MINI_FOLDER) / "README.md").read_text()
     for fact in ("Apache-2.0", "MIT", "CC BY 4.0", "1.2.9", "1.2.6", "1.2.5", "dB", "chance", "python -m recipes.mini"):
         assert fact in card

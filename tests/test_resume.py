@@ -1,4 +1,4 @@
-"""A run that is stopped, killed or begun again ends as an uninterrupted one, and a changed one is refused."""
+"""A stopped, killed or restarted run ends with the file of an uninterrupted one; a changed run is refused."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def test_killed_and_resumed_equals_uninterrupted(finished: tuple[Path, Path], ti
     assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
     assert not output.exists()
     result = subprocess.run(command, capture_output=True, text=True, check=True)
-    told = json.loads(result.stdout)
-    assert 4 <= told["resumed_from"] < STEPS
-    assert told["validation_loss"] is None
+    report = json.loads(result.stdout)
+    assert 4 <= report["resumed_from"] < STEPS
+    assert report["validation_loss"] is None
     assert not checkpoint.parent.exists()
     same_but_for_times(finished[1], output)
 
@@ -59,7 +59,7 @@ def test_ctrl_c_saves_and_says_so(finished: tuple[Path, Path], tiny_base: Path, 
     more = ("train.steps=100000", "train.save_every=100000")
     command = [sys.executable, "-m", "sdlora.cli", "train", *overrides(tiny_base, finished[0], output, *more)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    # Training has begun when the process has used its processors for a while after the imports.
+    # Training has started when the process has used its processors for a while after the imports.
     time.sleep(15)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
@@ -69,7 +69,7 @@ def test_ctrl_c_saves_and_says_so(finished: tuple[Path, Path], tiny_base: Path, 
     assert not output.exists()
 
 
-def test_damaged_checkpoints_are_passed_over(finished: tuple[Path, Path], tiny_base: Path, tmp_path: Path) -> None:
+def test_damaged_checkpoints_are_skipped(finished: tuple[Path, Path], tiny_base: Path, tmp_path: Path) -> None:
     output = tmp_path / "x.safetensors"
     folder = tmp_path / "x.resume"
     folder.mkdir()

@@ -43,7 +43,12 @@ def test_samples_are_generated_on_the_base_in_memory(
     base, output = tmp_path / "base", tmp_path / "x.safetensors"
     tiny_pipeline(family).save_pretrained(base)
     images = write_images(tmp_path / "images", 2)
-    more = ("samples.prompts=['a red fox', 'a tower']", "train.seed=3", "train.gradient_checkpointing=true")
+    more = (
+        "samples.prompts=['a red fox', 'a tower']",
+        "train.seed=3",
+        "train.gradient_checkpointing=true",
+        "train.steps=4",
+    )
     loaded = counted_loads(monkeypatch)
     report = sdlora.train(config_for(base, images, output, *more, "data.resolution=64"))
     assert len(loaded) == 1

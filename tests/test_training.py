@@ -106,7 +106,7 @@ def test_images_of_other_shapes_get_buckets_of_their_own(tmp_path: Path) -> None
     assert len(plan.batches.buckets) == 3
 
 
-def test_validation_images_change_nothing_and_are_measured_alike_each_time(
+def test_validation_images_change_nothing_and_are_measured_the_same_each_time(
     finished: tuple[Path, Path], tiny_base: Path, tmp_path: Path
 ) -> None:
     held = write_images(tmp_path / "held", 3, sizes=((64, 64), (60, 100)))
@@ -167,7 +167,7 @@ def test_a_dataset_configuration_of_kohyas_trainer_is_trained(tiny_base: Path, t
     assert metadata["ss_total_batch_size"] == "2"
 
 
-def test_the_file_tells_the_settings_of_its_images(tiny_base: Path, tmp_path: Path) -> None:
+def test_the_file_states_the_settings_of_its_images(tiny_base: Path, tmp_path: Path) -> None:
     output = tmp_path / "x.safetensors"
     more = [*everything(tmp_path), "data.keep_tokens=1", "train.steps=1"]
     package.train(config_for(tiny_base, None, output, *more))

@@ -1,4 +1,4 @@
-"""A base checkpoint -> its models, offline, in the wanted dtype and on the wanted device."""
+"""Load the models of a base checkpoint: offline, in a given dtype, on a given device."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .words import clip_merges, clip_vocabulary
 def load_base(checkpoint: BaseCheckpoint, *, device: torch.device, dtype: torch.dtype) -> Base:
     """Load every part, frozen and in evaluation mode.
 
-    The VAE is never float16, in which SDXL's own overflows: it is bfloat16 beside a bfloat16 UNet, else float32.
+    The VAE is never float16, in which SDXL's overflows: it is bfloat16 with a bfloat16 UNet, else float32.
 
     Raises:
         BaseModelError: a part cannot be built from its tensors; the message names the part and the reason.
@@ -80,14 +80,14 @@ def _load_encoder(
     model = _filled(checkpoint, facts.part, lambda: kind(CLIPTextConfig(**config)), device, dtype)
     if len(tokenizer) > model.config.vocab_size:
         raise BaseModelError(
-            f"{checkpoint.name}: its {PART_TITLES[facts.part]} knows {model.config.vocab_size} tokens, its tokenizer "
-            f"{len(tokenizer)}; give the folder of a text encoder that belongs to it with base.{facts.part}"
+            f"{checkpoint.name}: its {PART_TITLES[facts.part]} has {model.config.vocab_size} tokens, its tokenizer "
+            f"{len(tokenizer)}; name the folder of a matching text encoder with base.{facts.part}"
         )
     return TextEncoder(facts=facts, model=model, tokenizer=tokenizer, pad_id=pad_id)
 
 
 def _tokenizer(checkpoint: BaseCheckpoint, facts: TextEncoderFacts) -> tuple[CLIPTokenizer, int]:
-    """The tokenizer and the token that fills prompts up."""
+    """The tokenizer, and the id of the token that pads prompts."""
     folder = checkpoint.tokenizers[facts.part]
     if folder is None:
         tokenizer = clip_tokenizer()
@@ -102,7 +102,7 @@ def _tokenizer(checkpoint: BaseCheckpoint, facts: TextEncoderFacts) -> tuple[CLI
 
 @cache
 def clip_tokenizer() -> CLIPTokenizer:
-    """CLIP's tokenizer of 49,408 tokens, made from the list of merges that ships with this package."""
+    """CLIP's tokenizer of 49,408 tokens, made from the list of merges in this package."""
     merges = clip_merges()
     return CLIPTokenizer(
         vocab={word: number for number, word in enumerate(clip_vocabulary(merges))},
@@ -123,10 +123,10 @@ def _inferred(checkpoint: BaseCheckpoint, part: str, infer: Callable[[Shapes], d
 def _filled(
     checkpoint: BaseCheckpoint, part: str, build: Callable[[], Any], device: torch.device, dtype: torch.dtype
 ) -> Any:
-    """A model built without memory, whose tensors are then read into place."""
+    """Build a model on the meta device, then read its tensors into place."""
     title, found = PART_TITLES[part], checkpoint.parts[part]
     if empty := [name for name, place in found.tensors.items() if 0 in place.shape]:
-        raise BaseModelError(f"{checkpoint.name}: its {title} is damaged: tensor {empty[0]} holds no numbers")
+        raise BaseModelError(f"{checkpoint.name}: its {title} is damaged: tensor {empty[0]} is empty")
     try:
         with torch.device("meta"):
             model = build()
@@ -148,7 +148,7 @@ def _filled(
         else:
             wanted[name] = place
     if part in ("unet", "vae"):
-        problems += [f"tensor {name} has no place in it" for name in sorted(surplus)]
+        problems += [f"tensor {name} is unknown" for name in sorted(surplus)]
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise BaseModelError(f"{checkpoint.name}: its {title} cannot be built: {problems[0]}{more}")

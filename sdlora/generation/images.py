@@ -1,4 +1,4 @@
-"""From requests and LoRAs to images that carry their own recipe."""
+"""From requests and LoRAs to images with the recipe that made them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an image is requested with. The defaults of generating are written here and nowhere else."""
+"""The request for an image. Every default of generating is written here and nowhere else."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ImageRequest:
 
 
 def check_requests(requests: Sequence[ImageRequest], base: BaseCheckpoint) -> None:
-    """Raise ``SdloraError`` with one line for each value that ``base`` or the samplers cannot do."""
+    """Raise ``SdloraError`` with one line for each value that does not work on ``base``."""
     problems = [problem for request in requests for problem in _problems(request, base)]
     if problems:
         raise SdloraError(list(dict.fromkeys(problems)))

@@ -1,4 +1,4 @@
-"""The samplers: one row each. Reading this table imports nothing; the classes are loaded when one is made."""
+"""The samplers: one row each. Reading this table imports no package; diffusers is imported when a sampler is used."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ class Sampler:
     """A way from noise to an image."""
 
     name: str
-    """In commands and requests."""
+    """Name in commands and requests."""
     a1111_name: str
-    """In image parameters, as A1111, Forge and Civitai write it."""
+    """Name in image parameters, as A1111, Forge and Civitai write it."""
     scheduler: str
-    """Class of diffusers."""
+    """Name of the class in diffusers."""
     options: Mapping[str, bool] = field(default_factory=dict)
     """Arguments of the class that differ from its defaults."""
     adds_noise: bool = False
-    """Whether each step draws noise of its own, from the image's generator."""
+    """Whether each step draws new noise, from the image's generator."""
 
 
 SAMPLERS: Mapping[str, Sampler] = {

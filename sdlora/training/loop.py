@@ -120,7 +120,7 @@ def train_lora(
     progress: Progress,
     stop: threading.Event | None,
 ) -> TrainedLora:
-    """Every step after ``start``, and the validation. ``base`` comes back as it was.
+    """Do every step after ``start``, and the validation. ``base`` is unchanged on return.
 
     Images, embeddings and optimizer are released on return, before samples need the memory.
     """

@@ -1,4 +1,4 @@
-"""The public function ``train``: images examined, run planned, LoRA trained, samples generated."""
+"""The public function ``train``: examine the images, plan the run, train the LoRA, generate samples."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def train(
 ) -> TrainReport:
     """Train a LoRA, or resume its training, and write the file ``config.output.path``.
 
-    Of several processes, only the main one reports.
+    With several processes, only the main one reports.
 
     Args:
         restart: start over, whatever an earlier run left.

@@ -21,10 +21,10 @@ CAPTIONS_SHOWN = 4
 def write_samples(
     base: Base, plan: RunPlan, output: Path, *, progress: Progress, stop: threading.Event | None
 ) -> Path | None:
-    """Write ``NAME.samples.png`` beside the trained file ``output``, and its thumbnail where the settings ask for one.
+    """Write ``NAME.samples.png`` beside the trained file ``output``, and a thumbnail into it if configured.
 
-    The LoRA is read from ``output`` and merged into ``base``, so the images show what the file does. They are those of
-    ``sdlora.generate`` with the same base, LoRA and seed; where ``train.precision`` is set, with that precision.
+    The LoRA is read from ``output`` and merged into ``base``, so the images show what the file does. They equal those of
+    ``sdlora.generate`` with the same base, LoRA and seed; if ``train.precision`` is set, with that precision.
 
     Returns the sheet's path, or None without sample prompts.
 
@@ -46,7 +46,7 @@ def write_samples(
 
 
 def sample_prompts(plan: RunPlan) -> list[str]:
-    """``samples.prompts``, or where it is not set the first training captions; each with the trigger word."""
+    """``samples.prompts``, or the first training captions if it is not set; each with the trigger word."""
     prompts = plan.config.samples.prompts
     if prompts is None:
         sources = [item.source for item in plan.items if item.source.role == "train"]
