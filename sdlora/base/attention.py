@@ -7,7 +7,8 @@ import re
 
 import torch
 from diffusers.models.attention_processor import XFormersAttnProcessor
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+from .models import UNet2DConditionModel
 
 logger = logging.getLogger(__name__)
 

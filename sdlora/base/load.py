@@ -7,10 +7,6 @@ from functools import cache
 from typing import Any
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTokenizer
-from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 
 from ..errors import BaseModelError
 from ..families import PART_TITLES, TOKENS_IN_CHUNK, TextEncoderFacts
@@ -19,6 +15,14 @@ from .architecture import Shapes, clip_config, unet_config, vae_config
 from .attention import use_attention
 from .base import Base, TextEncoder
 from .checkpoint import BaseCheckpoint
+from .models import (
+    AutoencoderKL,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    UNet2DConditionModel,
+)
 from .schedule import NoiseSchedule
 from .words import clip_merges, clip_vocabulary
 
