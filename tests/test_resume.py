@@ -13,9 +13,12 @@ import pytest
 import torch
 
 import sdlora as package
+from sdlora.base.checkpoint import find_base
 from sdlora.errors import ResumeError
 from sdlora.formats.safetensors_file import read_header
+from sdlora.training.checkpoint import RunIdentity
 from sdlora.training.session import TrainingSession
+from tests.conftest import write_images
 from tests.training_runs import STEPS, config_for, everything, overrides, same_but_for_times, toml
 
 
@@ -124,3 +127,11 @@ def test_where_encodings_are_kept_is_no_part_of_a_run(
             package.train(config_for(tiny_base, images, output, more))
     with pytest.raises(ResumeError, match=r"data\.sets"):
         package.train(config_for(tiny_base, None, output, f"data.sets={toml([{**sets[0], 'repeats': 2}])}"))
+
+
+def test_a_half_done_run_resumes_with_other_sample_prompts(tiny_base: Path, tmp_path: Path) -> None:
+    output, images = tmp_path / "x.safetensors", write_images(tmp_path / "images")
+    config = config_for(tiny_base, images, output)
+    earlier = RunIdentity.of(config, dataset="d", base=find_base(config.base))
+    other = config_for(tiny_base, images, output, 'samples.prompts=["a fox"]')
+    assert RunIdentity.of(other, dataset="d", base=find_base(other.base)).differences(earlier) == []

@@ -46,7 +46,7 @@ def test_the_settings_that_decide_resuming() -> None:
     never = {
         *("base.path", "base.vae", "base.text_encoder", "base.text_encoder_2", "base.attention"),
         *("data.images", "data.metadata", "data.dataset_config", "train.save_every"),
-        *("cache.disk", "cache.folder", "cache.max_gigabytes", "output.path"),
+        *("cache.disk", "cache.folder", "cache.max_gigabytes", "output.path", "samples.prompts"),
     }
     settings = config.flat()
     expected = {

@@ -29,8 +29,8 @@ A configuration is a TOML file with these tables, all optional except `[data]` a
 `section.key=value`, for example `sdlora train run.toml lora.rank=8 train.steps=1000`; it overrides the file.
 `sdlora settings [SECTION]` prints this page.
 
-**Affects** says what changes with a setting. A half-done run resumes only if everything that affects the weights or the
-samples is the same: settings, images, captions and base. All other settings may change, and files may move.
+**Affects** says what changes with a setting. A half-done run resumes only if everything that affects the weights is
+the same: settings, images, captions and base. All other settings may change, and files may move.
 
 **kohya** is the name of the same setting in kohya's trainer (sd-scripts), or in its dataset configuration.
 """

@@ -12,7 +12,7 @@ Affects = Literal["weights", "samples", "text", "place", "nothing"]
 """What changes with a setting: the trained weights; the sample images; the text in the file; only where something is
 read or written; nothing of the result, but time or memory."""
 
-DECIDES_RESUMING: tuple[Affects, ...] = ("weights", "samples")
+DECIDES_RESUMING: tuple[Affects, ...] = ("weights",)
 """A half-done run resumes only if all settings that affect these are the same."""
 
 
