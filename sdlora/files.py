@@ -1,10 +1,21 @@
-"""Files that appear whole or not at all, paths that can be printed anywhere, and the user's cache folder."""
+"""Files and folders that appear whole or not at all, paths that can be printed anywhere, and the user's cache folder."""
 
 from __future__ import annotations
 
 import os
-import tempfile
+import shutil
+import uuid
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager, suppress
+from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+PARTIAL_SUFFIX = ".partial"
+"""Suffix of files and folders that are being written; an old one was left by a process that was killed."""
 
 
 def cache_folder() -> Path:
@@ -17,30 +28,99 @@ def printable(path: Path) -> str:
     return str(path).encode("utf-8", "backslashreplace").decode()
 
 
-def write_whole(path: Path, *chunks: bytes) -> None:
-    """Write ``chunks`` to ``path`` so that it holds either its old content or all of the new one, even after a crash."""
+def write_whole(path: Path, *chunks: bytes, durable: bool = True) -> None:
+    """Write ``chunks`` to ``path``, which holds either its old content or all of the new one at any time.
+
+    Args:
+        durable: also after a power failure. It costs waiting for the disk; without it the file may be torn then.
+
+    Raises:
+        OSError: the disk is full or cannot be written to; no partial file remains.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+    with _written_beside(path, chunks, durable=durable) as partial:
+        os.replace(partial, path)
+    if durable:
+        _sync_folder(path.parent)
+
+
+def write_new(path: Path, *chunks: bytes) -> bool:
+    """Write ``chunks`` to ``path`` as ``write_whole`` does; False, and nothing is written, if the file exists by then.
+
+    Raises:
+        OSError: the folder is missing, the disk is full or cannot be written to; no partial file remains.
+    """
+    with _written_beside(path, chunks, durable=True) as partial:
+        try:
+            os.link(partial, path)  # Fails where the file exists, as a rename would not.
+        except FileExistsError:
+            return False
+        except OSError:  # A file system without links.
+            if path.exists():
+                return False
+            os.rename(partial, path)
+    return True
+
+
+def write_png(path: Path, image: Image, texts: Iterable[tuple[str, str]] = ()) -> None:
+    """Write ``image`` to ``path`` as PNG with ``texts`` (keyword, text) as its text chunks. Raises as ``write_whole``."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info, buffer = PngInfo(), BytesIO()
+    for keyword, text in texts:
+        info.add_text(keyword, text)
+    image.save(buffer, "PNG", pnginfo=info)
+    write_whole(path, buffer.getvalue())
+
+
+@contextmanager
+def whole_folder(target: Path) -> Generator[Path]:
+    """A new folder beside ``target`` to be filled; it becomes ``target``, absent or empty until then, after the block.
+
+    After any error in the block it is removed with its content, and ``target`` is as it was.
+
+    Raises:
+        OSError: the folder cannot be made, or ``target`` is neither absent nor an empty folder.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = _partial_name(target)
+    partial.mkdir(0o755)
     try:
-        with os.fdopen(handle, "wb") as file:
+        yield partial
+        if target.is_dir():
+            target.rmdir()
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def _written_beside(path: Path, chunks: Iterable[bytes], *, durable: bool) -> Generator[Path]:
+    """A file beside ``path`` that holds ``chunks``; it is removed after the block if it is still there."""
+    partial = _partial_name(path)
+    try:
+        with partial.open("xb") as file:
             for chunk in chunks:
                 file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(partial, 0o666 & ~_umask())
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        yield partial
+    finally:
+        with suppress(OSError):
+            partial.unlink()
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _partial_name(path: Path) -> Path:
+    return path.with_name(f".{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
