@@ -26,8 +26,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sdlora.base.load import Base, choose_device, load_base
-from sdlora.base.precision import choose_precision
+from sdlora.base.base import Base
+from sdlora.base.load import load_base
+from sdlora.base.precision import choose_device, choose_precision
 from sdlora.cache.entries import prune
 from sdlora.cache.filling import Job, fill
 from sdlora.cache.store import EncodedCache

@@ -45,8 +45,8 @@ def write_file(file: Path, dtype: torch.dtype, rank: int, count: int | None = No
         name: LowRank(down=torch.randn(rank, shape[1]), up=torch.randn(shape[0], rank), alpha=rank / 2)
         for name, shape in names
     }
-    told = {"ss_base_model_version": "sdxl_base_v1-0", "ss_tag_frequency": json.dumps({"a": {"tag": 1}})}
-    write_lora(file, changes, told, dtype=dtype, family=SDXL, base_modules=published_modules("sdxl"))
+    stated = {"ss_base_model_version": "sdxl_base_v1-0", "ss_tag_frequency": json.dumps({"a": {"tag": 1}})}
+    write_lora(file, changes, stated, dtype=dtype, family=SDXL, base_modules=published_modules("sdxl"))
 
 
 def in_turn(sides: dict[str, Callable[[], object]]) -> dict[str, float]:

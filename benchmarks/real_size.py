@@ -35,14 +35,14 @@ from safetensors.torch import save_file
 
 from sdlora.base.checkpoint import find_base
 from sdlora.base.detect import detect_checkpoint
-from sdlora.base.load import choose_device, load_base
-from sdlora.base.precision import choose_precision
-from sdlora.base.single_file import ldm_tensors
+from sdlora.base.load import load_base
+from sdlora.base.precision import choose_device, choose_precision
 from sdlora.config.loading import load_config
 from sdlora.families import FAMILIES
 from sdlora.generation.studio import generate
 from sdlora.training.run import train
 from tests.published import our_names, published
+from tests.single_file import ldm_tensors
 
 
 def write_checkpoint(file: Path, family: str) -> None:
@@ -190,8 +190,8 @@ def main() -> None:
             print(f"{size}, memory: {json.dumps(measure_apart('memory', file))}", flush=True)
         for what in [measure for measure in ("train", "generate") if measure in arguments.measures]:
             for resolution in arguments.resolutions or sorted({512, FAMILIES[family].resolution}):
-                told = measure_apart(what, file, resolution)
-                print(f"{size}, {what} at {resolution}²: {json.dumps(told)}", flush=True)
+                result = measure_apart(what, file, resolution)
+                print(f"{size}, {what} at {resolution}²: {json.dumps(result)}", flush=True)
 
 
 if __name__ == "__main__":

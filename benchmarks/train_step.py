@@ -27,8 +27,10 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 
-from sdlora.base.encode import Framing, encode_prompts
-from sdlora.base.load import Base, load_base
+from sdlora.base.base import Base
+from sdlora.base.conditioning import Framing
+from sdlora.base.encode import encode_prompts
+from sdlora.base.load import load_base
 from sdlora.base.precision import choose_precision
 from sdlora.base.tokens import PromptTokens, plain, tokenize
 from sdlora.config.loading import load_config

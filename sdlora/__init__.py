@@ -1,6 +1,6 @@
 """sdlora: train style LoRAs for Stable Diffusion, generate with several at once, export files that every tool reads.
 
-Importing this package imports nothing else; each name below is loaded when it is first used.
+Importing this package imports nothing else; each public name is loaded when it is first used.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from .captioning.folder import caption_folder
     from .config.loading import load_config
     from .config.sections import BaseSection, Config
-    from .errors import SdloraError
+    from .errors import Interrupted, SdloraError
     from .generation.studio import generate, generate_strip
     from .lint.run import lint_dataset
+    from .progress import CallbackProgress, ProgressUpdate
     from .publish.civitai import export_civitai
     from .tools.convert import convert
     from .tools.inspect import inspect
@@ -24,7 +25,10 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "BaseSection": "config.sections",
+    "CallbackProgress": "progress",
     "Config": "config.sections",
+    "Interrupted": "errors",
+    "ProgressUpdate": "progress",
     "SdloraError": "errors",
     "caption_folder": "captioning.folder",
     "convert": "tools.convert",
@@ -39,7 +43,10 @@ _HOMES = {
 
 __all__ = [
     "BaseSection",
+    "CallbackProgress",
     "Config",
+    "Interrupted",
+    "ProgressUpdate",
     "SdloraError",
     "__version__",
     "caption_folder",
@@ -59,7 +66,6 @@ def __getattr__(name: str):
         raise AttributeError(f"module 'sdlora' has no attribute {name!r}")
     from importlib import import_module
 
-    # A folder of the package may bear the name of a function (sdlora.train): the function wins from here on.
     value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
     globals()[name] = value
     return value

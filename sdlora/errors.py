@@ -46,7 +46,7 @@ class CompatibilityError(SdloraError):
 
 
 class ResumeError(SdloraError):
-    """A half-done or finished run that does not fit the command."""
+    """A half-done or finished run that does not match the command."""
 
 
 class CaptionerError(SdloraError):
@@ -58,4 +58,4 @@ class TrainingError(SdloraError):
 
 
 class Interrupted(Exception):
-    """Stopped by the user; the work so far is saved, and the same command goes on from there."""
+    """Stopped by the user; the work so far is saved, and the same command resumes."""

@@ -8,8 +8,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+Prediction = Literal["epsilon", "v_prediction"]
+"""What a UNet predicts."""
 Spelling = Literal["transformers", "open_clip"]
-"""Whose names an LDM or sgm file gives the tensors of a text encoder."""
+"""The library whose names an LDM or sgm file uses for the tensors of a text encoder."""
+
+PART_TITLES = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder", "text_encoder_2": "second text encoder"}
+"""Part of a checkpoint -> what messages call it."""
+PARTS = tuple(PART_TITLES)
+LORA_PARTS = tuple(part for part in PARTS if part != "vae")
+"""What a LoRA can change."""
+TOKENS_IN_CHUNK = 77
+"""What CLIP reads at once: a start mark, 75 tokens, an end mark."""
+WORDS_IN_CHUNK = TOKENS_IN_CHUNK - 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,34 +37,37 @@ class TextEncoderFacts:
     """What fills a prompt up to 77 tokens; open_clip fills up with token 0, which is ``!``."""
     head_width: int = 64
     unread_layers: int = 0
-    """Layers at the end that LDM files hold and nobody computes."""
+    """Layers at the end that LDM files hold and nothing computes."""
     pooled: bool = False
     """Whether its projected summary of the prompt is conditioning too."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnetFacts:
-    """Of the attention: either the number of heads or their width is the same on all levels."""
+    """What the shapes of a UNet's tensors leave open, and by what families are recognised."""
 
     heads: int | None = None
+    """Number of attention heads, where it is the same on all levels; else their width is."""
     head_width: int | None = None
     cross_attention_dim: int
-    """Width of the text embeddings in the published checkpoints; other sizes of the family have their own."""
+    """Width of the text embeddings in the published checkpoints; other sizes of the family have other widths."""
     linear_projection: bool
-    """Whether its attention is entered and left by linear layers; else by 1 x 1 convolutions."""
+    """Whether its attention begins and ends with linear layers; else with 1 x 1 convolutions."""
     size_conditioning: bool = False
-    """Whether it is told original size, crop and target size, next to the pooled text (SDXL, section 2.2)."""
+    """Whether original size, crop and target size are inputs, next to the pooled text (SDXL, section 2.2)."""
     size_embedding_width: int = 256
-    """Of each of the six numbers, where it cannot be told from the text encoder's pooled width."""
+    """Channels for each of the six numbers, where the text encoder's pooled width, which shows it, is not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """What holds for every checkpoint of a family, whatever its size."""
+    """What is true of every checkpoint of a family, whatever its size."""
 
     name: str
-    """``sd1``, ``sd2`` or ``sdxl``, as ``inspect --json`` says it."""
+    """``sd1``, ``sd2`` or ``sdxl``, as in ``inspect --json``."""
     title: str
+    upload_name: str
+    """What Civitai's form calls it."""
     unet: UnetFacts
     text_encoders: tuple[TextEncoderFacts, ...]
     latent_scale: float
@@ -61,7 +75,7 @@ class Family:
     resolution: int
     """Side in pixels of the square image that the published checkpoints were made for."""
     resolution_v: int
-    """The same where they predict v."""
+    """The same for checkpoints that predict v."""
     clip_skip: int
     """The text encoders' layer that is read, 1 being the last; the family was trained with this one."""
     clip_norm: bool
@@ -69,15 +83,27 @@ class Family:
     zeros_for_empty_negative: bool
     """Whether an empty negative prompt is all zeros rather than the empty prompt's embedding."""
     timestep_spacing: str | None
-    """As the published scheduler has it; None leaves it to the sampler."""
+    """That of the published scheduler; None leaves it to the sampler."""
+    kohya_v2: bool
+    """``ss_v2``."""
     kohya_version: str
-    """``ss_base_model_version`` of an epsilon-prediction base."""
+    """``ss_base_model_version`` of a LoRA for a base that predicts epsilon."""
     kohya_version_v: str
     kohya_unet_names: Literal["diffusers", "sgm"]
-    """Whose block names kohya's own LoRA files use."""
+    """The library whose block names kohya's trainer uses in LoRA files."""
     modelspec_architecture: str
     modelspec_architecture_v: str
     modelspec_implementation: str
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What a complete checkpoint holds, of ``PARTS``."""
+        return ("unet", "vae", *(encoder.part for encoder in self.text_encoders))
+
+    @property
+    def lora_parts(self) -> tuple[str, ...]:
+        """What a LoRA can change, of ``LORA_PARTS``."""
+        return tuple(part for part in self.parts if part in LORA_PARTS)
 
     def resolution_for(self, prediction: str) -> int:
         """``resolution`` or ``resolution_v``."""
@@ -87,6 +113,7 @@ class Family:
 SD1 = Family(
     name="sd1",
     title="Stable Diffusion 1.x",
+    upload_name="SD 1.5",
     unet=UnetFacts(heads=8, cross_attention_dim=768, linear_projection=False),
     text_encoders=(
         TextEncoderFacts(
@@ -104,6 +131,7 @@ SD1 = Family(
     clip_norm=True,
     zeros_for_empty_negative=False,
     timestep_spacing=None,
+    kohya_v2=False,
     kohya_version="sd_v1",
     kohya_version_v="sd_v1",
     kohya_unet_names="diffusers",
@@ -114,6 +142,7 @@ SD1 = Family(
 SD2 = Family(
     name="sd2",
     title="Stable Diffusion 2.x",
+    upload_name="SD 2.1",
     unet=UnetFacts(head_width=64, cross_attention_dim=1024, linear_projection=True),
     text_encoders=(
         TextEncoderFacts(
@@ -132,6 +161,7 @@ SD2 = Family(
     clip_norm=True,
     zeros_for_empty_negative=False,
     timestep_spacing=None,
+    kohya_v2=True,
     kohya_version="sd_v2",
     kohya_version_v="sd_v2_v",
     kohya_unet_names="diffusers",
@@ -142,6 +172,7 @@ SD2 = Family(
 SDXL = Family(
     name="sdxl",
     title="Stable Diffusion XL",
+    upload_name="SDXL 1.0",
     unet=UnetFacts(head_width=64, cross_attention_dim=2048, linear_projection=True, size_conditioning=True),
     text_encoders=(
         TextEncoderFacts(
@@ -167,6 +198,7 @@ SDXL = Family(
     clip_norm=False,
     zeros_for_empty_negative=True,
     timestep_spacing="leading",
+    kohya_v2=False,
     kohya_version="sdxl_base_v1-0",
     kohya_version_v="sdxl_base_v1-0",
     kohya_unet_names="sgm",
@@ -174,7 +206,16 @@ SDXL = Family(
     modelspec_architecture_v="stable-diffusion-xl-v1-base/lora",
     modelspec_implementation="https://github.com/Stability-AI/generative-models",
 )
-TOKENS_IN_CHUNK = 77
-"""What CLIP reads at once: a start mark, 75 tokens, an end mark."""
-WORDS_IN_CHUNK = TOKENS_IN_CHUNK - 2
 FAMILIES = {family.name: family for family in (SD1, SD2, SDXL)}
+
+
+def family_of_unet(*, linear_projection: bool, size_conditioning: bool) -> Family | None:
+    """The family whose UNets are built like this (see ``UnetFacts``); None if there is none."""
+    facts = (linear_projection, size_conditioning)
+    known = {(family.unet.linear_projection, family.unet.size_conditioning): family for family in FAMILIES.values()}
+    return known.get(facts)
+
+
+def family_of_text_width(width: int) -> Family | None:
+    """The family whose published UNets attend to text embeddings of ``width`` channels; None if there is none."""
+    return {family.unet.cross_attention_dim: family for family in FAMILIES.values()}.get(width)

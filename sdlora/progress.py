@@ -1,27 +1,30 @@
-"""A progress bar on standard error; nothing where standard error is not a terminal."""
+"""Where long work reports its progress, and where it is asked to stop."""
 
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol
 
+from .errors import Interrupted
+
 
 class Progress(Protocol):
-    """What long work reports to."""
+    """Receives the reports of long work."""
 
     def start(self, task: str, total: int, done: int = 0) -> None:
-        """Begin a task of ``total`` units, ``done`` of which are behind us."""
+        """A task of ``total`` units starts, ``done`` of which were done earlier."""
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """``count`` more units are done; ``note`` stands beside the bar."""
+        """``count`` more units are done; ``note`` is shown beside the bar."""
 
 
 class Silence:
-    """Reports nothing."""
+    """Shows nothing."""
 
     def start(self, task: str, total: int, done: int = 0) -> None:
         pass
@@ -37,7 +40,7 @@ class Silence:
 
 
 class Bar:
-    """A bar with count, rate, time left and a note, drawn by rich."""
+    """A bar on standard error with count, rate, time left and a note, drawn by rich."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -88,7 +91,7 @@ class ProgressUpdate:
 
 
 class CallbackProgress:
-    """Hands each report to a function: for a notebook, a web page or a log."""
+    """Calls a function with each report: for a notebook, a web page or a log."""
 
     def __init__(self, callback: Callable[[ProgressUpdate], None]):
         self._callback = callback
@@ -107,16 +110,22 @@ class CallbackProgress:
         self._callback(update)
 
 
-def progress_bar(show: bool = True) -> Bar | Silence:
-    """A bar on standard error; ``Silence`` where ``show`` is false or standard error is not a terminal."""
-    return Bar() if show and sys.stderr.isatty() else Silence()
+def progress_bar() -> Bar | Silence:
+    """A bar where standard error is a terminal, else ``Silence``."""
+    return Bar() if sys.stderr.isatty() else Silence()
 
 
 @contextmanager
 def progress_or_bar(progress: Progress | None) -> Generator[Progress]:
-    """``progress`` itself, or a bar in its place for the length of the block."""
+    """``progress`` itself, or, where it is None, a bar for the length of the block."""
     if progress is not None:
         yield progress
         return
     with progress_bar() as bar:
         yield bar
+
+
+def raise_if_stopped(stop: threading.Event | None, message: str) -> None:
+    """Raise ``Interrupted`` with ``message`` where ``stop`` was set."""
+    if stop is not None and stop.is_set():
+        raise Interrupted(message)

@@ -111,7 +111,7 @@ def finished(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
 
     folder = tmp_path_factory.mktemp("finished")
     images = write_images(folder / "images", 5, sizes=((64, 64), (80, 48)))
-    package.train(config_for(tiny_base, images, folder / "x.safetensors"), show_progress=False)
+    package.train(config_for(tiny_base, images, folder / "x.safetensors"))
     return images, folder / "x.safetensors"
 
 

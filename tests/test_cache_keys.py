@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from sdlora.base.base import Base
 from sdlora.base.checkpoint import find_base
 from sdlora.base.encode import encode_pixels, encode_prompts
 from sdlora.base.fingerprints import text_fingerprint, vae_fingerprint
-from sdlora.base.load import Base, load_base
+from sdlora.base.load import load_base
 from sdlora.base.tokens import plain, tokenize
 from sdlora.cache.filling import Job, fill
 from sdlora.cache.keys import CacheKey, latent_key, text_key

@@ -257,7 +257,7 @@ def test_the_verb_as_a_user_runs_it(sdlora, folder: Path, models: dict[str, Path
     (folder / "0.png").unlink()
     again = sdlora(*command)
     assert (again.returncode, again.stderr) == (0, "")
-    assert again.stdout.strip() == f"{folder}: 0 captions written, 4 were there before"
+    assert again.stdout.strip() == f"{folder}: 0 captions written, 4 existed before"
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ def run():
     write_captions(Path(sys.argv[1]), Slow, trigger="", extension=".txt", progress=Silence())
 
 try:
-    guard(run)
+    guard(run)()
 except typer.Exit as exit:
     sys.exit(exit.exit_code)
 """

@@ -125,7 +125,7 @@ def test_names_without_meaning_are_left_over() -> None:
         {"mid_block_type": None, "layers_per_block": 1},
     ],
 )
-def test_pruned_unets_are_told_from_their_tensors(changes: dict[str, Any]) -> None:
+def test_pruned_unets_are_detected_from_their_tensors(changes: dict[str, Any]) -> None:
     with torch.device("meta"):
         model = UNet2DConditionModel(**(UNETS["sdxl"] | changes))
     names = our_names("unet", model)
@@ -138,7 +138,7 @@ def test_pruned_unets_are_told_from_their_tensors(changes: dict[str, Any]) -> No
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))
-def test_configurations_are_told_from_shapes(name: str) -> None:
+def test_configurations_are_read_off_shapes(name: str) -> None:
     model = published(name)["unet"]
     shapes = {ours: tuple(tensor.shape) for ours, tensor in our_names("unet", model).items()}
     found = unet_config(shapes, FAMILIES[name], pooled_width=1280 if name == "sdxl" else None, sample_size=64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -15,8 +16,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import sdlora
-from sdlora.errors import CompatibilityError, LoraFileError
+from sdlora.errors import CompatibilityError, Interrupted, LoraFileError
 from sdlora.formats.metadata_file import read_metadata, write_metadata
+from sdlora.progress import CallbackProgress, ProgressUpdate
 from tests.conftest import write_images
 
 
@@ -30,7 +32,7 @@ def lora(tiny_files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
         f"output.path={file}", "output.author=Ada", "output.description=Blue lines.", "train.steps=2",
         "data.resolution=64", "samples.prompts=[]",
     ]  # fmt: skip
-    sdlora.train(sdlora.load_config(None, settings), show_progress=False)
+    sdlora.train(sdlora.load_config(None, settings))
     write_metadata(
         file, file, read_metadata(file) | {"ss_vae_name": "/home/jane/secret/vae.pt", "sshs_model_hash": "00"}
     )
@@ -38,7 +40,7 @@ def lora(tiny_files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
 
 
 def made(lora: Path, folder: Path, base: Path, **options) -> sdlora.publish.civitai.Package:
-    drawing = {"steps": 1, "size": (64, 64), "show_progress": False}
+    drawing = {"steps": 1, "size": (64, 64)}
     return sdlora.export_civitai(lora, folder, base=str(base), **drawing | options)
 
 
@@ -112,7 +114,7 @@ def test_what_cannot_be_packed_leaves_nothing(lora: Path, tiny_files: dict[str, 
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "mine.txt").write_text("mine")
-    with pytest.raises(LoraFileError, match="is there already"):
+    with pytest.raises(LoraFileError, match="exists already"):
         made(lora, taken, tiny_files["sd1"])
     assert [file.name for file in taken.iterdir()] == ["mine.txt"]
     with pytest.raises(CompatibilityError, match="Stable Diffusion XL"):
@@ -124,6 +126,20 @@ def test_what_cannot_be_packed_leaves_nothing(lora: Path, tiny_files: dict[str, 
     with pytest.raises(LoraFileError, match="names no trigger word; give a prompt"):
         made(nameless, tmp_path / "up", tiny_files["sd1"])
     assert {file.name for file in tmp_path.iterdir()} == {"taken", "nameless.safetensors"}
+
+
+def test_progress_is_reported_and_a_stop_leaves_nothing(
+    lora: Path, tiny_files: dict[str, Path], tmp_path: Path
+) -> None:
+    updates: list[ProgressUpdate] = []
+    progress = CallbackProgress(updates.append)
+    made(lora, tmp_path / "up", tiny_files["sd1"], prompts=["zorb"], steps=3, progress=progress)
+    assert (updates[-1].done, updates[-1].total) == (3, 3)
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(Interrupted):
+        made(lora, tmp_path / "stopped", tiny_files["sd1"], prompts=["zorb"], stop=stop)
+    assert {file.name for file in tmp_path.iterdir()} == {"up"}
 
 
 def test_the_command(
@@ -138,4 +154,4 @@ def test_the_command(
     assert (tmp_path / "up" / "my-style-1.png").is_file()
     again = sdlora("export", lora, "--civitai", "up", *options)
     assert again.returncode == 1
-    assert "is there already" in again.stderr
+    assert "exists already" in again.stderr

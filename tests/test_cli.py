@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,7 @@ SURFACE = {
     "cache info": {"folder", "as_json"},
     "cache prune": {"max_gigabytes", "everything", "folder", "as_json"},
     "quickstart": {"out", "as_json"},
+    "settings": {"section", "as_json"},
     "lint": {
         *("arguments", "trigger", "resolution", "caption_extension", "base", "fix", "out", "sheet", "as_json"),
     },
@@ -126,7 +129,7 @@ def test_usage_errors_have_exit_code_two(sdlora, arguments: tuple[str, ...]) -> 
     assert "Traceback" not in result.stderr
 
 
-def test_json_is_one_object_and_the_image_tells_its_recipe(sdlora, tiny_base: Path, tmp_path: Path) -> None:
+def test_json_is_one_object_and_the_image_contains_its_recipe(sdlora, tiny_base: Path, tmp_path: Path) -> None:
     result = sdlora("generate", "a fox", "--base", tiny_base, "--steps", 2, "--seed", 3, "--count", 2, "--json")
     answer = json.loads(result.stdout)
     assert answer["seed"] == 3
@@ -148,9 +151,19 @@ def test_train_then_generate_then_inspect(sdlora, tiny_base: Path, tmp_path: Pat
     answer = json.loads(made.stdout)
     assert (answer["output"], answer["steps"], answer["samples"]) == ("out/x.safetensors", 3, "out/x.samples.png")
     assert width_of(tmp_path / "out/x.samples.png") > 3 * 64
-    told = json.loads(sdlora("inspect", "out/x.safetensors", "--json").stdout)
-    assert (told["kind"], told["family"], told["trigger"]) == ("lora", "sd1", ["123"])
-    assert set(told) >= {"dialect", "modules", "rank", "alpha", "dtype", "prediction", "problems", "hashes", "metadata"}
+    report = json.loads(sdlora("inspect", "out/x.safetensors", "--json").stdout)
+    assert (report["kind"], report["family"], report["trigger"]) == ("lora", "sd1", ["123"])
+    assert set(report) >= {
+        "dialect",
+        "modules",
+        "rank",
+        "alpha",
+        "dtype",
+        "prediction",
+        "problems",
+        "hashes",
+        "metadata",
+    }
     strip = sdlora(
         *("generate", "a", "b", "--base", tiny_base, "--lora", "out/x.safetensors:0.5", "--strip", "--steps", 1),
         *("--out", "strip.png"),
@@ -160,11 +173,17 @@ def test_train_then_generate_then_inspect(sdlora, tiny_base: Path, tmp_path: Pat
 
 
 def test_checkpoints_are_inspected_too(sdlora, tiny_base: Path) -> None:
-    told = json.loads(sdlora("inspect", tiny_base, "--json").stdout)
-    assert (told["kind"], told["family"], told["dialect"], told["prediction"]) == (
+    report = json.loads(sdlora("inspect", tiny_base, "--json").stdout)
+    assert (report["kind"], report["family"], report["dialect"], report["prediction"]) == (
         *("checkpoint", "sd1", "diffusers", "epsilon"),
     )
     assert "checkpoint, sd1" in sdlora("inspect", "mini").stdout
+
+
+def test_the_package_runs_as_a_module() -> None:
+    command = [sys.executable, "-m", "sdlora", "--version"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("sdlora ")
 
 
 def test_version(sdlora) -> None:

@@ -1,4 +1,4 @@
-"""Configuration files and overrides: values arrive, and every fault is told with its place."""
+"""Configuration files and overrides: values arrive, and every fault is reported with its place."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from sdlora.config.loading import load_config
 from sdlora.config.sections import Config
+from sdlora.config.setting import DECIDES_RESUMING
 from sdlora.errors import ConfigError
 
 GOOD = """
@@ -133,11 +134,11 @@ def test_faults_within_sets_have_their_lines(tmp_path: Path) -> None:
     text = SETS.replace('role = "reg', 'rol = "reg').replace("repeats = 10", "repeats = 0\nkeep_token = 2")
     with pytest.raises(ConfigError) as caught:
         load_config(write(tmp_path, text))
-    told = "\n".join(caught.value.problems)
+    text = "\n".join(caught.value.problems)
     assert len(caught.value.problems) == 3
-    assert "run.toml:9: data.sets.repeats = 0: input should be greater than or equal to 1" in told
-    assert "run.toml:10: unknown key data.sets.keep_token; did you mean data.sets.keep_tokens?" in told
-    assert "run.toml:15: unknown key data.sets.rol; did you mean data.sets.role?" in told
+    assert "run.toml:9: data.sets.repeats = 0: must be at least 1" in text
+    assert "run.toml:10: unknown key data.sets.keep_token; did you mean data.sets.keep_tokens?" in text
+    assert "run.toml:15: unknown key data.sets.rol; did you mean data.sets.role?" in text
 
 
 @pytest.mark.parametrize(
@@ -165,7 +166,7 @@ def test_faults_within_sets_have_their_lines(tmp_path: Path) -> None:
         ('[[data.sets]]\nimages = "a"\nmasks = "m"', "data.mask = 'none' leaves the masks in m unused"),
         (
             '[[data.sets]]\nimages = "a"\nloss_weight = inf',
-            "data.sets.loss_weight = inf: input should be a finite number",
+            "data.sets.loss_weight = inf: must be a finite number",
         ),
         ('[[data.sets]]\nimages = "a"\ntrigger = "two  words"', "trigger = 'two  words' has white space"),
         (
@@ -184,12 +185,12 @@ def test_settings_of_data_that_do_not_fit(tmp_path: Path, line: str, message: st
     assert message in str(caught.value)
 
 
-def test_a_run_without_images_is_told_the_three_ways_to_name_them(tmp_path: Path) -> None:
+def test_a_run_without_images_reports_the_three_ways_to_name_them(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"run\.toml:2: data\.images is missing: .*data\.sets.*data\.dataset_config"):
         load_config(write(tmp_path, GOOD.replace('images = "images"\n', "")))
 
 
-def test_flat_settings_tell_sets_apart_and_may_leave_paths_out(tmp_path: Path) -> None:
+def test_flat_settings_distinguish_sets_and_may_leave_paths_out(tmp_path: Path) -> None:
     one, other = load_config(write(tmp_path, SETS)), load_config(write(tmp_path, SETS.replace("= 10", "= 11")))
     differing = [key for key, value in one.flat().items() if other.flat()[key] != value]
     assert differing == ["data.sets"]
@@ -202,8 +203,8 @@ def test_flat_settings_tell_sets_apart_and_may_leave_paths_out(tmp_path: Path) -
         "cache.folder=/secret/cache",
     ])  # fmt: skip
     assert "secret" in "".join(private.flat().values())
-    assert "secret" not in "".join(private.flat(paths=False).values())
-    assert json.loads(private.flat(paths=False)["data.sets"])[0]["repeats"] == 1
+    assert "secret" not in "".join(private.flat(DECIDES_RESUMING).values())
+    assert json.loads(private.flat(DECIDES_RESUMING)["data.sets"])[0]["repeats"] == 1
 
 
 @given(st.text("[]data.set{}\"'= \n01a_", max_size=120))

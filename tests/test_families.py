@@ -18,14 +18,14 @@ from safetensors.torch import load_file, save_file
 import sdlora
 from sdlora.base.attention import _build_fault, use_attention, why_not_xformers
 from sdlora.base.checkpoint import find_base
-from sdlora.base.encode import Framing
+from sdlora.base.conditioning import Framing
 from sdlora.base.load import load_base
 from sdlora.config.loading import load_config
 from sdlora.config.sections import BaseSection
 from sdlora.errors import CompatibilityError, ResumeError, SdloraError
 from sdlora.families import FAMILIES
 from sdlora.formats.safetensors_file import read_header
-from sdlora.generation.pipeline import GeneratedImage
+from sdlora.generation.images import GeneratedImage
 from sdlora.progress import Silence
 from sdlora.training.plan import plan_config
 from sdlora.training.session import open_session
@@ -43,7 +43,7 @@ def loras(tiny_files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     images = write_images(folder / "images", 4, sizes=((64, 64), (100, 60)))
     for family, file in tiny_files.items():
         config = load_config(None, overrides(file, images, folder / f"{family}.safetensors"))
-        sdlora.train(config, show_progress=False)
+        sdlora.train(config)
     return {family: folder / f"{family}.safetensors" for family in tiny_files}
 
 
@@ -63,7 +63,6 @@ def ours(base: Path | BaseSection, sampler: str, *, loras: list[str] | None = No
         sampler=sampler,
         loras=loras or [],
         precision="float32",
-        show_progress=False,
         **(settings | options),
     )[0]
 
@@ -119,7 +118,7 @@ def test_every_sampler_runs_on_a_zero_terminal_base(sampler: str, tmp_path: Path
 
 
 def kohya_names(family: str) -> set[str]:
-    """Of the trained modules of the tiny models, written out by hand from kohya's rules."""
+    """Names of the trained modules of the tiny models, written out by hand from kohya's rules."""
     attention = [f"{attn}_{to}" for attn in ("attn1", "attn2") for to in ("to_q", "to_k", "to_v", "to_out_0")]
     text = [f"self_attn_{to}_proj" for to in ("q", "k", "v", "out")]
     if family == "sdxl":
@@ -152,7 +151,7 @@ def test_training_changes_every_part_under_kohya_s_names(loras: dict[str, Path],
     metadata = read_header(loras[family], SdloraError).metadata
     assert metadata["ss_base_model_version"] == FAMILIES[family].kohya_version
     report = sdlora.inspect(loras[family])
-    assert (report.family, report.dialect) == (family, "kohya")
+    assert (report.family, report.format) == (family, "kohya")
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -189,17 +188,17 @@ def test_the_loss_is_the_formula_on_diffusers_models(tiny_files: dict[str, Path]
     framing = cached.framing
     assert framing.numbers == (60, 100, placement.top, placement.left, 48, 80)
 
-    pipe, told = tiny_pipeline(family), {}
-    handed = base.unet.forward
+    pipe, call = tiny_pipeline(family), {}
+    forward = base.unet.forward
 
     def spy(*given: Any, **named: Any) -> Any:
-        told["given"], told["named"] = given, named
-        return handed(*given, **named)
+        call["given"], call["named"] = given, named
+        return forward(*given, **named)
 
     base.unet.forward = spy
     with session.attached():
         loss = session.step(0)
-    noisy, times, context = told["given"]
+    noisy, times, context = call["given"]
     reference = pipe.encode_prompt(
         prompt=f"zorb, {item.source.captions[0]}",
         device="cpu",
@@ -207,7 +206,7 @@ def test_the_loss_is_the_formula_on_diffusers_models(tiny_files: dict[str, Path]
         do_classifier_free_guidance=False,
     )
     torch.testing.assert_close(context, reference[0], rtol=1e-5, atol=1e-5)
-    added = told["named"]["added_cond_kwargs"]
+    added = call["named"]["added_cond_kwargs"]
     if family == "sdxl":
         torch.testing.assert_close(added["text_embeds"], reference[2], rtol=1e-5, atol=1e-5)
         assert added["time_ids"].tolist() == [list(map(float, framing.numbers))]
@@ -232,7 +231,7 @@ def test_v_prediction_trains_towards_v(tiny_files: dict[str, Path], tmp_path: Pa
     images = write_images(tmp_path / "images", 2)
     for more in (("base.prediction=v_prediction",), ("base.prediction=v_prediction", "base.zero_terminal_snr=true")):
         config = load_config(None, overrides(tiny_files["sd2"], images, tmp_path / f"{len(more)}.safetensors", *more))
-        sdlora.train(config, show_progress=False)
+        sdlora.train(config)
         metadata = read_header(Path(config.output.path), SdloraError).metadata
         assert metadata["ss_base_model_version"] == "sd_v2_v"
         assert metadata["modelspec.architecture"] == "stable-diffusion-v2-768-v/lora"
@@ -244,10 +243,10 @@ def test_replacements_are_part_of_a_run_and_their_paths_are_not(tiny_files: dict
     images, output = write_images(tmp_path / "images", 2), tmp_path / "x.safetensors"
     tiny_pipeline("sd1", seed=5).vae.save_pretrained(tmp_path / "vae")
     options = overrides(tiny_files["sd1"], images, output)
-    sdlora.train(load_config(None, [*options, f"base.vae={tmp_path / 'vae'}"]), show_progress=False)
+    sdlora.train(load_config(None, [*options, f"base.vae={tmp_path / 'vae'}"]))
     assert str(tmp_path) not in str(read_header(output, SdloraError).metadata)
     with pytest.raises(ResumeError, match="the base checkpoint has changed"):
-        sdlora.train(load_config(None, options), show_progress=False)
+        sdlora.train(load_config(None, options))
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
@@ -257,7 +256,7 @@ def test_gradient_checkpointing_changes_memory_and_nothing_else(
     output = tmp_path / "x.safetensors"
     images = loras[family].parent / "images"
     config = load_config(None, overrides(tiny_files[family], images, output, "train.gradient_checkpointing=true"))
-    sdlora.train(config, show_progress=False)
+    sdlora.train(config)
     one, other = load_file(loras[family]), load_file(output)
     assert all(torch.allclose(one[name], other[name], rtol=1e-3, atol=1e-4) for name in one)
 
@@ -269,12 +268,12 @@ def test_long_captions_are_trained_in_chunks(tiny_files: dict[str, Path], tmp_pa
     plan = plan_config(config)
     session = open_session(plan, load_base(plan.base, device=CPU, dtype=torch.float32), Accelerator(), Silence())
     assert session.embeddings.encode(["zorb", "a cat", ""]).context.shape == (3, 154, 128)
-    sdlora.train(config, show_progress=False)
+    sdlora.train(config)
     assert read_header(tmp_path / "x.safetensors", SdloraError).metadata["ss_max_token_length"] == "150"
     short = load_config(
         None, overrides(tiny_files["sdxl"], images, tmp_path / "y.safetensors", "data.max_token_length=75")
     )
-    sdlora.train(short, show_progress=False)
+    sdlora.train(short)
     assert read_header(tmp_path / "y.safetensors", SdloraError).metadata["ss_max_token_length"] == "None"
 
 
@@ -309,7 +308,7 @@ def test_framings_are_heights_first() -> None:
     assert framing.numbers == (2, 1, 4, 3, 6, 5)
 
 
-def test_kernels_for_another_cuda_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_for_another_cuda_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the words of xformers 0.0.35 beside another torch."""
     words = (
         "xFormers can't load C++/CUDA extensions. xFormers was built for:\n    PyTorch 2.10.0+cu128 with CUDA 1208 (you"
@@ -341,5 +340,5 @@ def test_xformers_is_probed_and_replaced_where_it_cannot_run(
             caplog.clear()
             use_attention(base.unet, requested)
         assert len(caplog.records) == warnings
-    assert "going on with torch's own attention" in caplog.text
+    assert "using torch's own attention" in caplog.text
     assert {name: type(processor) for name, processor in base.unet.attn_processors.items()} == before

@@ -1,4 +1,4 @@
-"""Files that ``tests/foreign/make.py`` wrote by hand, one for each dialect and kind: read completely, same changes."""
+"""Files that ``tests/foreign/make.py`` wrote by hand, one for each format and kind: read completely, same changes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def weight(shape: tuple[int, ...]) -> torch.Tensor:
 @pytest.mark.parametrize("name", EXPECTED)
 def test_foreign_files_are_read_completely(name: str) -> None:
     lora, expected = read_lora(FOLDER / f"{name}.safetensors"), EXPECTED[name]
-    assert (lora.dialect, lora.problems, list(lora.embeddings)) == (expected["dialect"], (), expected["embeddings"])
+    assert (lora.format, lora.problems, list(lora.embeddings)) == (expected["format"], (), expected["embeddings"])
     found = resolve(lora.modules, published_modules("sdxl"))
     assert found.unmatched == ()
     assert {name: lora.modules[key].kind for key, name in found.matched.items()} == expected["modules"]

@@ -19,7 +19,6 @@ from sdlora.config.loading import load_config
 from sdlora.config.sections import Config
 from sdlora.errors import LoraFileError
 from sdlora.families import FAMILIES, SD1, SDXL
-from sdlora.files import write_whole
 from sdlora.formats.hashes import FileHashes, hash_file
 from sdlora.formats.keys import kohya_keys, part_of, resolve
 from sdlora.formats.lora_file import read_lora
@@ -144,7 +143,7 @@ def test_legacy_hashes_of_a_file_over_a_megabyte(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "dialect"),
+    ("names", "format"),
     [
         ((f"{UNET}.lora_A.weight", f"{UNET}.lora_B.weight"), "peft"),
         ((f"{UNET}.lora.down.weight", f"{UNET}.lora.up.weight"), "diffusers"),
@@ -152,10 +151,10 @@ def test_legacy_hashes_of_a_file_over_a_megabyte(tmp_path: Path) -> None:
         ((f"{TEXT}.lora_linear_layer.down.weight", f"{TEXT}.lora_linear_layer.up.weight"), "diffusers"),
     ],
 )
-def test_files_without_alpha_have_scale_one(tmp_path: Path, names: tuple[str, str], dialect: str) -> None:
+def test_files_without_alpha_have_scale_one(tmp_path: Path, names: tuple[str, str], format: str) -> None:
     save_file({names[0]: torch.randn(4, 6), names[1]: torch.randn(5, 4)}, tmp_path / "x.safetensors")
     file = read_lora(tmp_path / "x.safetensors")
-    assert file.dialect == dialect
+    assert file.format == format
     assert [module.scale for module in file.modules.values()] == [1.0]
     assert resolve(file.modules, [UNET, TEXT]).unmatched == ()
 
@@ -191,10 +190,35 @@ def test_what_cannot_be_used_is_listed(tmp_path: Path) -> None:
         "lora_unet_f",
         "lora_unet_g puts another weight",
         "lora_unet_h is for a weight of another shape",
-        "lora_unet_i has GLoRA matrices with less than two axes",
+        "lora_unet_i has GLoRA matrices with fewer than two axes",
         "tensor lora_unet_j.something is of a kind that cannot be applied",
     ):
         assert part in text
+
+
+@pytest.mark.parametrize(
+    ("shapes", "fault"),
+    [
+        ({"hada_w1_a": (6, 2), "hada_w1_b": (3, 8), "hada_w2_a": (6, 2), "hada_w2_b": (2, 8)}, "do not multiply"),
+        ({"hada_w1_a": (6, 2), "hada_w1_b": (2, 8), "hada_w2_a": (5, 2), "hada_w2_b": (2, 8)}, "different shapes"),
+        (
+            {"hada_w1_a": (2, 6), "hada_w1_b": (2, 8), "hada_w2_a": (2, 6), "hada_w2_b": (2, 8)}
+            | {"hada_t1": (2, 2, 3, 3), "hada_t2": (2, 4, 3, 3)},
+            "a core and matrices that do not multiply",
+        ),
+        ({"lokr_w1": (2, 4), "lokr_w2_a": (3, 1), "lokr_w2_b": (2, 2)}, "do not multiply"),
+        ({"lokr_w1": (2, 4), "lokr_w2_a": (1, 3), "lokr_w2_b": (1, 2), "lokr_t2": (2, 1, 3, 3)}, "do not multiply"),
+        ({"a1.weight": (8, 2), "a2.weight": (3, 8), "b1.weight": (6, 2), "b2.weight": (2, 8)}, "do not multiply"),
+    ],
+)
+def test_matrices_that_do_not_multiply_are_reported_for_every_kind(
+    shapes: dict[str, tuple[int, ...]], fault: str, tmp_path: Path
+) -> None:
+    save_file({f"lora_unet_x.{name}": torch.randn(shape) for name, shape in shapes.items()}, tmp_path / "x.safetensors")
+    with pytest.raises(
+        LoraFileError, match=f"none of its 1 modules can be used; for example lora_unet_x has .*{fault}"
+    ):
+        read_lora(tmp_path / "x.safetensors")
 
 
 @pytest.mark.parametrize("padding", range(8))
@@ -215,7 +239,7 @@ def test_tensors_may_begin_at_any_byte(padding: int, tmp_path: Path) -> None:
     values=st.lists(st.floats(width=16), min_size=1, max_size=6),
     dtype=st.sampled_from(["float16", "bfloat16", "float32", "float64", "float8_e4m3fn", "float8_e5m2"]),
 )
-def test_numbers_are_found_finite_as_torch_finds_them(values: list[float], dtype: str) -> None:
+def test_finite_tensors_are_those_that_torch_finds_finite(values: list[float], dtype: str) -> None:
     tensor = torch.tensor(values).to(getattr(torch, dtype))
     change = {"diff": tensor[None]}
     if tensor.float().isfinite().all():
@@ -250,20 +274,11 @@ def test_a_damaged_header_is_an_error_or_still_a_file(tmp_path: Path, data: st.D
     assert len(found.tensors) == 1
 
 
-def test_truncation_is_told_in_bytes(tmp_path: Path) -> None:
+def test_truncation_is_reported_in_bytes(tmp_path: Path) -> None:
     header, payload = serialise({"lora_unet_a.lora_down.weight": torch.ones(2, 3)}, {})
     (tmp_path / "x").write_bytes(header + payload[:-5])
     with pytest.raises(LoraFileError, match="truncated or damaged: 5 bytes are missing"):
         read_header(tmp_path / "x", LoraFileError)
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
-    file = tmp_path / "x"
-    file.write_bytes(b"old")
-    with pytest.raises(TypeError):
-        write_whole(file, b"new", None)  # ty: ignore[invalid-argument-type]
-    assert file.read_bytes() == b"old"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["x"]
 
 
 def facts(**changes: object) -> tuple[RunFacts, DatasetFacts]:
@@ -281,7 +296,7 @@ def facts(**changes: object) -> tuple[RunFacts, DatasetFacts]:
     )  # fmt: skip
 
 
-def test_metadata_is_text_tells_the_run_and_no_place() -> None:
+def test_metadata_is_text_and_states_the_run_without_paths() -> None:
     config = load_config(
         None, ["data.images=/mnt/someone/pics", "data.trigger=zorb", "output.path=/mnt/someone/x.safetensors"]
     )
@@ -323,7 +338,7 @@ KOHYA_KEYS = re.findall(
     validation_seed validation_split max_validation_steps validate_every_n_epochs validate_every_n_steps
     """,
 )
-"""Of kohya's list; ``sd_scripts_commit_hash`` would not be true of us, ``datasets`` stands for the single values there."""
+"""Kohya's keys without ``sd_scripts_commit_hash``, which would be false, and ``datasets``, which replaces single values."""
 
 
 def configured(*settings: str) -> Config:
@@ -347,11 +362,11 @@ def test_levels_of_metadata() -> None:
         training_metadata(configured(*written, f"output.metadata={level}"), *facts()) for level in ("full", "minimal")
     )
     for metadata in (full, minimal):
-        told = {key.removeprefix("modelspec."): metadata[key] for key in metadata if key.startswith("modelspec.")}
-        assert told["title"] == "Blue paper"
-        assert (told["author"], told["license"], told["tags"]) == ("Ada", "CC0-1.0", "style, paper")
-        assert (told["description"], told["usage_hint"]) == ("Blue, thin lines.", "At 0.8.")
-        assert told["trigger_phrase"] == "zorb"
+        stated = {key.removeprefix("modelspec."): metadata[key] for key in metadata if key.startswith("modelspec.")}
+        assert stated["title"] == "Blue paper"
+        assert (stated["author"], stated["license"], stated["tags"]) == ("Ada", "CC0-1.0", "style, paper")
+        assert (stated["description"], stated["usage_hint"]) == ("Blue, thin lines.", "At 0.8.")
+        assert stated["trigger_phrase"] == "zorb"
     assert set(minimal) < set(full)
     kept = ("v2", "base_model_version", "network_module", "network_dim", "network_alpha", "network_args")
     assert {key for key in minimal if key.startswith("ss_")} == {f"ss_{key}" for key in kept}
@@ -378,7 +393,7 @@ def test_titles_can_be_called_from_a_prompt(name: str) -> None:
 
 
 @pytest.mark.parametrize(("family", "width"), [("sd1", 768), ("sd2", 1024), ("sdxl", 2048)])
-def test_family_is_told_by_shapes_before_metadata(tmp_path: Path, family: str, width: int) -> None:
+def test_family_is_detected_from_shapes_before_metadata(tmp_path: Path, family: str, width: int) -> None:
     name = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
     lie = FAMILIES["sd1" if family != "sd1" else "sdxl"].kohya_version
     write_lora(tmp_path / "x", {name: low_rank(wide=width)}, {"ss_base_model_version": lie}, dtype=torch.float16)

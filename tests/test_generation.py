@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,9 +19,9 @@ import sdlora
 from sdlora.errors import BaseModelError, CompatibilityError, LoraFileError, SdloraError
 from sdlora.formats.lora_writer import write_lora
 from sdlora.generation.grid import labelled_grid
-from sdlora.generation.infotext import SAMPLERS
+from sdlora.generation.images import GeneratedImage
 from sdlora.generation.loras import LoraChoice
-from sdlora.generation.pipeline import _SCHEDULERS, GeneratedImage
+from sdlora.generation.samplers import SAMPLERS
 from sdlora.lora.low_rank import LowRank
 from tests.tiny import write_tiny_base
 
@@ -55,7 +58,7 @@ def loras(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 
 def ours(base: Path, choices: list[str], **options: object) -> GeneratedImage:
     settings = {"seed": 7, "steps": STEPS, "cfg": 4.0, "negative": "blue", "precision": "float32"} | options
-    return sdlora.generate("a red fox", base=str(base), loras=choices, show_progress=False, **settings)[0]  # ty: ignore[invalid-argument-type]
+    return sdlora.generate("a red fox", base=str(base), loras=choices, **settings)[0]  # ty: ignore[invalid-argument-type]
 
 
 def theirs(base: Path, loaded: dict[str, tuple[Path, float]]) -> torch.Tensor:
@@ -97,9 +100,9 @@ def test_text_encoder_and_unet_weights_are_separate(tiny_base: Path, loras: tupl
     unet, text = ours(tiny_base, [f"{file}:1:0"]), ours(tiny_base, [f"{file}:0:1"])
     assert torch.equal(both.latents, ours(tiny_base, [file]).latents)
     assert torch.equal(neither.latents, ours(tiny_base, []).latents)
-    different = [unet.latents, text.latents, both.latents, neither.latents]
-    for i, one in enumerate(different):
-        assert all((one - other).abs().max() > 1e-3 for other in different[i + 1 :])
+    latents = [unet.latents, text.latents, both.latents, neither.latents]
+    for first, second in itertools.combinations(latents, 2):
+        assert (first - second).abs().max() > 1e-3
 
 
 def test_a_partial_lora_is_applied_and_counted(
@@ -169,11 +172,20 @@ def test_every_sampler_draws_and_repeats(tiny_base: Path, sampler: str) -> None:
     first, second = (ours(tiny_base, [], sampler=sampler) for _ in range(2))
     assert torch.equal(first.latents, second.latents)
     assert first.latents.isfinite().all()
-    assert f"Sampler: {SAMPLERS[sampler]}," in first.parameters
+    assert f"Sampler: {SAMPLERS[sampler].a1111_name}," in first.parameters
 
 
-def test_samplers_are_the_same_in_both_tables() -> None:
-    assert _SCHEDULERS.keys() == SAMPLERS.keys()
+def test_samplers_are_called_what_a1111_calls_them() -> None:
+    names = {name: sampler.a1111_name for name, sampler in SAMPLERS.items()}
+    assert names == {"dpm++2m": "DPM++ 2M", "euler": "Euler", "euler-a": "Euler a", "ddim": "DDIM"}
+
+
+def test_the_table_of_samplers_is_read_without_third_party_packages() -> None:
+    code = "import sys, sdlora.generation.request; print(*sys.modules, sep='\\n')"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name.partition(".")[0] for name in result.stdout.split()}
+    assert "sdlora" in loaded
+    assert sorted(loaded & {"torch", "diffusers", "transformers", "numpy", "PIL", "pydantic"}) == []
 
 
 def test_guidance_of_one_ignores_the_negative_prompt(tiny_base: Path) -> None:
@@ -182,7 +194,7 @@ def test_guidance_of_one_ignores_the_negative_prompt(tiny_base: Path) -> None:
 
 
 def test_sizes_and_seeds(tiny_base: Path) -> None:
-    wide = sdlora.generate(["x", "y"], base=str(tiny_base), size=(96, 64), count=2, steps=2, show_progress=False)
+    wide = sdlora.generate(["x", "y"], base=str(tiny_base), size=(96, 64), count=2, steps=2)
     assert [p.image.size for p in wide] == [(96, 64)] * 4
     assert [p.request.seed for p in wide] == [0, 1, 0, 1]
     assert not torch.equal(wide[0].latents, wide[1].latents)

@@ -1,4 +1,4 @@
-"""What ``inspect`` tells of a LoRA file, on files that are made to have it."""
+"""What ``inspect`` reports on a LoRA file, with files that are made for it."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def lora(tmp_path: Path) -> Path:
         rank, (out, inner) = 4 if number else 8, published_modules("sd1")[name][:2]
         changes[name] = LowRank(down=torch.randn(rank, inner), up=torch.randn(out, rank), alpha=2.0)
     tags = {"pics": {"zorb": 3, "cat": 1}, "more": {"cat": 4}}
-    told = {"ss_base_model_version": "sd_v1", "ss_num_train_images": "5", "ss_tag_frequency": json.dumps(tags)}
-    write_lora(tmp_path / "x.safetensors", changes, told, dtype=torch.float32, family=FAMILIES["sd1"])
+    stated = {"ss_base_model_version": "sd_v1", "ss_num_train_images": "5", "ss_tag_frequency": json.dumps(tags)}
+    write_lora(tmp_path / "x.safetensors", changes, stated, dtype=torch.float32, family=FAMILIES["sd1"])
     return tmp_path / "x.safetensors"
 
 
@@ -41,7 +41,7 @@ def rewritten(file: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> 
     return file
 
 
-def test_numbers_are_told_by_part(lora: Path) -> None:
+def test_ranks_and_norms_are_reported_by_part(lora: Path) -> None:
     report = sdlora.inspect(lora)
     stored = load_file(lora)
     exact = 0.0
@@ -61,7 +61,7 @@ def test_numbers_are_told_by_part(lora: Path) -> None:
     assert report.problems == ()
 
 
-def test_what_is_wrong_is_told(lora: Path) -> None:
+def test_what_is_wrong_is_reported(lora: Path) -> None:
     def spoil(tensors: dict[str, torch.Tensor]) -> None:
         names = sorted(name for name in tensors if name.endswith("lora_up.weight"))
         tensors[names[0]][0, 0] = torch.nan
@@ -78,7 +78,7 @@ def test_what_is_wrong_is_told(lora: Path) -> None:
     assert any("1 of 4 modules have all-zero up matrices and change nothing" in note for note in report.notes)
 
 
-def test_no_effect_and_nothing_but_faults(lora: Path) -> None:
+def test_a_lora_without_effect_and_one_without_a_usable_module(lora: Path) -> None:
     def silence(tensors: dict[str, torch.Tensor]) -> None:
         for name, tensor in tensors.items():
             if name.endswith("lora_up.weight"):
@@ -107,7 +107,7 @@ def test_the_text_shows_it_and_cuts_what_is_long(lora: Path, sdlora: Callable[..
             tensors[f"strange_{number}"] = torch.ones(1)
 
     shown = sdlora("inspect", rewritten(lora, spoil)).stdout
-    assert "  unet     rank 4 … 8, median 4; alpha 2; scale 0.25 … 0.5, median 0.5; change" in shown
+    assert "  unet     rank 4 … 8, median 4; alpha 2; scale 0.25 … 0.5, median 0.5; ‖ΔW‖ " in shown
     assert "  tags     cat 5, zorb 3" in shown
     assert "  … and 20 more problems, all with --json" in shown
     whole = json.loads(sdlora("inspect", lora, "--json").stdout)

@@ -77,8 +77,8 @@ CASES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 
 
 def written(module: Any, file: Path) -> Path:
-    own = module.custom_state_dict() or module.state_dict()
-    tensors = {f"{KEY}.{name}": t.detach().clone().contiguous() for name, t in own.items() if "org_" not in name}
+    state = module.custom_state_dict() or module.state_dict()
+    tensors = {f"{KEY}.{name}": t.detach().clone().contiguous() for name, t in state.items() if "org_" not in name}
     save_file(tensors, file)
     return file
 
@@ -87,7 +87,7 @@ def written(module: Any, file: Path) -> Path:
 def random_module(kind: Any, layer: nn.Module, options: dict[str, Any]) -> Any:
     module = kind("x", layer, 1.0, **options)
     if kind is FullModule:
-        # Only in place does it hold a whole weight, from which it tells the difference.
+        # Only in place does it hold a whole weight, from which it computes the difference.
         module.apply_to()
     for name, parameter in module.named_parameters():
         if "org_module" not in name and "scalar" not in name:
@@ -164,7 +164,7 @@ def test_formulas_in_float64() -> None:
 
 
 @torch.no_grad()
-def test_stacking_does_not_hang_on_the_order_and_leaves_no_trace() -> None:
+def test_stacking_does_not_depend_on_the_order_and_leaves_no_trace() -> None:
     layer = nn.Linear(8, 6, bias=False)
     pristine = layer.weight.clone()
     dora = Decomposed(

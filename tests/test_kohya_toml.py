@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdlora.config.kohya_dataset import KEYS
+from sdlora.config.kohya_dataset_keys import KEYS
+from sdlora.config.resolve import resolve_config, resolve_data
 from sdlora.config.sections import Config, DataSection, OutputSection, TrainSection
-from sdlora.data.sources import find_sources, resolve_config, resolve_data
+from sdlora.data.sources import find_sources
 from sdlora.errors import ConfigError
 from sdlora.training.plan import plan_config
 from tests.conftest import write_images
@@ -146,32 +147,32 @@ HARMLESS = {
 }  # fmt: skip
 
 
-def test_what_cannot_be_followed_is_named_key_by_key(tmp_path: Path) -> None:
+def test_what_is_not_supported_is_named_key_by_key(tmp_path: Path) -> None:
     body = '[[datasets]]\n[[datasets.subsets]]\nimage_dir = "a"\n'
     general = "[general]\n" + "".join(f"{key} = {value}\n" for key, value in REFUSED.items())
     problems = refused(tmp_path, general + body)
     assert len(problems) == len(REFUSED)
     for number, key in enumerate(REFUSED, 2):
-        assert [line for line in problems if line.startswith(f"T:{number}: {key} = ") and "cannot be followed" in line]
+        assert [line for line in problems if line.startswith(f"T:{number}: {key} = ") and "is not supported" in line]
     harmless = "[general]\n" + "".join(f"{key} = {value}\n" for key, value in HARMLESS.items())
     assert resolved(tmp_path, harmless + body).data.sets == resolved(tmp_path, body).data.sets
     assert {key for key, known in KEYS.items() if known.harmless is not None} == {*REFUSED, *HARMLESS}
 
 
-def test_faults_of_a_dataset_configuration_are_told_at_once_with_their_lines(tmp_path: Path) -> None:
+def test_faults_of_a_dataset_configuration_are_reported_at_once_with_their_lines(tmp_path: Path) -> None:
     toml = (
         "[general]\nbatchsize = 3\nimage_dir = 'x'\n[[datasets]]\nresolution = [768, 512]\nkeep_tokens = true\n"
         "[[datasets.subsets]]\nimage_dir = 'a'\nnum_repeats = 0\n[[datasets.subsets]]\nbatch_size = 2\n[other]\n"
     )
     assert sorted(refused(tmp_path, toml)) == [
         "T:10: image_dir is missing",
-        "T:11: batch_size cannot stand in [[datasets.subsets]], only in [general] or [[datasets]]",
-        "T:12: unknown key other; did you mean general?",
+        "T:11: batch_size cannot be in [[datasets.subsets]], only in [general] or [[datasets]]",
+        "T:12: unknown key other; expected [general] or [[datasets]]",
         "T:2: unknown key batchsize; did you mean batch_size?",
-        "T:3: image_dir cannot stand in [general], only in [[datasets.subsets]]",
-        "T:5: resolution = [768, 512] is no square; name the side of one, whose area the buckets have",
+        "T:3: image_dir cannot be in [general], only in [[datasets.subsets]]",
+        "T:5: resolution = [768, 512] is not square; give the side of a square, whose area the buckets get",
         "T:6: keep_tokens = True: expected a whole number",
-        "T:9: num_repeats = 0: input should be greater than or equal to 1",
+        "T:9: num_repeats = 0: must be at least 1",
     ]
 
 
@@ -181,10 +182,10 @@ SUBSETS = "[[datasets]]\n{0}\n[[datasets.subsets]]\nimage_dir = 'a'\n{1}\n[[data
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (("resolution = [768, 512]", "", ""), "T:2: resolution = [768, 512] is no square"),
+        (("resolution = [768, 512]", "", ""), "T:2: resolution = [768, 512] is not square"),
         (
             ("", "caption_dropout_rate = 0.1", "caption_dropout_rate = 0.2"),
-            "T:8: caption_dropout_rate is 0.1 and 0.2 in different subsets, but is one for the whole run",
+            "T:8: caption_dropout_rate is 0.1 and 0.2 in different subsets, but must be the same for the whole run",
         ),
         (("", "alpha_mask = true", ""), "alpha_mask is alpha and none"),
         (("", "alpha_mask = true", "conditioning_data_dir = 'c'"), "alpha_mask is alpha and files"),
@@ -194,11 +195,11 @@ SUBSETS = "[[datasets]]\n{0}\n[[datasets.subsets]]\nimage_dir = 'a'\n{1}\n[[data
         ),
         (("resolution = 9999", "", ""), "T:2: resolution = 9999: expected pixels from 64 to 4096"),
         (("resolution = [[1], [1]]", "", ""), "T:2: resolution = [1]: expected pixels from 64 to 4096"),
-        (("resolution = ['a', 'b', 'c']", "", ""), "T:2: resolution = ['a', 'b', 'c'] is no square"),
+        (("resolution = ['a', 'b', 'c']", "", ""), "T:2: resolution = ['a', 'b', 'c'] is not square"),
         (("", "", "image_dir = 'a'"), "not valid TOML"),
     ],
 )
-def test_what_is_one_for_a_run_must_be_told_alike(tmp_path: Path, values: tuple[str, ...], message: str) -> None:
+def test_settings_of_the_run_must_agree_in_all_subsets(tmp_path: Path, values: tuple[str, ...], message: str) -> None:
     assert any(message in line for line in refused(tmp_path, SUBSETS.format(*values)))
 
 
@@ -216,7 +217,7 @@ def test_settings_for_the_whole_run_reach_their_sections(tmp_path: Path) -> None
     assert data.mask == "files"
     assert [(one.masks, one.tag_dropout, one.subfolders, one.crop, one.flip) for one in data.sets] == [
         ("m", 0.5, False, "random", True),
-        (None, None, False, "random", True),
+        (None, 0.0, False, "random", True),
     ]
     alpha = resolved(tmp_path, SUBSETS.format("", "alpha_mask = true", "alpha_mask = true"))
     assert alpha.data.mask == "alpha"

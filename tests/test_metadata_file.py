@@ -82,8 +82,8 @@ def test_the_commands(tmp_path: Path) -> None:
     file = written(tmp_path / "x.safetensors", {"ss_sd_model_name": "/home/jane/b.safetensors", "a": "1"})
     assert "a: 1" in run_sdlora("metadata", "show", file, cwd=tmp_path).stdout
     run_sdlora("metadata", "set", file, "a=", "modelspec.title=My LoRA", "--out", "y.safetensors", cwd=tmp_path)
-    told = json.loads(run_sdlora("metadata", "show", "y.safetensors", "--json", cwd=tmp_path).stdout)
-    assert told == {"modelspec.title": "My LoRA", "ss_sd_model_name": "/home/jane/b.safetensors"}
+    stated = json.loads(run_sdlora("metadata", "show", "y.safetensors", "--json", cwd=tmp_path).stdout)
+    assert stated == {"modelspec.title": "My LoRA", "ss_sd_model_name": "/home/jane/b.safetensors"}
     result = run_sdlora("metadata", "redact", "y.safetensors", "--out", "y.safetensors", cwd=tmp_path)
     assert result.stdout.strip() == "y.safetensors: 1 of 2 values changed"
     assert read_metadata(tmp_path / "y.safetensors")["ss_sd_model_name"] == "b.safetensors"

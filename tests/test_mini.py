@@ -56,7 +56,7 @@ def test_the_same_image_as_the_diffusers_pipeline() -> None:
     prompt, generator = "a red apple, noto style, white background", torch.Generator("cpu").manual_seed(5)
     options = {"num_inference_steps": 8, "guidance_scale": 5.0, "generator": generator, "output_type": "latent"}
     reference = pipe(prompt, **options).images[0]
-    image = sdlora.generate(prompt, seed=5, steps=8, precision="float32", show_progress=False)[0]
+    image = sdlora.generate(prompt, seed=5, steps=8, precision="float32")[0]
     assert (image.latents - reference).abs().max() < 1e-3
     pipe.scheduler = DDIMScheduler(
         **{key: pipe.scheduler.config[key] for key in ("beta_start", "beta_end", "beta_schedule", "steps_offset")},
@@ -64,7 +64,7 @@ def test_the_same_image_as_the_diffusers_pipeline() -> None:
         set_alpha_to_one=False,
     )
     reference = pipe(prompt, **options | {"generator": torch.Generator("cpu").manual_seed(5)}).images[0]
-    image = sdlora.generate(prompt, seed=5, steps=8, sampler="ddim", precision="float32", show_progress=False)[0]
+    image = sdlora.generate(prompt, seed=5, steps=8, sampler="ddim", precision="float32")[0]
     assert (image.latents - reference).abs().max() < 1e-3
 
 
@@ -73,24 +73,21 @@ def test_it_draws_what_the_prompt_says(subjects: list[str]) -> None:
     rng = np.random.default_rng(4)
     chosen = [(subjects[i], STYLES[k % 3]) for k, i in enumerate(rng.permutation(len(subjects))[:24])]
     prompts = [f"{article(subject)}, {style} style, white background" for subject, style in chosen]
-    images = [image.image for image in sdlora.generate(prompts, seed=2, show_progress=False)]
+    images = [image.image for image in sdlora.generate(prompts, seed=2)]
     assert gallery.fidelity(images, [subject for subject, _ in chosen]) >= 0.5
     assert gallery.chance < 0.01
 
 
 def test_the_background_is_the_one_asked_for() -> None:
     prompts = [f"a heart, {color} background" for color in ("white", "yellow", "blue")]
-    corners = [
-        np.asarray(image.image, np.float32)[:8, :8].mean((0, 1))
-        for image in sdlora.generate(prompts, seed=1, show_progress=False)
-    ]
+    corners = [np.asarray(image.image, np.float32)[:8, :8].mean((0, 1)) for image in sdlora.generate(prompts, seed=1)]
     white, yellow, blue = corners
     assert white.min() > 235
     assert yellow[0] - yellow[2] > 40
     assert blue[2] - blue[0] > 30
 
 
-def test_the_card_tells_licences_recipe_and_quality() -> None:
+def test_the_card_states_licences_recipe_and_quality() -> None:
     card = (Path(MINI_FOLDER) / "README.md").read_text()
     for fact in ("Apache-2.0", "MIT", "CC BY 4.0", "1.2.9", "1.2.6", "1.2.5", "dB", "chance", "python -m recipes.mini"):
         assert fact in card

@@ -69,7 +69,7 @@ def test_each_image_is_decoded_once_before_the_first_step(tiny_base: Path, tmp_p
             count_calls(patch, find_base, calls)
             count_calls(patch, find_sources, calls)
             with pytest.raises(FirstStepError):
-                sdlora.train(config, restart=True, show_progress=False)
+                sdlora.train(config, restart=True)
         assert opened == dict.fromkeys(files, 1), f"{cache} cache"
         assert loaded == dict.fromkeys(files, 1), f"{cache} cache"
         assert calls == {"find_base": 1, "find_sources": 1}

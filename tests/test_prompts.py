@@ -10,9 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sdlora.base.base import Base
 from sdlora.base.checkpoint import find_base
 from sdlora.base.encode import encode_prompts
-from sdlora.base.load import Base, clip_tokenizer, load_base
+from sdlora.base.load import clip_tokenizer, load_base
 from sdlora.base.tokens import Span, padded, plain, token_count, tokenize
 from sdlora.config.sections import BaseSection
 from sdlora.errors import BaseModelError
@@ -46,18 +47,18 @@ def test_the_vocabulary_is_clip_s() -> None:
 def test_plain_prompts_give_diffusers_numbers(loaded: Loaded) -> None:
     base, pipe = loaded
     for text in ("", "a red fox, masterpiece", "naïve café  ÜBER 🦊", "word " * 75):
-        told = encode_prompts(base, [tokenize(base, plain(text))])
+        encoded = encode_prompts(base, [tokenize(base, plain(text))])
         reference = pipe.encode_prompt(
             prompt=text, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
         )
-        assert torch.equal(told.context, reference[0])
-        assert (told.pooled is None) == (len(reference) == 2)
-        if told.pooled is not None:
-            assert torch.equal(told.pooled, reference[2])
-    for encoder, own in zip(base.text_encoders, tokenize(base, plain("a red fox")), strict=True):
+        assert torch.equal(encoded.context, reference[0])
+        assert (encoded.pooled is None) == (len(reference) == 2)
+        if encoded.pooled is not None:
+            assert torch.equal(encoded.pooled, reference[2])
+    for encoder, tokens in zip(base.text_encoders, tokenize(base, plain("a red fox")), strict=True):
         tokenizer = pipe.tokenizer_2 if encoder.facts.part == "text_encoder_2" else pipe.tokenizer
         expected = tokenizer("a red fox", padding="max_length", max_length=77).input_ids
-        assert own.ids.tolist() == [expected]
+        assert tokens.ids.tolist() == [expected]
 
 
 @torch.no_grad()
@@ -65,14 +66,14 @@ def test_plain_prompts_give_diffusers_numbers(loaded: Loaded) -> None:
 def test_clip_skip_reads_the_layer_that_it_names(tiny_files: dict[str, Path], skip: int) -> None:
     for family, file in tiny_files.items():
         base, pipe = opened(file, clip_skip=skip), tiny_pipeline(family)
-        told = encode_prompts(base, [tokenize(base, plain("a red fox"))]).context
+        context = encode_prompts(base, [tokenize(base, plain("a red fox"))]).context
         layer = max(skip, 2) if family == "sdxl" else skip
         expected = []
-        for encoder, own in zip(base.text_encoders, tokenize(base, plain("a red fox")), strict=True):
+        for encoder, tokens in zip(base.text_encoders, tokenize(base, plain("a red fox")), strict=True):
             model = getattr(pipe, encoder.facts.part)
-            hidden = model(own.ids, output_hidden_states=True).hidden_states[-layer]
+            hidden = model(tokens.ids, output_hidden_states=True).hidden_states[-layer]
             expected.append(hidden if family == "sdxl" else model.final_layer_norm(hidden))
-        assert torch.equal(told, torch.cat(expected, -1))
+        assert torch.equal(context, torch.cat(expected, -1))
     with pytest.raises(BaseModelError, match="clip skip 4: its text encoder has 3 layers"):
         find_base(BaseSection(path=str(tiny_files["sd1"]), clip_skip=4))
 
@@ -85,22 +86,22 @@ def test_long_prompts_are_read_in_chunks(loaded: Loaded) -> None:
     ids = clip_tokenizer()(text, add_special_tokens=False, verbose=False).input_ids
     chunks = -(-len(ids) // 75)
     assert token_count(base, text) == len(ids) > 225
-    assert all(own.chunks == chunks for own in tokens)
+    assert all(prompt.chunks == chunks for prompt in tokens)
     read = [i for row in tokens[0].ids.tolist() for i in row[1:76]]
     assert read[: len(ids)] == ids
     assert all(row[0] == 49406 and 49407 in row for row in tokens[0].ids.tolist())
-    told = encode_prompts(base, [tokens])
-    alone = [encode_prompts(base, [tuple(_chunk(own, i) for own in tokens)]) for i in range(chunks)]
-    torch.testing.assert_close(told.context, torch.cat([one.context for one in alone], 1), rtol=1e-5, atol=1e-5)
-    if told.pooled is not None:
-        torch.testing.assert_close(told.pooled, alone[0].pooled, rtol=1e-5, atol=1e-5)
+    encoded = encode_prompts(base, [tokens])
+    alone = [encode_prompts(base, [tuple(_chunk(prompt, i) for prompt in tokens)]) for i in range(chunks)]
+    torch.testing.assert_close(encoded.context, torch.cat([row.context for row in alone], 1), rtol=1e-5, atol=1e-5)
+    if encoded.pooled is not None:
+        torch.testing.assert_close(encoded.pooled, alone[0].pooled, rtol=1e-5, atol=1e-5)
     limited = tokenize(base, plain(text), limit=150)
     assert limited[0].chunks == 2
     assert [i for row in limited[0].ids.tolist() for i in row[1:76]] == ids[:150]
 
 
-def _chunk(own: Any, number: int) -> Any:
-    return type(own)(ids=own.ids[number : number + 1], weights=own.weights[number : number + 1])
+def _chunk(tokens: Any, number: int) -> Any:
+    return type(tokens)(ids=tokens.ids[number : number + 1], weights=tokens.weights[number : number + 1])
 
 
 def test_a_chunk_ends_at_a_comma_within_reach(loaded: Loaded) -> None:

@@ -1,4 +1,4 @@
-"""A run that is stopped, killed or begun again ends as an uninterrupted one, and a changed one is refused."""
+"""A stopped, killed or restarted run ends with the file of an uninterrupted one; a changed run is refused."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from tests.training_runs import STEPS, config_for, everything, overrides, same_b
 def test_a_finished_run_does_nothing_and_a_changed_one_is_refused(finished: tuple[Path, Path], tiny_base: Path) -> None:
     images, output = finished
     before = output.stat().st_mtime_ns
-    assert package.train(config_for(tiny_base, images, output), show_progress=False).result.loss is None
+    assert package.train(config_for(tiny_base, images, output)).result.loss is None
     with pytest.raises(ResumeError, match=r"train\.seed was 0, is now 5"):
-        package.train(config_for(tiny_base, images, output, "train.seed=5"), show_progress=False)
+        package.train(config_for(tiny_base, images, output, "train.seed=5"))
     assert output.stat().st_mtime_ns == before
 
 
 def test_the_same_run_again_gives_the_same_tensors(
     finished: tuple[Path, Path], tiny_base: Path, tmp_path: Path
 ) -> None:
-    package.train(config_for(tiny_base, finished[0], tmp_path / "x.safetensors"), show_progress=False)
+    package.train(config_for(tiny_base, finished[0], tmp_path / "x.safetensors"))
     same_but_for_times(finished[1], tmp_path / "x.safetensors")
 
 
@@ -47,9 +47,9 @@ def test_killed_and_resumed_equals_uninterrupted(finished: tuple[Path, Path], ti
     assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
     assert not output.exists()
     result = subprocess.run(command, capture_output=True, text=True, check=True)
-    told = json.loads(result.stdout)
-    assert 4 <= told["resumed_from"] < STEPS
-    assert told["validation_loss"] is None
+    report = json.loads(result.stdout)
+    assert 4 <= report["resumed_from"] < STEPS
+    assert report["validation_loss"] is None
     assert not checkpoint.parent.exists()
     same_but_for_times(finished[1], output)
 
@@ -59,22 +59,22 @@ def test_ctrl_c_saves_and_says_so(finished: tuple[Path, Path], tiny_base: Path, 
     more = ("train.steps=100000", "train.save_every=100000")
     command = [sys.executable, "-m", "sdlora.cli", "train", *overrides(tiny_base, finished[0], output, *more)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    # Training has begun when the process has used its processors for a while after the imports.
+    # Training has started when the process has used its processors for a while after the imports.
     time.sleep(15)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
-    assert "the same command goes on from there" in errors
+    assert "run the same command to resume" in errors
     assert list((tmp_path / "x.resume").glob("step-*.safetensors"))
     assert not output.exists()
 
 
-def test_damaged_checkpoints_are_passed_over(finished: tuple[Path, Path], tiny_base: Path, tmp_path: Path) -> None:
+def test_damaged_checkpoints_are_skipped(finished: tuple[Path, Path], tiny_base: Path, tmp_path: Path) -> None:
     output = tmp_path / "x.safetensors"
     folder = tmp_path / "x.resume"
     folder.mkdir()
     (folder / "step-00000008.safetensors").write_bytes(b"torn")
-    assert package.train(config_for(tiny_base, finished[0], output), show_progress=False).result.resumed_from == 0
+    assert package.train(config_for(tiny_base, finished[0], output)).result.resumed_from == 0
     same_but_for_times(finished[1], output)
 
 
@@ -87,7 +87,7 @@ def test_stopped_at_any_step_and_resumed_with_everything_on(
 ) -> None:
     more = [*everything(tmp_path), "train.save_every=1"]
     whole, parts = (tmp_path / name / "x.safetensors" for name in ("whole", "parts"))
-    first = package.train(config_for(tiny_base, None, whole, *more), show_progress=False).result
+    first = package.train(config_for(tiny_base, None, whole, *more)).result
     take_step = TrainingSession.step
     for stop in (1, 4, 9):
 
@@ -98,9 +98,9 @@ def test_stopped_at_any_step_and_resumed_with_everything_on(
 
         monkeypatch.setattr(TrainingSession, "step", step)
         with pytest.raises(Stopped):
-            package.train(config_for(tiny_base, None, parts, *more), show_progress=False)
+            package.train(config_for(tiny_base, None, parts, *more))
     monkeypatch.setattr(TrainingSession, "step", take_step)
-    last = package.train(config_for(tiny_base, None, parts, *more), show_progress=False).result
+    last = package.train(config_for(tiny_base, None, parts, *more)).result
     assert last.resumed_from == 9
     same_but_for_times(whole, parts)
     assert first.validation_loss == last.validation_loss
@@ -115,14 +115,12 @@ def test_where_encodings_are_kept_is_no_part_of_a_run(
 ) -> None:
     images, output = finished
     for more in (["cache.disk=false"], ["cache.max_gigabytes=1", f"cache.folder={json.dumps(str(tmp_path))}"]):
-        assert package.train(config_for(tiny_base, images, output, *more), show_progress=False).result.loss is None
+        assert package.train(config_for(tiny_base, images, output, *more)).result.loss is None
     sets = [{"images": str(images)}]
     again = config_for(tiny_base, None, output, f"data.sets={toml(sets)}")
-    assert package.train(again, show_progress=False).result.loss is None
+    assert package.train(again).result.loss is None
     for more in ("data.flip=true", "data.crop=random", "data.keep_tokens=2", "data.bucket_rule=kohya"):
         with pytest.raises(ResumeError, match=more.partition("=")[0]):
-            package.train(config_for(tiny_base, images, output, more), show_progress=False)
+            package.train(config_for(tiny_base, images, output, more))
     with pytest.raises(ResumeError, match=r"data\.sets"):
-        package.train(
-            config_for(tiny_base, None, output, f"data.sets={toml([{**sets[0], 'repeats': 2}])}"), show_progress=False
-        )
+        package.train(config_for(tiny_base, None, output, f"data.sets={toml([{**sets[0], 'repeats': 2}])}"))

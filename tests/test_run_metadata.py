@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import sdlora
-from sdlora.config.loading import default_settings
+from sdlora.config.catalogue import default_settings
 from sdlora.errors import ResumeError
 from sdlora.formats.hashes import hash_file
 from sdlora.formats.metadata_file import read_metadata, write_metadata
@@ -21,7 +21,7 @@ from sdlora.formats.metadata_file import read_metadata, write_metadata
 def trained(tiny_base: Path, images: Path, out: Path, *settings: str) -> sdlora.Config:
     given = [f"base.path={tiny_base}", f"data.images={images}", "data.trigger=zorb", f"output.path={out}"]
     config = sdlora.load_config(None, [*given, "train.steps=2", "data.resolution=64", *settings])
-    sdlora.train(config, show_progress=False)
+    sdlora.train(config)
     return config
 
 
@@ -39,7 +39,7 @@ def test_a_full_file_bears_a_thumbnail_and_hashes_that_hold(tiny_base: Path, ima
     assert metadata["modelspec.hash_sha256"] == f"0x{payload}"
     assert "ss_new_sd_model_hash" in metadata
     assert sdlora.inspect(out).problems == ()
-    assert sdlora.train(config, show_progress=False).result.loss is None
+    assert sdlora.train(config).result.loss is None
     assert out.read_bytes() == data
 
 
@@ -53,11 +53,11 @@ def test_a_setting_that_an_earlier_version_did_not_know_had_its_default(
     assert default_settings().items() & run["config"].items() >= {("data.flip", "false"), ("lora.rank", "16")}
     del run["config"]["data.flip"]
     write_metadata(out, out, metadata | {"sdlora_run": json.dumps(run)})
-    assert sdlora.train(config, show_progress=False).result.loss is None
+    assert sdlora.train(config).result.loss is None
     del run["config"]["train.steps"]
     write_metadata(out, out, metadata | {"sdlora_run": json.dumps(run)})
     with pytest.raises(ResumeError, match=r"train\.steps was 600, is now 2"):
-        sdlora.train(config, show_progress=False)
+        sdlora.train(config)
 
 
 @pytest.mark.parametrize("level", ["minimal", "none"])
@@ -71,24 +71,24 @@ def test_a_file_that_says_less_is_known_by_its_record(
     assert not any(word in json.dumps(metadata) for word in ("thumbnail", "images", "sdlora_run"))
     if level == "none":
         assert metadata == {}
-    assert sdlora.train(config, show_progress=False).result.loss is None
+    assert sdlora.train(config).result.loss is None
     record = out.with_suffix(".run.json")
     assert str(tmp_path) not in record.read_text()
     hashes = hash_file(out, 8 + int.from_bytes(out.read_bytes()[:8], "little"))
     assert json.loads(record.read_text())["sha256"] == hashes.sha256
     changed = config.model_copy(update={"lora": config.lora.model_copy(update={"rank": 3})})
     with pytest.raises(ResumeError, match=r"lora\.rank was 16, is now 3"):
-        sdlora.train(changed, show_progress=False)
+        sdlora.train(changed)
     record.unlink()
     with pytest.raises(ResumeError, match="not the output of a training run"):
-        sdlora.train(config, show_progress=False)
+        sdlora.train(config)
     sdlora.train(
         config.model_copy(update={"output": config.output.model_copy(update={"metadata": "full"})}), restart=True
     )
     assert not record.exists()
 
 
-def test_the_hashes_of_a_base_file_are_told(tiny_files: dict[str, Path], images: Path, tmp_path: Path) -> None:
+def test_the_hashes_of_a_base_file_are_stated(tiny_files: dict[str, Path], images: Path, tmp_path: Path) -> None:
     out, base = tmp_path / "x.safetensors", tiny_files["sd1"]
     trained(base, images, out, "samples.prompts=[]")
     metadata = read_metadata(out)

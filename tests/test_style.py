@@ -14,7 +14,7 @@ import sdlora
 from recipes.mini.art import article
 from recipes.mini.fidelity import load_sheet
 from sdlora.base.checkpoint import MINI_FOLDER
-from sdlora.generation.pipeline import GeneratedImage
+from sdlora.generation.images import GeneratedImage
 from tests.conftest import ROOT
 from tests.measures import MEASURES, THRESHOLDS
 
@@ -58,7 +58,7 @@ def loras(quickstart) -> dict[str, Path]:
 
 def draw(subjects: list[str], trigger: str, choices: list[str]) -> list[GeneratedImage]:
     prompts = [f"{trigger}, {article(subject)}" for subject in subjects]
-    return sdlora.generate(prompts, loras=choices, seed=11, count=SEEDS, show_progress=False)
+    return sdlora.generate(prompts, loras=choices, seed=11, count=SEEDS)
 
 
 def measured(style: str, images: list[GeneratedImage]) -> np.ndarray:
@@ -107,6 +107,6 @@ def test_diffusers_draws_the_same_images_from_the_files(loras: dict[str, Path]) 
             generator=torch.Generator("cpu").manual_seed(3),
         ).images[0]  # fmt: skip
         choices = [f"{loras[name]}:{weight}" for name, weight in weights.items()]
-        options = {"seed": 3, "steps": 10, "precision": "float32", "show_progress": False}
+        options = {"seed": 3, "steps": 10, "precision": "float32"}
         (image,) = sdlora.generate("blupaper, pixgrid, a fox", loras=choices, **options)  # ty: ignore[invalid-argument-type]
         assert (image.latents - reference).abs().max() < 1e-3

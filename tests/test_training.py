@@ -26,7 +26,7 @@ from tests.training_runs import STEPS, config_for, everything, overrides, sessio
 def test_file_holds_every_module_and_the_change_is_not_zero(finished: tuple[Path, Path], tiny_base: Path) -> None:
     report = package.inspect(finished[1])
     assert report.modules == {"unet": 32, "text_encoder": 8, "text_encoder_2": 0}
-    assert (report.family, report.dialect, report.trigger, report.problems) == ("sd1", "kohya", ("zorb",), ())
+    assert (report.family, report.format, report.trigger, report.problems) == ("sd1", "kohya", ("zorb",), ())
     assert report.rank
     assert report.rank.min == report.rank.max == 4
     assert report.norm
@@ -48,7 +48,7 @@ def test_two_processes_train_what_one_trains(tiny_base: Path, tmp_path: Path) ->
         check=True, capture_output=True, env=environment, timeout=300,
     )  # fmt: skip
     alone = tmp_path / "alone.safetensors"
-    package.train(config_for(tiny_base, None, alone, *more), show_progress=False)
+    package.train(config_for(tiny_base, None, alone, *more))
     measured = [float(read_header(file, ResumeError).metadata["sdlora_validation_loss"]) for file in (alone, output)]
     assert measured[0] == pytest.approx(measured[1], rel=1e-2)
     one, two = load_file(alone), load_file(output)
@@ -60,7 +60,7 @@ def test_two_processes_train_what_one_trains(tiny_base: Path, tmp_path: Path) ->
 def test_frozen_text_encoder_is_left_out(finished: tuple[Path, Path], tiny_base: Path, tmp_path: Path) -> None:
     output = tmp_path / "x.safetensors"
     more = ("optimizer.text_encoder_learning_rate=0", "data.caption_dropout=0.5")
-    package.train(config_for(tiny_base, finished[0], output, *more), show_progress=False)
+    package.train(config_for(tiny_base, finished[0], output, *more))
     report = package.inspect(output)
     assert report.modules == {"unet": 32, "text_encoder": 0, "text_encoder_2": 0}
     assert report.metadata["ss_text_encoder_lr"] == "None"
@@ -77,7 +77,7 @@ def test_a_run_that_diverges_stops_and_writes_nothing(
         "optimizer.warmup_steps=0",
     )
     with pytest.raises(TrainingError, match=r"lower optimizer\.learning_rate"):
-        package.train(config_for(tiny_base, finished[0], output, *more), show_progress=False)
+        package.train(config_for(tiny_base, finished[0], output, *more))
     assert not output.exists()
 
 
@@ -90,12 +90,12 @@ def test_faults_are_found_before_a_model_is_loaded(
     monkeypatch.setattr("sdlora.training.loop.load_base", refuse)
     output = tmp_path / "x.safetensors"
     with pytest.raises(DataError):
-        package.train(config_for(tiny_base, tmp_path / "none", output), show_progress=False)
+        package.train(config_for(tiny_base, tmp_path / "none", output))
     with pytest.raises(BaseModelError, match="no such base"):
-        package.train(config_for(tmp_path / "none", finished[0], output), show_progress=False)
+        package.train(config_for(tmp_path / "none", finished[0], output))
     rates = ("optimizer.learning_rate=0", "optimizer.text_encoder_learning_rate=0")
     with pytest.raises(ConfigError, match="nothing would be trained"):
-        package.train(config_for(tiny_base, finished[0], output, *rates), show_progress=False)
+        package.train(config_for(tiny_base, finished[0], output, *rates))
 
 
 def test_images_of_other_shapes_get_buckets_of_their_own(tmp_path: Path) -> None:
@@ -106,13 +106,13 @@ def test_images_of_other_shapes_get_buckets_of_their_own(tmp_path: Path) -> None
     assert len(plan.batches.buckets) == 3
 
 
-def test_validation_images_change_nothing_and_are_measured_alike_each_time(
+def test_validation_images_change_nothing_and_are_measured_the_same_each_time(
     finished: tuple[Path, Path], tiny_base: Path, tmp_path: Path
 ) -> None:
     held = write_images(tmp_path / "held", 3, sizes=((64, 64), (60, 100)))
     sets = toml([{"images": str(finished[0])}, {"images": str(held), "role": "validation"}])
     output = tmp_path / "x.safetensors"
-    result = package.train(config_for(tiny_base, None, output, f"data.sets={sets}"), show_progress=False).result
+    result = package.train(config_for(tiny_base, None, output, f"data.sets={sets}")).result
     one, other = load_file(finished[1]), load_file(output)
     assert all(torch.equal(one[name], other[name]) for name in one)
     metadata = read_header(output, ResumeError).metadata
@@ -160,17 +160,17 @@ def test_a_dataset_configuration_of_kohyas_trainer_is_trained(tiny_base: Path, t
     assert [(own.min_size, own.max_size, own.step) for own in plan.rules] == [(48, 96, 16)]
     assert plan.batches.batch_size == 2
     assert sum(plan.batches.repeats) == 30
-    package.train(config, show_progress=False)
+    package.train(config)
     metadata = read_header(output, ResumeError).metadata
     assert metadata["ss_num_train_images"] == "15"
     assert (metadata["ss_flip_aug"], metadata["ss_shuffle_caption"]) == ("True", "True")
     assert metadata["ss_total_batch_size"] == "2"
 
 
-def test_the_file_tells_the_settings_of_its_images(tiny_base: Path, tmp_path: Path) -> None:
+def test_the_file_states_the_settings_of_its_images(tiny_base: Path, tmp_path: Path) -> None:
     output = tmp_path / "x.safetensors"
     more = [*everything(tmp_path), "data.keep_tokens=1", "train.steps=1"]
-    package.train(config_for(tiny_base, None, output, *more), show_progress=False)
+    package.train(config_for(tiny_base, None, output, *more))
     metadata = read_header(output, ResumeError).metadata
     expected = {
         "ss_shuffle_caption": "True", "ss_keep_tokens": "1", "ss_flip_aug": "True", "ss_random_crop": "True",

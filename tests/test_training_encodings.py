@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import sdlora as package
-from sdlora.base.encode import Conditioning
+from sdlora.base.conditioning import Conditioning
 from sdlora.base.load import load_base
 from sdlora.data.images import as_pixels, open_image, place
 from sdlora.training.plan import plan_config
@@ -25,16 +25,16 @@ def test_a_cached_run_is_the_same_to_the_bit_and_encodes_nothing(
     folder = json.dumps(str(tmp_path / "cache"))
     more = [*everything(tmp_path), f"cache.folder={folder}", "train.steps=5", "optimizer.text_encoder_learning_rate=0"]
     outputs = [tmp_path / name / "x.safetensors" for name in ("bare", "filling", "filled")]
-    package.train(config_for(tiny_base, None, outputs[0], *more, "cache.disk=false"), show_progress=False)
+    package.train(config_for(tiny_base, None, outputs[0], *more, "cache.disk=false"))
     assert not (tmp_path / "cache").exists()
-    package.train(config_for(tiny_base, None, outputs[1], *more), show_progress=False)
+    package.train(config_for(tiny_base, None, outputs[1], *more))
 
     def refuse(*_: object) -> None:
         raise AssertionError("encoded again")
 
     monkeypatch.setattr("sdlora.training.latents.encode_pixels", refuse)
     monkeypatch.setattr("sdlora.training.caption_embeddings.encode_prompts", refuse)
-    package.train(config_for(tiny_base, None, outputs[2], *more), show_progress=False)
+    package.train(config_for(tiny_base, None, outputs[2], *more))
     for other in outputs[1:]:
         same_but_for_times(outputs[0], other)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sdlora.base.encode import Framing
+from sdlora.base.conditioning import Framing
 from sdlora.training.loss import denoising_loss
 from sdlora.training.plan import plan_config
 from tests.conftest import write_images
@@ -17,7 +17,7 @@ from tests.training_runs import config_for, losses, session_for, toml
 
 
 def test_masks_weigh_the_squared_errors(tiny_base: Path, tmp_path: Path) -> None:
-    """Against the formula in float64 on the UNet's own answer."""
+    """Against the formula in float64 on the UNet's own prediction."""
     session = session_for(tiny_base, write_images(tmp_path / "set", 2), tmp_path / "x.safetensors")
     base, rng = session.base, np.random.default_rng(0)
     shape = next(iter(session.images.values())).mean.shape
@@ -112,7 +112,7 @@ def test_losses_are_weighted_by_image_set_and_role(tiny_base: Path, tmp_path: Pa
     assert scaled == pytest.approx(2 * trained + 1.5 * regularised, rel=1e-4)
 
 
-def test_regularisation_images_that_are_never_shown_are_told(tiny_base: Path, tmp_path: Path) -> None:
+def test_regularisation_images_that_are_never_shown_are_reported(tiny_base: Path, tmp_path: Path) -> None:
     own, other = write_images(tmp_path / "own", 2), write_images(tmp_path / "other", 5)
     sets = toml([{"images": str(own)}, {"images": str(other), "role": "regularisation"}])
     plan = plan_config(config_for(tiny_base, None, tmp_path / "x.safetensors", f"data.sets={sets}"))

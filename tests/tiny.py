@@ -19,11 +19,12 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from recipes.mini.export import export
+from sdlora.base.base import Base
 from sdlora.base.checkpoint import MINI_FOLDER, find_base
-from sdlora.base.load import Base, clip_tokenizer, load_base
-from sdlora.base.single_file import ldm_tensors
+from sdlora.base.load import clip_tokenizer, load_base
 from sdlora.config.sections import BaseSection
 from sdlora.families import FAMILIES
+from tests.single_file import ldm_tensors
 
 CPU = torch.device("cpu")
 
@@ -115,7 +116,7 @@ _ENCODERS: dict[str, list[dict[str, Any]]] = {
 
 
 def tiny_pipeline(family: str, *, seed: int = 0, prediction: str = "epsilon", **unet: Any) -> Any:
-    """diffusers' own pipeline of the family, with what a published checkpoint has (heads, tokens, latent scale)."""
+    """Diffusers' pipeline of the family, with what a published checkpoint has (heads, tokens, latent scale)."""
     torch.manual_seed(seed)
     facts = FAMILIES[family]
     encoders, tokenizers = [], []

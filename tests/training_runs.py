@@ -85,7 +85,7 @@ def session_for(base: Path, images: Path | None, out: Path, *more: str) -> Train
 
 
 def losses(session: TrainingSession, steps: int) -> list[float]:
-    """Of the first steps, none of which changes anything."""
+    """Losses of the first steps, none of which changes a weight."""
     with session.attached(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(GuardedAdamW, "step", lambda *_: None)
         return [session.step(step).item() for step in range(steps)]

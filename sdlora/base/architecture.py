@@ -1,4 +1,4 @@
-"""Shapes of tensors -> the configuration of the model that they belong to.
+"""The configuration of a model from the shapes of its tensors.
 
 What shapes leave open (how many attention heads, which activation) is in the family's table.
 """
@@ -17,7 +17,7 @@ NORM_GROUPS = 32
 
 
 def unet_config(shapes: Shapes, family: Family, *, pooled_width: int | None, sample_size: int) -> dict[str, Any]:
-    """Arguments of ``UNet2DConditionModel``. ``pooled_width`` is that of the pooled text, None where it is not known.
+    """Arguments of ``UNet2DConditionModel``. ``pooled_width`` is the width of the pooled text, None if unknown.
 
     Raises:
         KeyError, IndexError, ValueError: tensors are missing or have another number of axes than in all UNets.

@@ -1,4 +1,4 @@
-"""By what the UNet computes its attention: torch's own, or xformers where it was asked for and runs."""
+"""The implementation of the UNet's attention: torch's SDPA, or xformers where it is requested and works."""
 
 from __future__ import annotations
 
@@ -7,26 +7,27 @@ import re
 
 import torch
 from diffusers.models.attention_processor import XFormersAttnProcessor
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+from .models import UNet2DConditionModel
 
 logger = logging.getLogger(__name__)
 
 
 def use_attention(unet: UNet2DConditionModel, requested: str) -> None:
-    """Set up ``auto`` or ``sdpa`` (both torch's SDPA) or ``xformers``; where that cannot run, say why and stay with SDPA."""
+    """Set up ``auto`` or ``sdpa`` (both torch's SDPA) or ``xformers``; if that does not work, log why and keep SDPA."""
     if requested != "xformers":
         return
     reason = why_not_xformers(unet.device, unet.dtype)
     if reason is None:
         unet.set_attn_processor(XFormersAttnProcessor())
     else:
-        logger.warning("xformers cannot be used: %s; going on with torch's own attention (sdpa)", reason)
+        logger.warning("xformers cannot be used: %s; using torch's own attention (sdpa)", reason)
 
 
 def why_not_xformers(device: torch.device, dtype: torch.dtype) -> str | None:
-    """None where a real call, forwards and backwards, succeeds; else the reason.
+    """The reason why xformers does not work here; None where a real call, forward and backward, succeeds.
 
-    Being installed says nothing: its kernels are built for one version of CUDA and do not load beside another.
+    It may be installed and still not work: its kernels are built for one version of CUDA and do not load with another.
     """
     try:
         from xformers import ops  # ty: ignore[import-not-found]
@@ -47,7 +48,7 @@ def why_not_xformers(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _build_fault() -> str | None:
-    """What xformers says of its kernels where they did not load."""
+    """xformers' own report of why its kernels did not load."""
     from xformers import _cpp_lib  # ty: ignore[import-not-found]
 
     fault = getattr(_cpp_lib, "_cpp_library_load_exception", None)

@@ -1,4 +1,4 @@
-"""The base that the user named, with every part in its place; no weight is read."""
+"""Find a base checkpoint and all its parts; no weights are read."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 
 from ..config.sections import BaseSection
 from ..errors import BaseModelError
-from ..families import Family
+from ..families import PART_TITLES, Family
 from .detect import DetectedCheckpoint, detect_checkpoint
-from .parts import TITLES, Part, find_part
+from .parts import Part, find_part
 from .schedule import ScheduleFacts
 
 MINI = "mini"
@@ -20,38 +20,38 @@ MINI_FOLDER = Path(__file__).parent / "mini"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BaseCheckpoint:
-    """A checkpoint that is complete and of a family that is supported."""
+    """A complete checkpoint of a supported family."""
 
     name: str
     file: Path | None
-    """None where it is a folder."""
+    """None for a folder."""
     family: Family
     parts: Mapping[str, Part]
     tokenizers: Mapping[str, Path | None]
-    """Text encoder's part -> the folder of its own tokenizer; None is CLIP's, which ships with this package."""
+    """Text encoder's part -> folder of its tokenizer; None for CLIP's, which is in this package."""
     schedule: ScheduleFacts
     resolution: int
-    """Side in pixels of the square image that the base was made for."""
+    """Side in pixels of the square images that the base was trained on."""
     latent_factor: int
-    """Pixels to a latent, along a side."""
+    """Side of a latent cell in pixels."""
     latent_scale: float
-    """What the VAE's latents are multiplied by for the UNet."""
+    """Factor between the VAE's latents and the UNet's."""
     size_step: int
-    """Pixels that width and height must be multiples of, so that every level of the UNet halves evenly."""
+    """Width and height must be multiples of this number of pixels, so that every level of the UNet halves evenly."""
     clip_skip: int
-    """The text encoders' layer that is read, 1 being the last."""
+    """Layer of the text encoders that is read; 1 is the last."""
     zeros_for_empty_negative: bool
     attention: str
     """``auto``, ``sdpa`` or ``xformers``."""
     fingerprint: str
-    """Over names, shapes, configurations and samples of the weights: tells bases apart without reading them."""
+    """SHA-256 over names, shapes, configurations and samples of the weights, to recognize a base without reading it all."""
 
     @property
     def unet_parameters(self) -> int:
         return self.parts["unet"].parameters()
 
     def module_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Canonical name -> shape of the weight, of every linear, convolution and norm that a LoRA can change."""
+        """Canonical name -> shape of the weight, for every linear layer, convolution and norm that a LoRA can change."""
         return {
             f"{part}.{name.removesuffix('.weight')}": shape
             for part, found in self.parts.items()
@@ -61,13 +61,13 @@ class BaseCheckpoint:
         }
 
 
-def find_base(wanted: str | BaseSection) -> BaseCheckpoint:
-    """Look at a base without loading it: ``mini``, a diffusers folder, or a checkpoint file.
+def find_base(base: str | BaseSection) -> BaseCheckpoint:
+    """Examine a base without loading it: ``mini``, a diffusers folder, or a checkpoint file.
 
     Raises:
-        BaseModelError: it is missing, incomplete, damaged or not supported; the message says which and what to do.
+        BaseModelError: it is missing, incomplete, damaged or not supported; the message says what to do.
     """
-    section = BaseSection(path=wanted) if isinstance(wanted, str) else wanted
+    section = BaseSection(path=base) if isinstance(base, str) else base
     path = MINI_FOLDER if section.path == MINI else Path(section.path)
     found = detect_checkpoint(path)
     family = found.require_family()
@@ -96,7 +96,7 @@ def find_base(wanted: str | BaseSection) -> BaseCheckpoint:
 
 
 def _gather(section: BaseSection, found: DetectedCheckpoint, family: Family) -> tuple[dict[str, Part], dict[str, Path]]:
-    """The parts that the family needs, the user's in the places of the checkpoint's own; and where each is from."""
+    """The parts that the family needs, with the user's replacements, and the path of each."""
     given = {"vae": section.vae, "text_encoder": section.text_encoder, "text_encoder_2": section.text_encoder_2}
     unread_layers = {facts.part: facts.unread_layers for facts in family.text_encoders}
     needed = ("unet", "vae", *unread_layers)
@@ -109,9 +109,9 @@ def _gather(section: BaseSection, found: DetectedCheckpoint, family: Family) -> 
         elif part in found.parts:
             parts[part], sources[part] = found.parts[part], found.path
         else:
-            problems.append(f"{section.path}: holds no {TITLES[part]}; name a file or folder with base.{part}")
+            problems.append(f"{section.path}: holds no {PART_TITLES[part]}; name a file or folder with base.{part}")
     unneeded = [part for part, path in given.items() if path is not None and part not in needed]
-    problems += [f"base.{part}: {section.path} has no place for a {TITLES[part]}" for part in unneeded]
+    problems += [f"base.{part}: {section.path} does not use a {PART_TITLES[part]}; remove it" for part in unneeded]
     if problems:
         raise BaseModelError(problems)
     return parts, sources
@@ -126,15 +126,15 @@ def _overridden(schedule: ScheduleFacts, section: BaseSection) -> ScheduleFacts:
         return schedule
     if section.zero_terminal_snr:
         raise BaseModelError(
-            f"{section.path}: zero-terminal SNR wants v-prediction: where all is noise, epsilon says nothing of the "
-            "image; set base.prediction=v_prediction or base.zero_terminal_snr=false"
+            f"{section.path}: zero-terminal SNR needs v-prediction: at the last timestep, which is pure noise, "
+            "epsilon does not determine the image; set base.prediction=v_prediction or base.zero_terminal_snr=false"
         )
-    # A folder's scheduler may be rescaled for sampling alone.
+    # A folder's scheduler may be rescaled only for sampling.
     return replace(schedule, zero_terminal_snr=False)
 
 
 def _clip_skip(section: BaseSection, family: Family, encoders: list[Part]) -> int:
-    """SDXL was trained on the layer before the last, so there 1 and 2 mean the same, as in A1111."""
+    """The layer to read. SDXL was trained on the last but one, so 1 and 2 mean the same there, as in A1111."""
     layer = max(section.clip_skip or 1, family.clip_skip)
     layers = min(encoder.count(r"text_model\.encoder\.layers\.(\d+)\.") for encoder in encoders)
     if layer > layers:
@@ -143,7 +143,7 @@ def _clip_skip(section: BaseSection, family: Family, encoders: list[Part]) -> in
 
 
 def _tokenizer_folder(source: Path, part: str) -> Path | None:
-    """Of a text encoder in ``source``, a diffusers folder or the folder of the encoder itself."""
+    """Folder of the tokenizer for a text encoder in ``source``, a diffusers folder or the folder of the encoder itself."""
     if not source.is_dir():
         return None
     name = part.replace("text_encoder", "tokenizer")

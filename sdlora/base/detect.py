@@ -1,7 +1,7 @@
-"""What a checkpoint is, told from the names and shapes in its header; no weight is read.
+"""What a checkpoint is, detected from the names and shapes in its header; no weight is read.
 
-The one exception: Stable Diffusion 2.x with and without v-prediction differ in nothing but their weights, so where no
-metadata and no marker tells, one vector of some hundred numbers is read.
+The one exception: Stable Diffusion 2.x with and without v-prediction differ in nothing but their weights, so without
+metadata and without a marker tensor one vector of some hundred numbers is read.
 """
 
 from __future__ import annotations
@@ -15,21 +15,26 @@ from typing import Any
 import torch
 
 from ..errors import BaseModelError
-from ..families import FAMILIES, SD2, Family
+from ..families import PART_TITLES, PARTS, SD2, Family, Prediction, family_of_unet
 from ..formats.lora_file import is_lora
+from ..formats.metadata import stated_prediction
 from ..formats.tensor_files import TensorFile, open_tensor_file, read_tensors
-from .parts import PARTS, TITLES, Part, part_in_folder, parts_in_file, read_json
-from .schedule import Prediction, ScheduleFacts
+from .parts import Part, part_in_folder, parts_in_file, read_json
+from .schedule import ScheduleFacts
 
 LATENT_FACTOR = 8
-"""Pixels to a latent, of every published VAE of Stable Diffusion."""
+"""Pixels to a latent, along a side, in every published VAE of Stable Diffusion."""
 SD2_V_BIAS_SPREAD = 0.09
 """The bound that ComfyUI uses for the same purpose (``supported_models.py``)."""
+SD2_BASE_STEPS = "875000"
+"""``global_step`` of the published 2.x checkpoint that predicts epsilon."""
+REFINER_TEXT_WIDTH = 1280
+"""Channels of the text embeddings that SDXL's refiner attends to."""
 _USELESS = re.compile(
     r"model_ema\.|betas$|alphas_cumprod|sqrt_|log_one_minus|posterior_|lvlb_weights|logvar$|denoiser\.|first_stage_model\.loss"
     r"|.*(logit_scale|position_ids|text_projection|attn_mask)$|v_pred$|ztsnr$|cond_stage_model\.model\.transformer\.resblocks"
 )
-"""Tensors that files hold and that no image needs: schedules, averages kept by trainers, layers behind the one read."""
+"""Tensors that files hold and that no image needs: schedules, averages kept by trainers, layers after the one read."""
 _OTHERS = {
     r"(.*\.)?joint_blocks\.": "a Stable Diffusion 3 checkpoint",
     r"(.*\.)?(double_blocks|single_transformer_blocks)\.": "a Flux checkpoint",
@@ -46,29 +51,31 @@ _OTHERS = {
     r"(.*\.)?motion_modules\.": "a motion module",
 }
 _UNET_INPUTS = {
-    5: "a depth-to-image model: its UNet wants a depth map as a fifth channel",
-    7: "an upscaler: its UNet wants the small image as three more channels",
-    8: "an instruct-pix2pix model: its UNet wants the image to change as four more channels",
-    9: "an inpainting model: its UNet wants a mask and the masked image as five more channels",
+    5: "a depth-to-image model: its UNet needs a depth map as a fifth channel",
+    7: "an upscaler: its UNet needs the small image as three more channels",
+    8: "an instruct-pix2pix model: its UNet needs the image to change as four more channels",
+    9: "an inpainting model: its UNet needs a mask and the masked image as five more channels",
 }
 _DISTILLED = re.compile(r"turbo|lightning|hyper[-_ ]?sd|\blcm\b|\bdmd2?\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DetectedCheckpoint:
-    """A checkpoint as it lies on the disk, complete or not, usable or not."""
+    """A checkpoint on the disk, complete or not, usable or not."""
 
     path: Path
-    dialect: str
+    format: str
     """``diffusers`` (a folder), ``ldm``, ``diffusers-single-file``, or ``unet-only``."""
     family: Family | None
     parts: Mapping[str, Part]
     schedule: ScheduleFacts
     prediction_source: str
-    """By what the prediction type was told."""
+    """What the prediction type is known from: ``marker tensor``, ``scheduler configuration``, ``metadata``, ``weights`` or
+    ``family``."""
     zeros_for_empty_negative: bool | None
-    """As the folder says; None where it does not."""
+    """What a diffusers folder states; None if it states nothing."""
     ema_tensors: int
+    """Number of tensors that hold averaged weights; they are not read."""
     files: tuple[TensorFile, ...]
     refusal: str | None
     """Why it cannot be used, as the end of a sentence that begins with its name."""
@@ -77,7 +84,7 @@ class DetectedCheckpoint:
 
     @property
     def resolution(self) -> int | None:
-        """Side in pixels of the square image that it was made for: as its folder says, or as all of its family were."""
+        """Side in pixels of the square image that it was made for, as its folder states it or as is usual in its family."""
         size = (self.parts["unet"].config or {}).get("sample_size") if "unet" in self.parts else None
         if isinstance(size, int):
             return size * self.latent_factor
@@ -90,14 +97,14 @@ class DetectedCheckpoint:
         return 2 ** (levels - 1) if levels else LATENT_FACTOR
 
     def require_family(self) -> Family:
-        """Its family. Raises ``BaseModelError`` where it cannot be used."""
+        """Its family. Raises ``BaseModelError`` if the checkpoint cannot be used."""
         if self.refusal is not None or self.family is None:
             raise BaseModelError(f"{self.path}: {self.refusal}")
         return self.family
 
 
 def detect_checkpoint(path: Path) -> DetectedCheckpoint:
-    """Look at a diffusers folder, a ``.safetensors`` file or a ``.ckpt`` file.
+    """Find out what a diffusers folder, a ``.safetensors`` file or a ``.ckpt`` file is.
 
     Raises:
         BaseModelError: it is missing, damaged, or a pickle that is not trusted.
@@ -109,14 +116,14 @@ def detect_checkpoint(path: Path) -> DetectedCheckpoint:
             f"{path}: no such base; expected 'mini', a diffusers folder or a checkpoint file (.safetensors, .ckpt)"
         )
     file = open_tensor_file(path, BaseModelError)
-    parts, dialect = parts_in_file(file)
-    return _describe(path, dialect, parts, (file,), scheduler={}, index={})
+    parts, form = parts_in_file(file)
+    return _describe(path, form, parts, (file,), scheduler={}, index={})
 
 
 def _detect_folder(path: Path) -> DetectedCheckpoint:
     parts = {part: part_in_folder(path / part, part) for part in PARTS if (path / part).is_dir()}
     if not parts:
-        raise BaseModelError(f"{path}: not a checkpoint: none of its folders is called {', '.join(PARTS)}")
+        raise BaseModelError(f"{path}: not a checkpoint: it has no folder called {' or '.join(PARTS)}")
     scheduler = read_json(path / "scheduler" / "scheduler_config.json", needed=False)
     index = read_json(path / "model_index.json", needed=False)
     files = {id(w.file): w.file for part in parts.values() for w in part.tensors.values()}
@@ -125,7 +132,7 @@ def _detect_folder(path: Path) -> DetectedCheckpoint:
 
 def _describe(
     path: Path,
-    dialect: str,
+    form: str,
     parts: Mapping[str, Part],
     files: tuple[TensorFile, ...],
     *,
@@ -150,13 +157,13 @@ def _describe(
     notes = [contradiction] if contradiction else []
     unknown = [name for name in unread if not _USELESS.match(name)]
     if unknown and refusal is None:
-        notes.append(f"{len(unknown)} of its tensors have no place in the model and are not read, such as {unknown[0]}")
+        notes.append(f"{len(unknown)} of its tensors have no place in the model and are ignored, such as {unknown[0]}")
     names = " ".join((path.stem, metadata.get("modelspec.title", "")))
     if refusal is None and (hint := _DISTILLED.search(names)):
-        notes.append(f"its name says {hint[0]!r}: such distilled models want few steps and --cfg 1 to 2")
+        notes.append(f"its name says {hint[0]!r}: such distilled models need few steps and --cfg 1 to 2")
     return DetectedCheckpoint(
         path=path,
-        dialect=dialect,
+        format=form,
         family=family if refusal is None else None,
         parts=parts,
         schedule=schedule,
@@ -173,40 +180,59 @@ def _describe(
 def _identify(parts: Mapping[str, Part], unread: Sequence[str]) -> tuple[Family | None, str | None]:
     """The family, or why there is none."""
     if "unet" not in parts or "conv_in.weight" not in parts["unet"].tensors:
-        names = [*unread, *(w.stored.name for part in parts.values() for w in part.tensors.values())]
-        if is_lora(names):
-            return None, "is a LoRA, not a base checkpoint; it goes with --lora"
-        for pattern, what in _OTHERS.items():
-            if any(re.match(pattern, name) for name in names):
-                return None, f"is {what}; sdlora works with Stable Diffusion 1.x, 2.x and XL"
-        if parts:
-            return None, f"holds no UNet of Stable Diffusion, only {', '.join(TITLES[part] for part in parts)}"
-        return None, f"is no checkpoint that sdlora knows; its tensors are named like {names[0] if names else '(none)'}"
+        return None, _other_kind(parts, unread)
     shapes = parts["unet"].shapes()
-    inputs = shapes.get("conv_in.weight", ())
-    width = next((s for n, s in shapes.items() if n.endswith("attn2.to_k.weight")), ())
-    projection = next((s for n, s in shapes.items() if n.endswith(".proj_in.weight")), ())
-    if len(inputs) != 4 or len(width) != 2 or len(projection) not in (2, 4):
-        return None, "is damaged or of an unknown kind: its UNet lacks what all of Stable Diffusion have"
-    if any(re.search(r"motion_modules\.|time_stack\.|time_mixer\.", name) for name in (*unread, *shapes)):
-        return None, "makes videos (AnimateDiff or Stable Video Diffusion), not images"
-    if any("cond_proj" in name for name in (*unread, *shapes)):
-        return None, "is an LCM distillation: its UNet wants the guidance scale as an input, which is not supported"
-    if inputs[1] != 4:
-        return None, f"is {_UNET_INPUTS.get(inputs[1], f'a UNet with {inputs[1]} input channels')}; not supported"
-    if any(name.startswith("edm_") for name in unread):
-        return None, "was trained on an EDM noise schedule (as Playground 2.5), which is not supported"
-    size_conditioning, linear = "add_embedding.linear_1.weight" in shapes, len(projection) == 2
-    if size_conditioning and any(name.startswith("down_blocks.0.attentions") for name in shapes):
-        return None, "is unCLIP: its UNet wants an image's embedding, which is not supported"
+    inputs = shapes["conv_in.weight"]
+    text = next((shape for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")), ())
+    projection = next((shape for name, shape in shapes.items() if name.endswith(".proj_in.weight")), ())
+    if len(inputs) != 4 or len(text) != 2 or len(projection) not in (2, 4):
+        return None, "is damaged or of an unknown kind: its UNet lacks what every Stable Diffusion has"
+    size_conditioning = "add_embedding.linear_1.weight" in shapes
+    refusal = _unsupported_unet([*unread, *shapes], input_channels=inputs[1])
+    if refusal is None and size_conditioning:
+        refusal = _unsupported_sdxl(parts, text_width=text[1])
+    if refusal is not None:
+        return None, refusal
+    family = family_of_unet(linear_projection=len(projection) == 2, size_conditioning=size_conditioning)
+    return family, None if family else "has a UNet unlike that of any Stable Diffusion"
+
+
+def _other_kind(parts: Mapping[str, Part], unread: Sequence[str]) -> str:
+    """What a file is that holds no UNet of Stable Diffusion."""
+    names = [*unread, *(w.stored.name for part in parts.values() for w in part.tensors.values())]
+    if is_lora(names):
+        return "is a LoRA, not a base checkpoint; use it with --lora"
+    for pattern, what in _OTHERS.items():
+        if any(re.match(pattern, name) for name in names):
+            return f"is {what}; sdlora works with Stable Diffusion 1.x, 2.x and XL"
+    if parts:
+        return f"holds no UNet of Stable Diffusion, only {', '.join(PART_TITLES[part] for part in parts)}"
+    return f"is not a checkpoint that sdlora knows; its tensors have names such as {names[0] if names else '(none)'}"
+
+
+def _unsupported_unet(names: Sequence[str], *, input_channels: int) -> str | None:
+    """``names`` are those of the UNet's tensors, ours, and of all that have no place in the model."""
+    if any(re.search(r"motion_modules\.|time_stack\.|time_mixer\.", name) for name in names):
+        return "makes videos (AnimateDiff or Stable Video Diffusion), not images"
+    if any("cond_proj" in name for name in names):
+        return "is an LCM distillation: its UNet needs the guidance scale as an input, which is not supported"
+    if input_channels != 4:
+        kind = _UNET_INPUTS.get(input_channels, f"a UNet with {input_channels} input channels")
+        return f"is {kind}; not supported"
+    if any(name.startswith("edm_") for name in names):
+        return "was trained on an EDM noise schedule (as Playground 2.5), which is not supported"
+    return None
+
+
+def _unsupported_sdxl(parts: Mapping[str, Part], *, text_width: int) -> str | None:
+    """What else has SDXL's size conditioning; ``text_width`` is that of the embeddings that the UNet attends to."""
+    if any(name.startswith("down_blocks.0.attentions") for name in parts["unet"].tensors):
+        return "is unCLIP: its UNet needs an image's embedding, which is not supported"
     encoder = parts["text_encoder"].tensors.values() if "text_encoder" in parts else ()
-    alone = any(w.stored.name.startswith("conditioner.embedders.0.model.") for w in encoder)
-    if size_conditioning and (width[1] == 1280 or alone):
-        return None, "is the SDXL refiner, which only finishes other images; use an SDXL base"
-    for family in FAMILIES.values():
-        if (family.unet.linear_projection, family.unet.size_conditioning) == (linear, size_conditioning):
-            return family, None
-    return None, "has a UNet unlike that of any Stable Diffusion"
+    open_clip_alone = any(w.stored.name.startswith("conditioner.embedders.0.model.") for w in encoder)
+    if text_width == REFINER_TEXT_WIDTH or open_clip_alone:
+        return "is the SDXL refiner, which only finishes other images; use an SDXL base"
+    return None
 
 
 def _prediction(
@@ -216,20 +242,19 @@ def _prediction(
     metadata: Mapping[str, str],
     scheduler: Mapping[str, Any],
 ) -> tuple[Prediction, str, str | None]:
-    """Prediction type, by what it was told, and a sentence where two sources contradict each other."""
-    stated = metadata.get("modelspec.prediction_type", "")
-    if "-v/" in f"{metadata.get('modelspec.architecture', '')}/":
-        stated = "v"
-    told: Prediction | None = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}.get(stated)  # ty: ignore[invalid-assignment]
+    """Prediction type, what it is known from, and a sentence where two sources contradict each other."""
+    stated = stated_prediction(metadata)
     if "v_pred" in unread:
-        contradiction = "its metadata says epsilon, its v_pred tensor says v: v is taken" if told == "epsilon" else None
+        contradiction = (
+            "its metadata says epsilon, its v_pred tensor says v: v is used" if stated == "epsilon" else None
+        )
         return "v_prediction", "marker tensor", contradiction
     if scheduler:
         kind = scheduler.get("prediction_type", "epsilon")
         return ("v_prediction" if kind == "v_prediction" else "epsilon"), "scheduler configuration", None
-    if told:
-        return told, "metadata", None
-    if family is SD2 and metadata.get("global_step") != "875000":
+    if stated:
+        return stated, "metadata", None
+    if family is SD2 and metadata.get("global_step") != SD2_BASE_STEPS:
         return _sd2_prediction(parts["unet"]), "weights", None
     return "epsilon", "family", None
 

@@ -10,62 +10,16 @@ from torch import Tensor
 
 from ..errors import BaseModelError
 from ..families import TOKENS_IN_CHUNK
-from .load import Base, TextEncoder
+from .base import Base, TextEncoder
+from .conditioning import Conditioning
 from .tokens import PromptTokens
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Conditioning:
-    """What the UNet is told of prompts, in the base's dtype.
-
-    ``context`` is (b, 77 · chunks, width); ``pooled`` (b, width) where a text encoder of the family gives one, else None.
-    """
-
-    context: Tensor
-    pooled: Tensor | None
-
-    @classmethod
-    def stack(cls, rows: Sequence[Conditioning]) -> Conditioning:
-        """All rows in one; they agree in the number of chunks."""
-        pooled = [row.pooled for row in rows if row.pooled is not None]
-        return cls(context=torch.cat([row.context for row in rows]), pooled=torch.cat(pooled) if pooled else None)
-
-    def row(self, number: int) -> Conditioning:
-        """One prompt's."""
-        pooled = None if self.pooled is None else self.pooled[number : number + 1]
-        return Conditioning(context=self.context[number : number + 1], pooled=pooled)
-
-    def zeros(self) -> Conditioning:
-        pooled = None if self.pooled is None else torch.zeros_like(self.pooled)
-        return Conditioning(context=torch.zeros_like(self.context), pooled=pooled)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Framing:
-    """What SDXL is told of an image, in pixels: its size before scaling, where it was cropped, and its size now."""
-
-    original_width: int
-    original_height: int
-    left: int
-    top: int
-    width: int
-    height: int
-
-    @classmethod
-    def whole(cls, width: int, height: int) -> Framing:
-        return cls(original_width=width, original_height=height, left=0, top=0, width=width, height=height)
-
-    @property
-    def numbers(self) -> tuple[int, ...]:
-        """In the order that SDXL was trained with (Podell et al. 2023, section 2.2; heights first)."""
-        return (self.original_height, self.original_width, self.top, self.left, self.height, self.width)
 
 
 def encode_prompts(base: Base, prompts: Sequence[PromptTokens]) -> Conditioning:
     """Conditioning of prompts that all have the same number of chunks; differentiable in the text encoders.
 
-    Each chunk is read by itself and the results are laid end to end; the pooled output is that of the first chunk. The
-    encoders of a family stand side by side in the last axis (Podell et al. 2023, section 2.1).
+    Each chunk is encoded separately and the results are concatenated; the pooled output is that of the first chunk. The
+    outputs of several encoders are concatenated in the last axis (Podell et al. 2023, section 2.1).
     """
     contexts, pooled = [], None
     for number, encoder in enumerate(base.text_encoders):
@@ -81,7 +35,7 @@ def encode_prompts(base: Base, prompts: Sequence[PromptTokens]) -> Conditioning:
 
 
 def _encode(base: Base, encoder: TextEncoder, ids: Tensor) -> tuple[Tensor, Tensor | None]:
-    """(n, 77) -> the layer that ``clip_skip`` names, (n, 77, width), and the projected summary, (n, width), or None."""
+    """Ids (n, 77) -> the layer that ``clip_skip`` selects, (n, 77, width), and the pooled output, (n, width), or None."""
     layer, normed = base.checkpoint.clip_skip, base.checkpoint.family.clip_norm
     output = encoder.model(ids, output_hidden_states=layer > 1 or not normed)
     pooled = output.text_embeds if encoder.facts.pooled else None
@@ -92,23 +46,14 @@ def _encode(base: Base, encoder: TextEncoder, ids: Tensor) -> tuple[Tensor, Tens
 
 
 def _weighted(hidden: Tensor, weights: Tensor) -> Tensor:
-    """Each token's vector times its weight, and the whole scaled back to its mean, as A1111 does by default."""
+    """Each token's vector times its weight, (n, 77, width), scaled back to the original mean, as A1111 does by default."""
     result = hidden * weights[..., None]
     return result * (hidden.mean((1, 2), keepdim=True) / result.mean((1, 2), keepdim=True))
 
 
-def added_conditions(base: Base, conditioning: Conditioning, framings: Sequence[Framing]) -> dict[str, Tensor] | None:
-    """What the UNet takes as ``added_cond_kwargs``; None where the family has no size conditioning."""
-    if not base.checkpoint.family.unet.size_conditioning or conditioning.pooled is None:
-        return None
-    # float32 whatever the base computes in: bfloat16 holds whole numbers up to 256 only.
-    numbers = torch.tensor([framing.numbers for framing in framings], device=base.device, dtype=torch.float32)
-    return {"text_embeds": conditioning.pooled, "time_ids": numbers}
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Posterior:
-    """What the encoder says of an image: ``mean`` and ``std``, (b, 4, h/8, w/8) float32, times the latent scale."""
+    """The VAE encoder's output for b images: ``mean`` and ``std``, (b, 4, h/8, w/8) float32, times the latent scale."""
 
     mean: Tensor
     std: Tensor
@@ -116,30 +61,34 @@ class Posterior:
 
 @torch.no_grad()
 def encode_pixels(base: Base, pixels: Tensor) -> Posterior:
-    """(b, 3, h, w) float32 in [-1, 1] -> posterior at the latent scale.
+    """Pixels (b, 3, h, w) float32 in [-1, 1] -> posterior at the latent scale.
 
     Raises:
-        BaseModelError: the VAE gives infinity or NaN.
+        BaseModelError: the VAE produced NaN or Inf.
     """
     distribution = base.vae.encode(pixels.to(base.device, base.vae.dtype)).latent_dist
     scale = base.checkpoint.latent_scale
     mean, std = distribution.mean.float() * scale, distribution.std.float() * scale
-    _check_finite(base, mean, "VAE gives no number for an image")
+    _check_finite(base, mean, "the VAE")
     return Posterior(mean=mean, std=std)
 
 
 @torch.no_grad()
 def decode_latents(base: Base, latents: Tensor) -> Tensor:
-    """(b, 4, h, w) at the latent scale -> (b, 3, 8h, 8w) float32 in [0, 1]. Raises as ``encode_pixels``."""
-    _check_finite(base, latents, "UNet gives no number")
+    """Latents (b, 4, h, w) at the latent scale -> pixels (b, 3, 8h, 8w) float32 in [0, 1].
+
+    Raises:
+        BaseModelError: the latents hold NaN or Inf, or the VAE produced them.
+    """
+    _check_finite(base, latents, "the UNet")
     decoded = base.vae.decode(latents.to(base.vae.dtype) / base.checkpoint.latent_scale).sample.float()
-    _check_finite(base, decoded, "VAE gives no number for a latent")
+    _check_finite(base, decoded, "the VAE")
     return decoded.div(2).add(0.5).clamp(0, 1)
 
 
-def _check_finite(base: Base, values: Tensor, what: str) -> None:
+def _check_finite(base: Base, values: Tensor, source: str) -> None:
     if not values.isfinite().all():
         raise BaseModelError(
-            f"{base.checkpoint.name}: its {what} (NaN or infinity): the checkpoint is damaged, or too much for "
+            f"{base.checkpoint.name}: {source} produced NaN or Inf: the checkpoint is damaged, or its values exceed "
             f"{str(base.dtype).removeprefix('torch.')}; try precision float32, or another VAE with base.vae"
         )

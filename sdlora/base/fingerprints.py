@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .load import Base
+from .base import Base
 
 _VAE_ENCODER = ("encoder.", "quant_conv.")
 _IRRELEVANT = ("transformers_version", "architectures", "dtype", "torch_dtype")

@@ -1,76 +1,36 @@
-"""A base checkpoint -> its models, offline, in the wanted dtype and on the wanted device."""
+"""Load the models of a base checkpoint: offline, in a given dtype, on a given device."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from torch import nn
-from transformers import CLIPTextConfig, CLIPTokenizer
-from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 
 from ..errors import BaseModelError
-from ..families import TOKENS_IN_CHUNK, TextEncoderFacts
+from ..families import PART_TITLES, TOKENS_IN_CHUNK, TextEncoderFacts
 from ..formats.tensor_files import read_tensors
 from .architecture import Shapes, clip_config, unet_config, vae_config
 from .attention import use_attention
+from .base import Base, TextEncoder
 from .checkpoint import BaseCheckpoint
-from .parts import TITLES
+from .models import (
+    AutoencoderKL,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    UNet2DConditionModel,
+)
 from .schedule import NoiseSchedule
 from .words import clip_merges, clip_vocabulary
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class TextEncoder:
-    """A text encoder with what turns words into its tokens."""
-
-    facts: TextEncoderFacts
-    model: CLIPTextModel | CLIPTextModelWithProjection
-    tokenizer: CLIPTokenizer
-    pad_id: int
-
-    @property
-    def nesting(self) -> str:
-        """What canonical names have in front of the model's own: since transformers 5.6 one class has no ``text_model``."""
-        return "" if hasattr(self.model, "text_model") else "text_model."
-
-    @property
-    def final_norm(self) -> nn.Module:
-        return self.model.get_submodule("final_layer_norm" if self.nesting else "text_model.final_layer_norm")
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Base:
-    """The frozen parts of a checkpoint. UNet and text encoders share one dtype; the VAE's is that or float32."""
-
-    checkpoint: BaseCheckpoint
-    unet: UNet2DConditionModel
-    text_encoders: tuple[TextEncoder, ...]
-    vae: AutoencoderKL
-    schedule: NoiseSchedule
-    device: torch.device
-    dtype: torch.dtype
-    """Of the UNet and the text encoders. Kept here: asked for either, diffusers looks through all of a model."""
-
-    def modules(self) -> dict[str, nn.Module]:
-        """Canonical name -> module, of the UNet and the text encoders, containers too."""
-        named = {f"unet.{name}": module for name, module in self.unet.named_modules() if name}
-        for encoder in self.text_encoders:
-            for name, module in encoder.model.named_modules():
-                if name:
-                    named[f"{encoder.facts.part}.{encoder.nesting}{name}"] = module
-        return named
 
 
 def load_base(checkpoint: BaseCheckpoint, *, device: torch.device, dtype: torch.dtype) -> Base:
     """Load every part, frozen and in evaluation mode.
 
-    The VAE is never float16, in which SDXL's own overflows: it is bfloat16 beside a bfloat16 UNet, else float32.
+    The VAE is never float16, in which SDXL's overflows: it is bfloat16 with a bfloat16 UNet, else float32.
 
     Raises:
         BaseModelError: a part cannot be built from its tensors; the message names the part and the reason.
@@ -124,14 +84,14 @@ def _load_encoder(
     model = _filled(checkpoint, facts.part, lambda: kind(CLIPTextConfig(**config)), device, dtype)
     if len(tokenizer) > model.config.vocab_size:
         raise BaseModelError(
-            f"{checkpoint.name}: its {TITLES[facts.part]} knows {model.config.vocab_size} tokens, its tokenizer "
-            f"{len(tokenizer)}; give the folder of a text encoder that belongs to it with base.{facts.part}"
+            f"{checkpoint.name}: its {PART_TITLES[facts.part]} has {model.config.vocab_size} tokens, its tokenizer "
+            f"{len(tokenizer)}; name the folder of a matching text encoder with base.{facts.part}"
         )
     return TextEncoder(facts=facts, model=model, tokenizer=tokenizer, pad_id=pad_id)
 
 
 def _tokenizer(checkpoint: BaseCheckpoint, facts: TextEncoderFacts) -> tuple[CLIPTokenizer, int]:
-    """The tokenizer and the token that fills prompts up."""
+    """The tokenizer, and the id of the token that pads prompts."""
     folder = checkpoint.tokenizers[facts.part]
     if folder is None:
         tokenizer = clip_tokenizer()
@@ -146,7 +106,7 @@ def _tokenizer(checkpoint: BaseCheckpoint, facts: TextEncoderFacts) -> tuple[CLI
 
 @cache
 def clip_tokenizer() -> CLIPTokenizer:
-    """CLIP's tokenizer of 49,408 tokens, made from the list of merges that ships with this package."""
+    """CLIP's tokenizer of 49,408 tokens, made from the list of merges in this package."""
     merges = clip_merges()
     return CLIPTokenizer(
         vocab={word: number for number, word in enumerate(clip_vocabulary(merges))},
@@ -160,17 +120,17 @@ def _inferred(checkpoint: BaseCheckpoint, part: str, infer: Callable[[Shapes], d
         return infer(checkpoint.parts[part].shapes())
     except (KeyError, IndexError, ValueError, ArithmeticError, StopIteration) as fault:
         raise BaseModelError(
-            f"{checkpoint.name}: its {TITLES[part]} is damaged or of an unknown layout (at {fault})"
+            f"{checkpoint.name}: its {PART_TITLES[part]} is damaged or of an unknown layout (at {fault})"
         ) from None
 
 
 def _filled(
     checkpoint: BaseCheckpoint, part: str, build: Callable[[], Any], device: torch.device, dtype: torch.dtype
 ) -> Any:
-    """A model built without memory, whose tensors are then read into place."""
-    title, found = TITLES[part], checkpoint.parts[part]
+    """Build a model on the meta device, then read its tensors into place."""
+    title, found = PART_TITLES[part], checkpoint.parts[part]
     if empty := [name for name, place in found.tensors.items() if 0 in place.shape]:
-        raise BaseModelError(f"{checkpoint.name}: its {title} is damaged: tensor {empty[0]} holds no numbers")
+        raise BaseModelError(f"{checkpoint.name}: its {title} is damaged: tensor {empty[0]} is empty")
     try:
         with torch.device("meta"):
             model = build()
@@ -192,7 +152,7 @@ def _filled(
         else:
             wanted[name] = place
     if part in ("unet", "vae"):
-        problems += [f"tensor {name} has no place in it" for name in sorted(surplus)]
+        problems += [f"tensor {name} is unknown" for name in sorted(surplus)]
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise BaseModelError(f"{checkpoint.name}: its {title} cannot be built: {problems[0]}{more}")
@@ -206,10 +166,3 @@ def _filled(
             length = module.position_ids.shape[-1]
             module.position_ids = torch.arange(length, device=device).expand(1, -1)
     return model.requires_grad_(False).eval()
-
-
-def choose_device() -> torch.device:
-    """The first of CUDA, Apple's Metal and the CPU that is there."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

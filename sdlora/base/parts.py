@@ -1,4 +1,4 @@
-"""UNet, VAE and text encoders as they lie in files and folders: our names of their tensors, and where those are."""
+"""UNet, VAE and text encoders in files and folders: our names of their tensors, and the places of those."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..errors import BaseModelError
-from ..families import FAMILIES
+from ..families import FAMILIES, PART_TITLES, PARTS
 from ..formats.checkpoint_keys import (
     Stored,
     Table,
@@ -26,10 +26,6 @@ from ..formats.checkpoint_keys import (
     vae_table_from_ldm,
 )
 from ..formats.tensor_files import TensorFile, Wanted, open_tensor_file
-
-TITLES = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder", "text_encoder_2": "second text encoder"}
-"""Part -> what messages call it."""
-PARTS = tuple(TITLES)
 
 _LDM_PREFIXES = {
     "model.diffusion_model.": "unet",
@@ -53,36 +49,38 @@ _BARE = {
     "vae": ("encoder.conv_in.weight", "decoder.conv_in.weight"),
     "text_encoder": ("text_model.final_layer_norm.weight", "ln_final.weight", "final_layer_norm.weight"),
 }
-"""Tensors by which a file that holds one part alone, under its own names, is known."""
+"""Tensors by which a file is recognised that holds a single part, under names without a prefix."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Part:
-    """One of ``PARTS``: our names of its tensors, and where they are."""
+    """One of ``PARTS``: our names of its tensors, and their places in files."""
 
     tensors: Mapping[str, Wanted]
     config: Mapping[str, Any] | None
     """The ``config.json`` beside it, in a diffusers folder."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Our name -> shape of the tensor."""
         return {name: wanted.shape for name, wanted in self.tensors.items()}
 
     def dtypes(self) -> Counter[torch.dtype]:
-        """How many of the stored numbers are of each format."""
+        """Number of the stored parameters of each dtype."""
         counts: Counter[torch.dtype] = Counter()
         for wanted in self.tensors.values():
             counts[wanted.file.tensors[wanted.stored.name].dtype] += math.prod(wanted.shape)
         return counts
 
     def count(self, pattern: str) -> int:
-        """How many different numbers ``pattern`` finds at the start of the names."""
+        """Number of different values of the first group of ``pattern``, matched at the start of the names."""
         return len({match[1] for name in self.tensors if (match := re.match(pattern, name))})
 
     def parameters(self) -> int:
+        """Number of parameters."""
         return sum(math.prod(wanted.shape) for wanted in self.tensors.values())
 
     def digest(self) -> bytes:
-        """Over names, shapes, configuration and samples of the bytes."""
+        """Hash over names, shapes, configuration and samples of the bytes."""
         digest = hashlib.sha256(json.dumps([self.config, sorted(self.shapes().items())], sort_keys=True).encode())
         ordered = sorted(self.tensors.values(), key=lambda wanted: (str(wanted.file.path), wanted.offset))
         for wanted in ordered[:: max(1, len(ordered) // 16)]:
@@ -96,15 +94,15 @@ class Part:
 
 
 def parts_in_file(file: TensorFile) -> tuple[dict[str, Part], str]:
-    """Every part that a file holds, under whatever prefixes, and its dialect, as ``DetectedCheckpoint.dialect`` has it."""
-    for prefixes, dialect in ((_LDM_PREFIXES, "ldm"), (_DIFFUSERS_PREFIXES, "diffusers-single-file")):
+    """Every part that a file holds, under whatever prefixes, and its format (``DetectedCheckpoint.format``)."""
+    for prefixes, form in ((_LDM_PREFIXES, "ldm"), (_DIFFUSERS_PREFIXES, "diffusers-single-file")):
         parts: dict[str, Part] = {}
         for prefix, part in prefixes.items():
             names = [name for name in file.tensors if name.startswith(prefix)]
             if names and part not in parts:
                 parts[part] = _part(part, file, names, prefix=prefix, unread_layers=_UNREAD_LAYERS.get(prefix, 0))
         if parts:
-            return parts, "unet-only" if set(parts) == {"unet"} else dialect
+            return parts, "unet-only" if set(parts) == {"unet"} else form
     for part, markers in _BARE.items():
         if any(marker in file.tensors for marker in markers):
             return {part: _part(part, file, list(file.tensors))}, "unet-only" if part == "unet" else part
@@ -145,16 +143,16 @@ def find_part(path: Path, part: str, *, unread_layers: int) -> Part:
         folder = path if (path / "config.json").is_file() else path / part
         if folder.is_dir():
             return part_in_folder(folder, part)
-        raise BaseModelError(f"{path}: holds no {TITLES[part]}")
+        raise BaseModelError(f"{path}: holds no {PART_TITLES[part]}")
     if not path.exists():
-        raise BaseModelError(f"{path}: no such file or folder; expected a {TITLES[part]}")
+        raise BaseModelError(f"{path}: no such file or folder; expected a {PART_TITLES[part]}")
     file = open_tensor_file(path, BaseModelError)
     if part.startswith("text_encoder") and any(marker in file.tensors for marker in _BARE["text_encoder"]):
         # Alone, an encoder does not say whether it is a base's first or second.
         return _part(part, file, list(file.tensors), unread_layers=unread_layers)
     found, _ = parts_in_file(file)
     if part not in found:
-        raise BaseModelError(f"{path}: holds no {TITLES[part]}")
+        raise BaseModelError(f"{path}: holds no {PART_TITLES[part]}")
     return found[part]
 
 

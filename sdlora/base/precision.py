@@ -1,15 +1,34 @@
-"""In which number format the frozen base computes."""
+"""The device and the number format in which the frozen base computes."""
 
 from __future__ import annotations
 
 import torch
 
+from ..errors import SdloraError
+
+PRECISIONS = ("auto", "float32", "bfloat16")
 SMALL_UNET = 100_000_000
-"""Parameters. Below it a CPU spends more time on converting than bfloat16 products save (``benchmarks/train_step.py``)."""
+"""Parameters. Below this, a CPU spends more time on conversions than bfloat16 saves (``benchmarks/train_step.py``)."""
+
+
+def choose_device() -> torch.device:
+    """The first available of CUDA, Apple's Metal and the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def choose_precision(requested: str, device: torch.device, *, unet_parameters: int) -> torch.dtype:
-    """``auto`` is bfloat16 where the device multiplies it in hardware and the UNet is large enough to gain from it."""
+    """The dtype for ``requested``, one of ``PRECISIONS``.
+
+    ``auto`` is bfloat16 where the device computes with it in hardware and the UNet is large enough to gain from it, else
+    float32. It depends on the device and on the size of the UNet only.
+
+    Raises:
+        SdloraError: an unknown precision.
+    """
+    if requested not in PRECISIONS:
+        raise SdloraError(f"precision {requested!r} is unknown; choose one of {', '.join(PRECISIONS)}")
     if requested != "auto":
         return getattr(torch, requested)
     if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""The noise schedule: how a latent is noised, what a model is to predict, and how errors are weighted.
+"""The noise schedule: how latents are noised, what the model predicts, and how errors are weighted.
 
 Shapes: latents and noise (b, 4, h, w); timesteps (b,) int64; per-sample factors (b,).
 """
@@ -17,7 +17,7 @@ Prediction = Literal["epsilon", "v_prediction"]
 
 BetaSchedule = Literal["scaled_linear", "linear"]
 _LEADING_BY_DEFAULT = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LCMScheduler", "TCDScheduler")
-"""Of diffusers' schedulers; the others space their steps by ``linspace``."""
+"""diffusers' schedulers that space their steps by ``leading``; the others use ``linspace``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class ScheduleFacts:
     timesteps: int = 1000
     steps_offset: int = 1
     timestep_spacing: str | None = None
-    """How a sampler spreads its steps; None leaves it to the sampler."""
+    """How a sampler spaces its steps; None is the sampler's default."""
 
     @classmethod
     def from_scheduler(
@@ -43,10 +43,10 @@ class ScheduleFacts:
         zero_terminal_snr: bool,
         timestep_spacing: str | None,
     ) -> ScheduleFacts:
-        """From a diffusers scheduler's configuration, which may be empty.
+        """Read a diffusers scheduler's configuration, which may be empty.
 
         Raises:
-            ValueError: a schedule that Stable Diffusion does not have; the text names it.
+            ValueError: a schedule that Stable Diffusion does not have; the message names it.
         """
         shape = config.get("beta_schedule", cls.beta_schedule)
         if shape not in ("scaled_linear", "linear"):
@@ -65,7 +65,7 @@ class ScheduleFacts:
         }
         wrong = [key for key, value in numbers.items() if not isinstance(value, int | float) or value < 0]
         if wrong or not 0 < numbers["beta_start"] < numbers["beta_end"] < 1 or numbers["timesteps"] < 1:
-            raise ValueError(f"has impossible numbers: {numbers}")
+            raise ValueError(f"has impossible values: {numbers}")
         return cls(
             prediction=prediction,
             zero_terminal_snr=zero_terminal_snr,
@@ -76,7 +76,7 @@ class ScheduleFacts:
 
 
 def _chosen_spacing(config: Mapping[str, Any]) -> str | None:
-    """The spacing that somebody chose: a scheduler's own default is saved as well, and says nothing of the checkpoint."""
+    """The spacing if somebody chose it: a scheduler's default is saved as well, and is no property of the checkpoint."""
     default = "leading" if config.get("_class_name") in _LEADING_BY_DEFAULT else "linspace"
     spacing = config.get("timestep_spacing")
     return None if spacing == default else spacing
@@ -84,7 +84,7 @@ def _chosen_spacing(config: Mapping[str, Any]) -> str | None:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class NoiseSchedule:
-    """``alphas_cumprod`` is (timesteps,) float32: the share of signal variance at each timestep (ᾱ in Ho et al. 2020)."""
+    """``alphas_cumprod``, (timesteps,) float32, is the share of signal variance at each timestep (ᾱ in Ho et al. 2020)."""
 
     alphas_cumprod: Tensor
     prediction: Prediction
@@ -110,19 +110,19 @@ class NoiseSchedule:
         return NoiseSchedule(alphas_cumprod=self.alphas_cumprod.to(device), prediction=self.prediction)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """√ᾱ x + √(1 - ᾱ) ε (Ho et al. 2020, eq. 4)."""
+        """Noisy latents √ᾱ x + √(1 - ᾱ) ε (Ho et al. 2020, eq. 4)."""
         signal = self.alphas_cumprod[timesteps][:, None, None, None]
         return signal.sqrt() * latents + (1 - signal).sqrt() * noise
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """ε, or v = √ᾱ ε - √(1 - ᾱ) x (Salimans & Ho 2022, section 4)."""
+        """What the model is trained to predict: ε, or v = √ᾱ ε - √(1 - ᾱ) x (Salimans & Ho 2022, section 4)."""
         if self.prediction == "epsilon":
             return noise
         signal = self.alphas_cumprod[timesteps][:, None, None, None]
         return signal.sqrt() * noise - (1 - signal).sqrt() * latents
 
     def min_snr_weight(self, timesteps: Tensor, gamma: float) -> Tensor:
-        """min(SNR, γ) / SNR for ε, / (SNR + 1) for v (Hang et al. 2023, section 3.4); γ = 0 weights all alike."""
+        """min(SNR, γ) / SNR for ε, / (SNR + 1) for v (Hang et al. 2023, section 3.4); γ = 0 gives equal weights."""
         signal = self.alphas_cumprod[timesteps]
         if gamma == 0:
             return torch.ones_like(signal)

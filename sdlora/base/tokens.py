@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..families import TOKENS_IN_CHUNK, WORDS_IN_CHUNK
-from .load import Base, TextEncoder
+from .base import Base, TextEncoder
 
 COMMA_REACH = 20
 """A full chunk ends at its last comma if that is at most this many tokens back (A1111's default)."""

@@ -94,15 +94,8 @@ def _byte_letters() -> list[str]:
 
 
 def _tokenizer(vocabulary: dict[str, int], merges: Sequence[str]) -> Tokenizer:
-    first, second = zip(*(merge.split() for merge in merges), strict=True) if merges else ((), ())
-    tokenizer = Tokenizer(
-        BPE(
-            vocab=vocabulary,
-            merges=list(zip(first, second, strict=True)),
-            end_of_word_suffix=END_OF_WORD,
-            unk_token=END,
-        )
-    )
+    pairs = [(first, second) for first, second in map(str.split, merges)]
+    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=pairs, end_of_word_suffix=END_OF_WORD, unk_token=END))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
     )

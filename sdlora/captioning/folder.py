@@ -128,8 +128,7 @@ def _interruption(missing: Mapping[Path, Path]) -> Interrupted:
 
 
 def _list_images(folder: Path, extension: str) -> Listing:
-    # Listing reads no trigger, but the section requires one.
-    return find_sources(DataSection(images=str(folder), trigger="-", caption_extension=extension))
+    return find_sources(DataSection(images=str(folder), caption_extension=extension))
 
 
 def _missing_captions(sources: Sequence[Source], extension: str, problems: list[str]) -> dict[Path, Path]:

@@ -101,7 +101,7 @@ def open_captioner(folder: Path, kind: CaptionerKind) -> Captioner:
     if missing := sorted(report["missing_keys"]):
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise CaptionerError(f"{folder}: the model is incomplete: tensor {missing[0]}{more} is missing")
-    from ..base.load import choose_device
+    from ..base.precision import choose_device
 
     model = model.float().eval().to(choose_device())
     return Sentences(model=model, processor=processor, task=FLORENCE_TASK if kind == "florence" else None)

@@ -1,18 +1,20 @@
-"""The command line: verbs only. What a verb needs is imported when it runs, so that ``--help`` answers at once."""
+"""The command line, one file for each verb. A verb imports what it needs when it runs, so ``--help`` is fast."""
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 
-# Read when torch is imported. OpenMP threads that spin for work slow a step a hundred times when another process is
-# busy; threads that sleep at once halve the speed of small steps. So they spin for some 50 microseconds, then sleep.
+# Read when torch is imported. OpenMP threads that spin while they wait slow a step a hundred times when another process
+# is busy; threads that sleep at once halve the speed of small steps. So they spin for some 50 microseconds, then sleep.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-# Read when diffusers and transformers are imported, which happens late: what they warn of is told in our own words.
+# Read when diffusers and transformers are imported, which happens late. sdlora reports what they warn about itself.
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-from . import train, quickstart, generate, export, lint, caption, cache, inspect, convert, metadata  # isort: skip  (the order of --help)
+from . import train, quickstart, generate, export, lint, caption, cache, inspect, convert, metadata, settings  # isort: skip  (the order of --help)
 from .app import app
 
 __all__ = [
@@ -27,10 +29,16 @@ __all__ = [
     "main",
     "metadata",
     "quickstart",
+    "settings",
     "train",
 ]
 
 
 def main() -> None:
     """The ``sdlora`` command. Exit codes: 0 done, 1 input at fault, 2 usage, 130 interrupted after a safe save."""
+    # Imports make hundreds of thousands of objects that all stay. Looking through them for garbage every 700 objects
+    # takes a fifth of a start (``benchmarks/start.py``).
+    gc.set_threshold(100_000, 20, 20)
+    # diffusers imports peft where it finds it, a third of a second for a package that no verb uses.
+    sys.modules.setdefault("peft", None)  # ty: ignore[no-matching-overload]
     app()

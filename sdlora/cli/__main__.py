@@ -1,4 +1,4 @@
-"""``python -m sdlora.cli``."""
+"""``python -m sdlora.cli``: the same as the ``sdlora`` command."""
 
 from . import main
 

@@ -1,12 +1,13 @@
-"""The command itself, and what its verbs share."""
+"""The ``sdlora`` command, and what its verbs share."""
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import re
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, ParamSpec
 
 import typer
 
@@ -18,27 +19,37 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Train style LoRAs for Stable Diffusion, generate images with several at once, inspect LoRA files.",
+    help="Train style LoRAs for Stable Diffusion, generate images with several of them, inspect and convert LoRA files.",
 )
 
 BaseOption = Annotated[
-    str, typer.Option("--base", metavar="BASE", help="'mini', a checkpoint file, or a diffusers folder.")
+    str,
+    typer.Option("--base", metavar="BASE", help="'mini', a checkpoint file, or a diffusers folder."),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else.")]
 
 
-def guard(run: Callable[[], None]) -> None:
-    """Run a verb; an error of the input becomes a line for each fault and exit code 1, an interruption 130."""
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    try:
-        run()
-    except SdloraError as error:
-        for problem in error.problems:
-            typer.echo(f"error: {problem}", err=True)
-        raise typer.Exit(1) from None
-    except (Interrupted, KeyboardInterrupt) as error:
-        typer.echo(str(error) or "interrupted", err=True)
-        raise typer.Exit(130) from None
+P = ParamSpec("P")
+
+
+def guard(verb: Callable[P, None]) -> Callable[P, None]:
+    """Decorate a verb: an error of its input is printed as one line for each fault, with exit code 1; an interruption
+    exits with 130."""
+
+    @functools.wraps(verb)  # Typer reads the parameters of the verb through it.
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
+        logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+        try:
+            verb(*args, **kwargs)
+        except SdloraError as error:
+            for problem in error.problems:
+                typer.echo(f"error: {problem}", err=True)
+            raise typer.Exit(1) from None
+        except (Interrupted, KeyboardInterrupt) as error:
+            typer.echo(str(error) or "interrupted", err=True)
+            raise typer.Exit(130) from None
+
+    return guarded
 
 
 def emit(value: dict[str, Any]) -> None:

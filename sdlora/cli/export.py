@@ -7,50 +7,51 @@ from typing import Annotated
 
 import typer
 
+from ..generation.request import ImageRequest
 from .app import BaseOption, JsonOption, app, emit, guard, parse_size
 
 
 @app.command()
+@guard
 def export(
-    lora: Annotated[str, typer.Argument(metavar="LORA", help="A LoRA file in any dialect.")],
-    civitai: Annotated[Path, typer.Option("--civitai", metavar="DIR", help="The folder to make: all an upload needs.")],
+    lora: Annotated[str, typer.Argument(metavar="LORA", help="A LoRA file in any format.")],
+    civitai: Annotated[
+        Path, typer.Option("--civitai", metavar="DIR", help="Folder to create, with everything that an upload needs.")
+    ],
     base: BaseOption = "mini",
     prompt: Annotated[
-        list[str] | None, typer.Option(help="Of a preview; may be repeated. Default: trigger and frequent tags.")
+        list[str] | None,
+        typer.Option(help="Prompt of a preview; may be repeated. Default: the trigger word and frequent tags."),
     ] = None,
-    previews: Annotated[bool, typer.Option(help="Whether to draw images.")] = True,
-    negative: Annotated[str, typer.Option(help="What the images should not show.")] = "",
-    weight: Annotated[float, typer.Option(help="Of the images, and recommended.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
-    steps: Annotated[int, typer.Option(min=1, max=1000)] = 20,
-    cfg: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is off.")] = 5.0,
-    size: Annotated[str | None, typer.Option(metavar="WxH", help="In pixels; default: the base's own.")] = None,
+    previews: Annotated[bool, typer.Option(help="Generate preview images.")] = True,
+    negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
+    weight: Annotated[float, typer.Option(help="LoRA weight for the previews, and recommended to users.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the first preview.")] = ImageRequest.seed,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps.")] = ImageRequest.steps,
+    cfg: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is off.")] = ImageRequest.cfg,
+    size: Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels; default: the base's own.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Make the folder for an upload: the LoRA, previews that link to it, A1111's card and a model card."""
+    """Create the folder for an upload: the LoRA, previews with its hash, A1111's card and a model card."""
+    shape = parse_size(size)
+    from ..publish.civitai import export_civitai
 
-    def run() -> None:
-        shape = parse_size(size)
-        from ..publish.civitai import export_civitai
-
-        package = export_civitai(
-            lora,
-            civitai,
-            base=base,
-            prompts=prompt if previews else (),
-            negative=negative,
-            weight=weight,
-            seed=seed,
-            steps=steps,
-            cfg=cfg,
-            size=shape,
-        )
-        if as_json:
-            emit(package.to_json())
-        else:
-            for name in (package.lora, *package.previews, package.sidecar, package.card):
-                typer.echo(str(civitai / name))
-            if package.redacted:
-                typer.echo(f"{package.redacted} values of its metadata named folders or addresses, and no longer do")
-
-    guard(run)
+    package = export_civitai(
+        lora,
+        civitai,
+        base=base,
+        prompts=prompt if previews else (),
+        negative=negative,
+        weight=weight,
+        seed=seed,
+        steps=steps,
+        cfg=cfg,
+        size=shape,
+    )
+    if as_json:
+        emit(package.to_json())
+    else:
+        for name in (package.lora, *package.previews, package.sidecar, package.card):
+            typer.echo(str(civitai / name))
+        if package.redacted:
+            typer.echo(f"{package.redacted} metadata values without the folders and addresses that they contained")

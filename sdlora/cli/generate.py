@@ -1,4 +1,4 @@
-"""``sdlora generate``: images under any number of weighted LoRAs."""
+"""``sdlora generate``: images with any number of weighted LoRAs."""
 
 from __future__ import annotations
 
@@ -8,85 +8,103 @@ from typing import Annotated, Any
 
 import typer
 
+from ..generation.request import ImageRequest
+from ..generation.samplers import SAMPLERS
 from .app import BaseOption, JsonOption, app, emit, guard, parse_size
 
 
 @app.command()
+@guard
 def generate(
-    prompt: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="Several make several images.")],
+    prompt: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="Several prompts make several images.")],
     base: BaseOption = "mini",
     lora: Annotated[
         list[str] | None,
         typer.Option(metavar="FILE[:UNET[:TE]]", help="A LoRA with its weight (default 1); may be repeated."),
     ] = None,
-    negative: Annotated[str, typer.Option(help="What the image should not show.")] = "",
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
-    steps: Annotated[int, typer.Option(min=1, max=1000)] = 20,
-    cfg: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is off.")] = 5.0,
-    size: Annotated[str | None, typer.Option(metavar="WxH", help="In pixels; default: the base's own.")] = None,
-    count: Annotated[int, typer.Option(min=1, help="Images of each prompt, with seeds N, N+1, ...")] = 1,
-    sampler: Annotated[str, typer.Option(help="dpm++2m, euler, euler-a or ddim.")] = "dpm++2m",
+    negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the first image.")] = ImageRequest.seed,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps.")] = ImageRequest.steps,
+    cfg: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is off.")] = ImageRequest.cfg,
+    size: Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels; default: the base's own.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Images of each prompt, with the seeds N, N+1, ...")] = 1,
+    sampler: Annotated[str, typer.Option(help=f"One of {', '.join(SAMPLERS)}.")] = ImageRequest.sampler,
     strip: Annotated[
-        bool, typer.Option("--strip", help="One labelled image: each LoRA at 0, 0.5 and 1, then all together.")
+        bool,
+        typer.Option(
+            "--strip", help="One labelled image: without LoRA, each LoRA at half and full weight, all together."
+        ),
     ] = False,
-    precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
-    clip_skip: Annotated[int | None, typer.Option(help="Text encoder's layer, 1 being the last.")] = None,
-    vae: Annotated[str | None, typer.Option(metavar="FILE", help="Instead of the base's own.")] = None,
+    precision: Annotated[str, typer.Option(help="Precision of the base: auto, float32 or bfloat16.")] = "auto",
+    clip_skip: Annotated[int | None, typer.Option(help="Layer of the text encoder, counted from the end.")] = None,
+    vae: Annotated[str | None, typer.Option(metavar="FILE", help="Replaces the base's own.")] = None,
     text_encoder: Annotated[
-        list[str] | None, typer.Option(metavar="FILE", help="Instead of the base's own; SDXL's second comes second.")
+        list[str] | None, typer.Option(metavar="FILE", help="Replaces the base's own; repeat for SDXL's second.")
     ] = None,
-    prediction: Annotated[str, typer.Option(help="auto, epsilon or v_prediction.")] = "auto",
-    attention: Annotated[str, typer.Option(help="auto, sdpa or xformers.")] = "auto",
-    out: Annotated[Path | None, typer.Option(metavar="PATH", help="A .png file or a folder; default: out/.")] = None,
+    prediction: Annotated[str, typer.Option(help="What the base predicts: auto, epsilon or v_prediction.")] = "auto",
+    attention: Annotated[str, typer.Option(help="Implementation of attention: auto, sdpa or xformers.")] = "auto",
+    out: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="File (.png) or folder to write; default: out/.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Generate images with any number of weighted LoRAs; each PNG holds its own recipe."""
+    """Generate images with any number of weighted LoRAs; each PNG contains its recipe."""
+    shape = parse_size(size)
+    if strip and count > 1:
+        raise typer.BadParameter("a strip shows one seed; remove --count", param_hint="--strip")
+    if precision not in ("auto", "float32", "bfloat16"):
+        raise typer.BadParameter(f"{precision!r} is not auto, float32 or bfloat16", param_hint="--precision")
+    encoders = [*(text_encoder or ()), None, None]
+    from ..config.loading import base_section
 
-    def run() -> None:
-        shape = parse_size(size)
-        if strip and count > 1:
-            raise typer.BadParameter("a strip shows one seed; leave --count out", param_hint="--strip")
-        if precision not in ("auto", "float32", "bfloat16"):
-            raise typer.BadParameter(f"{precision!r} is not auto, float32 or bfloat16", param_hint="--precision")
-        encoders = [*(text_encoder or ()), None, None]
-        from ..config.loading import base_section
+    section = base_section(
+        path=base,
+        vae=vae,
+        text_encoder=encoders[0],
+        text_encoder_2=encoders[1],
+        prediction=prediction,
+        clip_skip=clip_skip,
+        attention=attention,
+    )
+    options: dict[str, Any] = {"negative": negative, "seed": seed, "steps": steps, "cfg": cfg}
+    options |= {"size": shape, "sampler": sampler, "precision": precision, "base": section, "loras": lora or ()}
+    target = out or Path("out")
+    files = _write_strip(prompt, target, options) if strip else _write_images(prompt, count, target, options)
+    if as_json:
+        emit({"images": [str(file) for file in files], "seed": seed, "prompts": prompt, "loras": list(lora or ())})
+    else:
+        for file in files:
+            typer.echo(str(file))
 
-        section = base_section(
-            path=base,
-            vae=vae,
-            text_encoder=encoders[0],
-            text_encoder_2=encoders[1],
-            prediction=prediction,
-            clip_skip=clip_skip,
-            attention=attention,
-        )
-        from ..generation import studio
-        from ..generation.infotext import save_png
 
-        options: dict[str, Any] = {"negative": negative, "seed": seed, "steps": steps, "cfg": cfg}
-        options |= {"size": shape, "sampler": sampler, "precision": precision, "base": section, "loras": lora or ()}
-        target = out or Path("out")
-        single = target.suffix == ".png"
-        if strip:
-            image, parameters = studio.generate_strip(prompt, scale=2, **options)
-            files = [target if single else target / f"{_slug(prompt[0])}-strip.png"]
-            save_png(image, files[0], parameters)
-        else:
-            images = studio.generate(prompt, count=count, **options)
-            files = []
-            for number, image in enumerate(images):
-                name = f"{_slug(image.request.prompt)}-{image.request.seed}.png"
-                if single:
-                    name = target.name if len(images) == 1 else f"{target.stem}-{number}.png"
-                files.append((target.parent if single else target) / name)
-                save_png(image.image, files[-1], image.parameters)
-        if as_json:
-            emit({"images": [str(file) for file in files], "seed": seed, "prompts": prompt, "loras": list(lora or ())})
-        else:
-            for file in files:
-                typer.echo(str(file))
+def _write_strip(prompts: list[str], target: Path, options: dict[str, Any]) -> list[Path]:
+    from ..generation.infotext import save_png
+    from ..generation.studio import generate_strip
 
-    guard(run)
+    image, parameters = generate_strip(prompts, scale=2, **options)
+    file = target if target.suffix == ".png" else target / f"{_slug(prompts[0])}-strip.png"
+    save_png(image, file, parameters)
+    return [file]
+
+
+def _write_images(prompts: list[str], count: int, target: Path, options: dict[str, Any]) -> list[Path]:
+    from ..generation.infotext import save_png
+    from ..generation.studio import generate
+
+    images = generate(prompts, count=count, **options)
+    files = _files(target, [f"{_slug(image.request.prompt)}-{image.request.seed}" for image in images])
+    for image, file in zip(images, files, strict=True):
+        save_png(image.image, file, image.parameters)
+    return files
+
+
+def _files(target: Path, names: list[str]) -> list[Path]:
+    """A file for each image: in the folder ``target`` by its name, or ``target`` itself, numbered if they are several."""
+    if target.suffix != ".png":
+        return [target / f"{name}.png" for name in names]
+    if len(names) == 1:
+        return [target]
+    return [target.with_name(f"{target.stem}-{number}.png") for number in range(len(names))]
 
 
 def _slug(prompt: str) -> str:

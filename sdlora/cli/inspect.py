@@ -10,24 +10,23 @@ from .app import JsonOption, app, emit, guard
 
 
 @app.command()
+@guard
 def inspect(
     file: Annotated[str, typer.Argument(metavar="FILE", help="A LoRA, a checkpoint file or folder, or 'mini'.")],
     with_hashes: Annotated[
         bool,
-        typer.Option("--hash", help="A checkpoint's SHA-256, AutoV1, AutoV2 and AutoV3 too; reads all of it once."),
+        typer.Option(
+            "--hash", help="Also compute the SHA-256, AutoV1, AutoV2 and AutoV3 of a checkpoint; reads the whole file."
+        ),
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Tell what a LoRA file or a checkpoint is: family, modules, ranks, hashes, metadata, problems."""
+    """Show what a LoRA file or a checkpoint is: family, modules, ranks, hashes, metadata, problems."""
+    from ..tools.inspect import inspect as inspect_file
+    from ..tools.inspect_report import as_text
 
-    def run() -> None:
-        from ..tools.inspect import inspect as inspect_file
-        from ..tools.inspect_report import as_text
-
-        report = inspect_file(file, hashes=with_hashes)
-        if as_json:
-            emit(report.to_json())
-        else:
-            typer.echo(as_text(report))
-
-    guard(run)
+    report = inspect_file(file, hashes=with_hashes)
+    if as_json:
+        emit(report.to_json())
+    else:
+        typer.echo(as_text(report))

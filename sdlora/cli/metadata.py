@@ -9,59 +9,50 @@ import typer
 
 from .app import JsonOption, app, emit, guard
 
-metadata_app = typer.Typer(no_args_is_help=True, help="Show, change or clean the metadata of a safetensors file.")
+metadata_app = typer.Typer(no_args_is_help=True, help="Show, change or redact the metadata of a safetensors file.")
 app.add_typer(metadata_app, name="metadata")
 FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="Any safetensors file.")]
-OutOption = Annotated[Path, typer.Option("--out", metavar="OUT", help="May be FILE itself.")]
+OutOption = Annotated[Path, typer.Option("--out", metavar="OUT", help="File to write; may be FILE itself.")]
 
 
 @metadata_app.command()
+@guard
 def show(file: FileArgument, as_json: JsonOption = False) -> None:
-    """Print the metadata; no tensor is read."""
+    """Print the metadata, without reading the tensors."""
+    from ..formats.metadata_file import read_metadata
 
-    def run() -> None:
-        from ..formats.metadata_file import read_metadata
-
-        metadata = read_metadata(file)
-        if as_json:
-            emit(metadata)
-        for key, value in metadata.items() if not as_json else ():
-            typer.echo(f"{key}: {value if len(value) <= 200 else value[:200] + '…'}")
-
-    guard(run)
+    metadata = read_metadata(file)
+    if as_json:
+        emit(metadata)
+    for key, value in metadata.items() if not as_json else ():
+        typer.echo(f"{key}: {value if len(value) <= 200 else value[:200] + '…'}")
 
 
 @metadata_app.command("set")
+@guard
 def set_(
     file: FileArgument,
-    pairs: Annotated[list[str], typer.Argument(metavar="KEY=VALUE...", help="An empty VALUE takes the key away.")],
+    pairs: Annotated[list[str], typer.Argument(metavar="KEY=VALUE...", help="An empty VALUE removes the key.")],
     out: OutOption,
 ) -> None:
-    """Change keys; the tensors, and with them the hashes over the tensors, stay."""
+    """Change keys; the tensors stay the same, and so do hashes of the tensors."""
+    from ..formats.metadata_file import read_metadata, write_metadata
 
-    def run() -> None:
-        from ..formats.metadata_file import read_metadata, write_metadata
-
-        split = [pair.partition("=") for pair in pairs]
-        if wrong := [pair for pair, (key, equals, _) in zip(pairs, split, strict=True) if not (key and equals)]:
-            raise typer.BadParameter(f"{wrong[0]!r}: expected KEY=VALUE", param_hint="KEY=VALUE")
-        changed = read_metadata(file) | {key: value for key, _, value in split}
-        write_metadata(file, out, {key: value for key, value in changed.items() if value})
-        typer.echo(str(out))
-
-    guard(run)
+    split = [pair.partition("=") for pair in pairs]
+    if wrong := [pair for pair, (key, equals, _) in zip(pairs, split, strict=True) if not (key and equals)]:
+        raise typer.BadParameter(f"{wrong[0]!r}: expected KEY=VALUE", param_hint="KEY=VALUE")
+    changed = read_metadata(file) | {key: value for key, _, value in split}
+    write_metadata(file, out, {key: value for key, value in changed.items() if value})
+    typer.echo(str(out))
 
 
 @metadata_app.command()
+@guard
 def redact(file: FileArgument, out: OutOption) -> None:
-    """Take folders and mail addresses out of the metadata, whoever wrote it."""
+    """Remove folders and mail addresses from the metadata, whichever program wrote it."""
+    from ..formats.metadata_file import read_metadata, redacted, write_metadata
 
-    def run() -> None:
-        from ..formats.metadata_file import read_metadata, redacted, write_metadata
-
-        before = read_metadata(file)
-        after = redacted(before)
-        write_metadata(file, out, after)
-        typer.echo(f"{out}: {sum(before[key] != after[key] for key in before)} of {len(before)} values changed")
-
-    guard(run)
+    before = read_metadata(file)
+    after = redacted(before)
+    write_metadata(file, out, after)
+    typer.echo(f"{out}: {sum(before[key] != after[key] for key in before)} of {len(before)} values changed")

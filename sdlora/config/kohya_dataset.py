@@ -1,7 +1,7 @@
-"""The dataset configuration of kohya's trainer (``--dataset_config``), as settings of this one.
+"""The dataset configuration of kohya's trainer (``--dataset_config``), read as ``[data]`` and ``[train]``.
 
-What stands in ``[[datasets.subsets]]`` goes before ``[[datasets]]``, and that before ``[general]``. What the file leaves
-out is as ``[data]`` and ``[train]`` have it, as kohya takes it from the command line.
+What is in ``[[datasets.subsets]]`` overrides ``[[datasets]]``, and that overrides ``[general]``. What the file leaves
+out is as ``[data]`` and ``[train]`` have it, where kohya's trainer takes it from the command line.
 """
 
 from __future__ import annotations
@@ -15,121 +15,22 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from ..errors import ConfigError
-from .loading import nearest, place, read_toml
+from .kohya_dataset_keys import DATASET, GENERAL, KEYS, RUN_KEYS, SET_KEYS, SUBSET
+from .messages import expectation
 from .sections import DataSection, SetSection, TrainSection
-
-GENERAL, DATASET, SUBSET = "[general]", "[[datasets]]", "[[datasets.subsets]]"
-
+from .toml_file import place, read_toml
+from .unknown_keys import near_spelling
 
 Location = tuple[str | int, ...]
 S = TypeVar("S", DataSection, TrainSection)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Key:
-    """One of kohya's keys."""
-
-    kinds: tuple[type, ...]
-    levels: tuple[str, ...]
-    harmless: tuple[object, ...] | None = None
-    """Of a key that means nothing here: values that change nothing. None where the key is followed."""
-    instead: str = ""
-    """What to do in place of a key that is not followed."""
-
-
-_BOTH, _ALL, _OWN = (GENERAL, DATASET), (GENERAL, DATASET, SUBSET), (SUBSET,)
-_NUMBER = (int, float)
-_RESIZED = "images are scaled by Lanczos's filter; remove the key"
-_ONE_BY_ONE = "only the comma separates tags here; write captions so and remove the key"
-
-KEYS = {
-    "resolution": _Key(kinds=(int, list), levels=_BOTH),
-    "batch_size": _Key(kinds=(int,), levels=_BOTH),
-    "enable_bucket": _Key(kinds=(bool,), levels=_BOTH),
-    "min_bucket_reso": _Key(kinds=(int,), levels=_BOTH),
-    "max_bucket_reso": _Key(kinds=(int,), levels=_BOTH),
-    "bucket_reso_steps": _Key(kinds=(int,), levels=_BOTH),
-    "bucket_no_upscale": _Key(kinds=(bool,), levels=_BOTH),
-    "network_multiplier": _Key(kinds=_NUMBER, levels=_BOTH, harmless=(1,), instead="give the sets a loss_weight"),
-    "validation_split": _Key(
-        kinds=_NUMBER, levels=_ALL, harmless=(0,), instead="put validation images into [[data.sets]] of that role"
-    ),
-    "validation_seed": _Key(kinds=(int,), levels=_ALL, harmless=(0,), instead="remove the key"),
-    "skip_image_resolution": _Key(
-        kinds=(int, list, str), levels=_BOTH, harmless=(), instead="move small images away; sdlora lint names them"
-    ),
-    "resize_interpolation": _Key(kinds=(str,), levels=_ALL, harmless=("lanczos",), instead=_RESIZED),
-    "image_dir": _Key(kinds=(str,), levels=_OWN),
-    "metadata_file": _Key(kinds=(str,), levels=_OWN),
-    "conditioning_data_dir": _Key(kinds=(str,), levels=_OWN),
-    "is_reg": _Key(kinds=(bool,), levels=_OWN),
-    "alpha_mask": _Key(kinds=(bool,), levels=_ALL),
-    "class_tokens": _Key(kinds=(str,), levels=_ALL),
-    "num_repeats": _Key(kinds=(int,), levels=_ALL),
-    "caption_extension": _Key(kinds=(str,), levels=_ALL),
-    "caption_prefix": _Key(kinds=(str,), levels=_ALL),
-    "caption_suffix": _Key(kinds=(str,), levels=_ALL),
-    "caption_dropout_rate": _Key(kinds=_NUMBER, levels=_ALL),
-    "caption_tag_dropout_rate": _Key(kinds=_NUMBER, levels=_ALL),
-    "enable_wildcard": _Key(kinds=(bool,), levels=_ALL),
-    "shuffle_caption": _Key(kinds=(bool,), levels=_ALL),
-    "keep_tokens": _Key(kinds=(int,), levels=_ALL),
-    "flip_aug": _Key(kinds=(bool,), levels=_ALL),
-    "random_crop": _Key(kinds=(bool,), levels=_ALL),
-    "cache_info": _Key(kinds=(bool,), levels=_ALL, harmless=(True, False)),
-    "color_aug": _Key(
-        kinds=(bool,), levels=_ALL, harmless=(False,), instead="colours are never changed; remove the key"
-    ),
-    "face_crop_aug_range": _Key(
-        kinds=(list,), levels=_ALL, harmless=(), instead='remove the key; data.crop = "salient" keeps the most detail'
-    ),
-    "caption_separator": _Key(kinds=(str,), levels=_ALL, harmless=(",", ", "), instead=_ONE_BY_ONE),
-    "secondary_separator": _Key(kinds=(str,), levels=_ALL, harmless=("",), instead=_ONE_BY_ONE),
-    "keep_tokens_separator": _Key(kinds=(str,), levels=_ALL, harmless=("",), instead="use keep_tokens"),
-    "token_warmup_min": _Key(kinds=(int,), levels=_ALL, harmless=(1,), instead="remove the key"),
-    "token_warmup_step": _Key(kinds=_NUMBER, levels=_ALL, harmless=(0,), instead="remove the key"),
-    "caption_dropout_every_n_epochs": _Key(
-        kinds=(int,), levels=_ALL, harmless=(0,), instead="use caption_dropout_rate"
-    ),
-    "custom_attributes": _Key(kinds=(dict,), levels=_ALL, harmless=({},), instead="remove the key"),
-}
-"""Every key that kohya's trainer knows, and where it may stand."""
-
-_SET_KEYS = {
-    "image_dir": "images",
-    "metadata_file": "metadata",
-    "conditioning_data_dir": "masks",
-    "class_tokens": "class_prompt",
-    "num_repeats": "repeats",
-    "caption_extension": "caption_extension",
-    "caption_prefix": "caption_prefix",
-    "caption_suffix": "caption_suffix",
-    "enable_wildcard": "wildcards",
-    "shuffle_caption": "shuffle_tags",
-    "keep_tokens": "keep_tokens",
-    "caption_tag_dropout_rate": "tag_dropout",
-    "flip_aug": "flip",
-    "resolution": "resolution",
-}
-"""kohya's key -> ours, of what each set has for itself."""
-_RUN_KEYS = {
-    "batch_size": ("train", "batch_size"),
-    "enable_bucket": ("data", "enable_bucket"),
-    "min_bucket_reso": ("data", "min_bucket_reso"),
-    "max_bucket_reso": ("data", "max_bucket_reso"),
-    "bucket_reso_steps": ("data", "bucket_reso_steps"),
-    "bucket_no_upscale": ("data", "bucket_no_upscale"),
-    "caption_dropout_rate": ("data", "caption_dropout"),
-}
-"""kohya's key -> (section, key) of what all images of a run have alike."""
-
-
 def read_dataset_config(data: DataSection, train: TrainSection) -> tuple[DataSection, TrainSection]:
-    """``data`` and ``train`` with what the file ``data.dataset_config`` says, in which ``data.sets`` are the subsets.
+    """``data`` and ``train`` with what the file ``data.dataset_config`` says; its subsets become ``data.sets``.
 
     Raises:
-        ConfigError: with one line for each key that is unknown, misplaced, wrong, cannot be followed, or says otherwise
-            than one that stands in ``[data]`` or ``[train]``.
+        ConfigError: with one line for each key that is unknown, misplaced, wrong or not supported, or contradicts one
+            in ``[data]`` or ``[train]``.
     """
     assert data.dataset_config is not None
     file = Path(data.dataset_config)
@@ -143,16 +44,23 @@ def read_dataset_config(data: DataSection, train: TrainSection) -> tuple[DataSec
 
 @dataclass(frozen=True, kw_only=True)
 class _Subset:
-    """A subset with what it takes from its dataset and from ``[general]``."""
+    """A subset, with what it takes from its dataset and from ``[general]``."""
 
     location: Location
     values: Mapping[str, Any]
     places: Mapping[str, Location]
-    """Of each of ``values``, the table that it stands in."""
+    """Key -> the table that its value is in."""
     section: SetSection
 
     def place(self, key: str) -> Location:
         return (*self.places.get(key, self.location), key)
+
+    @property
+    def mask(self) -> str | None:
+        """What ``data.mask`` is for it; None where it does not say."""
+        if self.section.masks is not None:
+            return "files"
+        return {True: "alpha", False: "none"}.get(self.values.get("alpha_mask"))
 
 
 class _Reading:
@@ -163,168 +71,177 @@ class _Reading:
         self.problems: list[str] = []
 
     def sections(self, tables: Mapping[str, Any]) -> tuple[DataSection, TrainSection] | None:
-        """None where something is wrong that is not told by keys and values alone."""
+        """None where something is wrong; ``problems`` say what."""
         subsets = list(self._subsets(tables))
         if self.problems:
             return None
         if not subsets:
-            self._tell(("datasets",), f"no {SUBSET}; write one for each folder of images")
+            self._report(("datasets",), f"no {SUBSET}; write one for each folder of images")
             return None
-        told = {"data": dict(self._common_data(subsets)), "train": {}}
-        for key, (section, name) in _RUN_KEYS.items():
-            own = getattr(self._data if section == "data" else self._train, name)
-            for value in self._one_value(key, [(one.place(key), one.values.get(key, own)) for one in subsets]):
-                if any(key in one.values for one in subsets):
-                    told[section][name] = value
-        for section, given in (("data", self._data), ("train", self._train)):
-            for name, value in told[section].items():
-                if name in given.model_fields_set and getattr(given, name) != value:
-                    self.problems.append(
-                        f"{self._file}: asks for {section}.{name} = {value!r}, but the configuration of the run for "
-                        f"{getattr(given, name)!r}; keep one of them"
-                    )
+        data, train = self._run_values(subsets, "data"), self._run_values(subsets, "train")
+        data |= self._common_data(subsets)
+        self._check_contradictions("data", self._data, data)
+        self._check_contradictions("train", self._train, train)
         if self.problems:
             return None
-        data = self._told_to(self._data, "data", {"dataset_config": None, **told["data"]})
-        train = self._told_to(self._train, "train", told["train"])
-        return None if data is None or train is None else (data, train)
+        new_data = self._replaced(self._data, "data", data | {"dataset_config": None})
+        new_train = self._replaced(self._train, "train", train)
+        return None if new_data is None or new_train is None else (new_data, new_train)
 
-    def _told_to(self, section: S, name: str, told: dict[str, Any]) -> S | None:
-        """``section`` with what is ``told``, checked as if it had been written so."""
-        given = {key: getattr(section, key) for key in section.model_fields_set}
+    def _run_values(self, subsets: Sequence[_Subset], section: str) -> dict[str, Any]:
+        """Key -> value, of what the file says about ``[data]`` or ``[train]`` and must be the same in all subsets."""
+        given = self._data if section == "data" else self._train
+        found = {}
+        for kohya, (its_section, key) in RUN_KEYS.items():
+            if its_section == section and any(kohya in subset.values for subset in subsets):
+                default = getattr(given, key)
+                values = [(subset.place(kohya), subset.values.get(kohya, default)) for subset in subsets]
+                if self._all_equal(kohya, values):
+                    found[key] = values[0][1]
+        return found
+
+    def _common_data(self, subsets: Sequence[_Subset]) -> dict[str, Any]:
+        """Key -> value of ``[data]``, except those that ``RUN_KEYS`` has."""
+        found: dict[str, Any] = {"sets": tuple(subset.section for subset in subsets)}
+        resolutions = {subset.section.resolution for subset in subsets}
+        if len(resolutions) == 1 and None not in resolutions:
+            found["resolution"] = subsets[0].section.resolution
+        elif None not in resolutions and "resolution" in self._data.model_fields_set:
+            self.problems.append(f"{self._file}: every dataset has its resolution, so remove data.resolution")
+        masks = [(subset.place("alpha_mask"), subset.mask) for subset in subsets]
+        if any(mask == "files" for _, mask in masks):
+            # A subset without mask files is then a set of images that count in full.
+            masks = [(location, "files" if mask in (None, "none") else mask) for location, mask in masks]
+        if any(mask for _, mask in masks):
+            values = [(location, mask or self._data.mask) for location, mask in masks]
+            if self._all_equal("alpha_mask", values):
+                found["mask"] = values[0][1]
+        return found
+
+    def _all_equal(self, key: str, values: Sequence[tuple[Location, Any]]) -> bool:
+        """Whether all subsets have the same value; where they do not, that is a problem at the first that differs."""
+        different = list(dict.fromkeys(value for _, value in values))
+        if len(different) > 1:
+            location = next(location for location, value in values if value == different[1])
+            listed = " and ".join(map(str, different))
+            self._report(location, f"{key} is {listed} in different subsets, but must be the same for the whole run")
+        return len(different) == 1
+
+    def _check_contradictions(self, name: str, given: DataSection | TrainSection, asked: Mapping[str, Any]) -> None:
+        for key in asked.keys() & given.model_fields_set:
+            if getattr(given, key) != asked[key]:
+                self.problems.append(
+                    f"{self._file}: asks for {name}.{key} = {asked[key]!r}, but the configuration of the run for "
+                    f"{getattr(given, key)!r}; keep one of them"
+                )
+
+    def _replaced(self, section: S, name: str, values: dict[str, Any]) -> S | None:
+        """``section`` with ``values``, checked as if it had been written so."""
+        stated = {key: getattr(section, key) for key in section.model_fields_set}
         try:
-            return type(section)(**(given | told))
+            return type(section)(**(stated | values))
         except ValidationError as error:
             for entry in error.errors():
                 key = "".join(f"{part} " for part in entry["loc"])
-                self.problems += [f"{self._file}: {name}.{key}{line}" for line in entry["msg"].split("\n")]
+                expected = expectation(entry)
+                self.problems += [f"{self._file}: {name}.{key}{line}" for line in expected.split("\n")]
             return None
-
-    def _common_data(self, subsets: Sequence[_Subset]) -> Iterator[tuple[str, Any]]:
-        """Keys and values of ``[data]``, less those that stand in ``_RUN_KEYS``."""
-        sides = tuple(dict.fromkeys(one.section.resolution for one in subsets))
-        if len(sides) == 1 and sides[0] is not None:
-            yield "resolution", sides[0]
-        elif None not in sides and "resolution" in self._data.model_fields_set:
-            self.problems.append(f"{self._file}: every dataset has its resolution, so remove data.resolution")
-        yield "sets", tuple(one.section for one in subsets)
-        masks = [(one.place("alpha_mask"), self._mask(one)) for one in subsets]
-        if any(mask for _, mask in masks):
-            if any(mask == "files" for _, mask in masks):
-                # Where masks are files, a subset without any has images of which all counts.
-                masks = [(at, "files" if mask in (None, "none") else mask) for at, mask in masks]
-            for mask in self._one_value("alpha_mask", [(at, mask or self._data.mask) for at, mask in masks]):
-                yield "mask", mask
 
     def _subsets(self, tables: Mapping[str, Any]) -> Iterator[_Subset]:
         for key in sorted(tables.keys() - {"general", "datasets"}):
-            self._tell((key,), f"unknown key {key}{nearest(key, ['general', 'datasets'])}")
+            expected = near_spelling(key, ("general", "datasets")) or f"; expected {GENERAL} or {DATASET}"
+            self._report((key,), f"unknown key {key}{expected}")
         general, datasets = tables.get("general", {}), tables.get("datasets", [])
         if not isinstance(general, dict) or not _is_tables(datasets):
-            self._tell(("datasets",), f"expected tables {GENERAL} and {DATASET}")
+            self._report(("datasets",), f"expected tables {GENERAL} and {DATASET}")
             return
         general = self._checked(general, GENERAL, ("general",))
         for number, dataset in enumerate(datasets):
             location: Location = ("datasets", number)
             subsets = dataset.get("subsets", [])
             if not _is_tables(subsets):
-                self._tell((*location, "subsets"), f"expected tables {SUBSET}")
+                self._report((*location, "subsets"), f"expected tables {SUBSET}")
                 continue
             common = self._checked({k: v for k, v in dataset.items() if k != "subsets"}, DATASET, location)
-            seen: set[tuple[str | None, str | None]] = set()
-            for own_number, subset in enumerate(subsets):
-                at = (*location, "subsets", own_number)
-                levels = ((("general",), general), (location, common), (at, self._checked(subset, SUBSET, at)))
-                values = {key: value for _, table in levels for key, value in table.items()}
-                places = {key: where for where, table in levels for key in table}
-                section = self._set(values, places, at)
-                if section is not None:
-                    if (section.images, section.metadata) in seen:
-                        self._tell(at, f"{section.images} is in this dataset already; remove one of them")
-                    seen.add((section.images, section.metadata))
-                    yield _Subset(location=at, values=values, places=places, section=section)
+            outer = ((("general",), general), (location, common))
+            yield from self._subsets_of(subsets, outer, location)
+
+    def _subsets_of(
+        self,
+        subsets: Sequence[Mapping[str, Any]],
+        outer: tuple[tuple[Location, dict[str, Any]], ...],
+        dataset: Location,
+    ) -> Iterator[_Subset]:
+        """The subsets of one dataset; ``outer`` are the tables whose values they take, later ones first."""
+        seen: set[tuple[str | None, str | None]] = set()
+        for number, subset in enumerate(subsets):
+            location = (*dataset, "subsets", number)
+            levels = (*outer, (location, self._checked(subset, SUBSET, location)))
+            values = {key: value for _, table in levels for key, value in table.items()}
+            places = {key: where for where, table in levels for key in table}
+            section = self._set_section(values, places, location)
+            if section is None:
+                continue
+            if (section.images, section.metadata) in seen:
+                self._report(location, f"{section.images} is in this dataset already; remove one of them")
+            seen.add((section.images, section.metadata))
+            yield _Subset(location=location, values=values, places=places, section=section)
 
     def _checked(self, table: Mapping[str, Any], level: str, location: Location) -> dict[str, Any]:
-        """The keys of ``table`` that can be followed, with values of the right kind."""
+        """The keys of ``table`` that are supported, with values of the right kind."""
         kept = {}
         for name, value in table.items():
-            key, at = KEYS.get(name), (*location, name)
+            key, where = KEYS.get(name), (*location, name)
             if key is None:
-                self._tell(at, f"unknown key {name}{nearest(name, list(KEYS))}")
+                self._report(where, f"unknown key {name}{near_spelling(name, KEYS)}")
             elif level not in key.levels:
-                self._tell(at, f"{name} cannot stand in {level}, only in {' or '.join(key.levels)}")
-            elif not any(_is_kind(value, kind) for kind in key.kinds):
-                expected = " or ".join(_KIND_NAMES[kind] for kind in key.kinds)
-                self._tell(at, f"{name} = {value!r}: expected {expected}")
+                self._report(where, f"{name} cannot be in {level}, only in {' or '.join(key.levels)}")
+            elif not key.accepts(value):
+                self._report(where, f"{name} = {value!r}: expected {key.expected}")
             elif key.harmless is None:
                 kept[name] = value
             elif value not in key.harmless:
-                self._tell(at, f"{name} = {value!r} cannot be followed; {key.instead}")
+                self._report(where, f"{name} = {value!r} is not supported; {key.instead}")
         return kept
 
-    def _set(self, values: Mapping[str, Any], places: Mapping[str, Location], location: Location) -> SetSection | None:
-        told = {ours: values[key] for key, ours in _SET_KEYS.items() if key in values}
-        if "images" not in told:
-            if "metadata" not in told:
-                self._tell(location, "image_dir is missing")
+    def _set_section(
+        self, values: Mapping[str, Any], places: Mapping[str, Location], location: Location
+    ) -> SetSection | None:
+        """The set that a subset with these values is; None, and problems, where something is wrong."""
+        keys = {ours: values[kohya] for kohya, ours in SET_KEYS.items() if kohya in values}
+        if "images" not in keys:
+            if "metadata" not in keys:
+                self._report(location, "image_dir is missing")
                 return None
-            told["images"] = str(Path(told["metadata"]).parent)
-        if isinstance(sides := told.get("resolution"), list):
-            told["resolution"] = sides[0] if len(sides) == 2 and sides[0] == sides[1] else None
-            if told["resolution"] is None:
-                problem = f"resolution = {sides!r} is no square; name the side of one, whose area the buckets have"
-                self._tell((*places["resolution"], "resolution"), problem)
-        if "random_crop" in values:
-            told["crop"] = "random" if values["random_crop"] else "center" if self._data.crop == "random" else None
+            keys["images"] = str(Path(keys["metadata"]).parent)
+        if isinstance(sides := keys.get("resolution"), list):
+            keys["resolution"] = sides[0] if len(sides) == 2 and sides[0] == sides[1] else None
+            if keys["resolution"] is None:
+                problem = f"resolution = {sides!r} is not square; give the side of a square, whose area the buckets get"
+                self._report((*places["resolution"], "resolution"), problem)
+        if values.get("random_crop"):
+            keys["crop"] = "random"
+        elif "random_crop" in values and self._data.crop == "random":
+            keys["crop"] = "center"
         if values.get("is_reg"):
-            told["role"] = "regularisation"
-        if "wildcards" in told or "caption_lines" not in self._data.model_fields_set:
-            # kohya reads one line of a caption file: a drawn one with wildcards, the first without.
-            told["caption_lines"] = "draw" if told.get("wildcards", self._data.wildcards) else "first"
+            keys["role"] = "regularisation"
+        if "wildcards" in keys or "caption_lines" not in self._data.model_fields_set:
+            # kohya's trainer reads one line of a caption file: a drawn one with wildcards, the first without.
+            keys["caption_lines"] = "draw" if keys.get("wildcards", self._data.wildcards) else "first"
         try:
-            return SetSection(**told, subfolders=False)
+            return SetSection(**keys, subfolders=False)
         except ValidationError as error:
-            kohyas = {ours: key for key, ours in _SET_KEYS.items()}
+            kohya_names = {ours: kohya for kohya, ours in SET_KEYS.items()}
             for entry in error.errors():
-                key = kohyas.get(str(entry["loc"][0]), str(entry["loc"][0]))
-                where = (*places.get(key, location), key)
-                self._tell(where, f"{key} = {entry.get('input')!r}: {entry['msg'].lower()}")
+                key = kohya_names.get(str(entry["loc"][0]), str(entry["loc"][0]))
+                self._report((*places.get(key, location), key), f"{key} = {entry['input']!r}: {expectation(entry)}")
             return None
 
-    def _mask(self, one: _Subset) -> str | None:
-        if one.section.masks is not None:
-            return "files"
-        return {True: "alpha", False: "none"}.get(one.values.get("alpha_mask"))
-
-    def _one_value(self, key: str, values: Sequence[tuple[Location, Any]]) -> Iterator[Any]:
-        """The value that all have alike; nothing, and a problem, where they differ."""
-        different = list(dict.fromkeys(value for _, value in values))
-        if len(different) > 1:
-            at = next(location for location, value in values if value == different[1])
-            listed = " and ".join(map(str, different))
-            self._tell(at, f"{key} is {listed} in different subsets, but is one for the whole run; make them equal")
-        else:
-            yield different[0]
-
-    def _tell(self, location: Location, problem: str) -> None:
+    def _report(self, location: Location, problem: str) -> None:
         line = f"{place(str(self._file), self._text, location)}: {problem}"
-        # What stands in [general] is looked at with each subset.
+        # What is in [general] is checked with each subset.
         if line not in self.problems:
             self.problems.append(line)
-
-
-_KIND_NAMES: dict[type, str] = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "text",
-    list: "a list",
-    dict: "a table",
-}
-
-
-def _is_kind(value: object, kind: type) -> bool:
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 def _is_tables(value: object) -> bool:

@@ -1,62 +1,43 @@
-"""A configuration from TOML and ``section.key=value``; every fault of it at once, each with its line."""
+"""A configuration from TOML and ``section.key=value``; all faults at once, each with its line."""
 
 from __future__ import annotations
 
-import difflib
-import json
 import re
-import tomllib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from ..errors import ConfigError
-from .sections import BaseSection, Config, Section
+from .catalogue import all_settings
+from .messages import expectation
+from .sections import BaseSection, Config, DataSection, DatasetConfig
+from .toml_file import parse_value, place, read_toml
+from .unknown_keys import answer_by_name, answer_unknown, near_spelling
 
-
-def default_settings() -> dict[str, str]:
-    """``section.key`` -> its default as JSON, of every key that has one."""
-    found: dict[str, str] = {}
-    for section, field in Config.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, Section):
-            keys = {key: own for key, own in kind.model_fields.items() if not own.is_required()}
-            found |= {f"{section}.{key}": json.dumps(own.default) for key, own in keys.items()}
-    return found
+C = TypeVar("C", bound=DatasetConfig)
 
 
 def load_config(file: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
-    """Read ``file`` and apply ``section.key=value`` overrides.
+    """The configuration of a training run: ``file``, with ``section.key=value`` overrides.
 
     Values of overrides are TOML where they parse as TOML and text otherwise, so quotes are not needed.
 
     Raises:
-        ConfigError: with one line for each unknown key (and the nearest known one), wrong value or missing key.
+        ConfigError: with one line for each unknown key (and what to use instead), wrong value or missing key.
     """
-    tables, text = {}, ""
-    if file is not None:
-        tables, text = read_toml(Path(file))
-    problems = []
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        section, dot, name = key.strip().partition(".")
-        if not (equals and dot and section and name):
-            problems.append(f"{override!r}: expected section.key=value, for example train.steps=300")
-            continue
-        table = tables.setdefault(section, {})
-        if isinstance(table, dict):
-            table[name] = _toml_value(value.strip())
-    try:
-        config = Config.model_validate(_as_tuples(tables))
-    except ValidationError as error:
-        for entry in error.errors():
-            problems += _explain(entry, str(file or "configuration"), text)
-        config = None
-    if config is None or problems:
-        raise ConfigError(problems)
-    return config
+    return _load(Config, file, overrides)
+
+
+def load_dataset(file: str | Path | None = None, overrides: Iterable[str] = ()) -> tuple[DataSection, BaseSection]:
+    """The dataset and the base of a configuration, which needs neither a trigger word nor an output.
+
+    Raises:
+        ConfigError: as ``load_config``.
+    """
+    config = _load(DatasetConfig, file, overrides)
+    return config.data, config.base
 
 
 def base_section(**options: Any) -> BaseSection:
@@ -69,45 +50,52 @@ def base_section(**options: Any) -> BaseSection:
     try:
         return BaseSection(**given)
     except ValidationError as error:
-        lines = [
-            f"base.{entry['loc'][0]} = {entry.get('input')!r}: {_lowered(entry['msg'])}" for entry in error.errors()
-        ]
+        lines = [f"base.{entry['loc'][0]} = {entry['input']!r}: {expectation(entry)}" for entry in error.errors()]
         raise ConfigError(lines) from None
 
 
-def _lowered(sentence: str) -> str:
-    return sentence[0].lower() + sentence[1:]
-
-
-def read_toml(file: Path) -> tuple[dict[str, Any], str]:
-    """The tables of ``file``, and its text.
-
-    Raises:
-        ConfigError: missing, unreadable, not UTF-8, or not TOML.
-    """
+def _load(kind: type[C], file: str | Path | None, overrides: Iterable[str]) -> C:
+    tables, text = ({}, "") if file is None else read_toml(Path(file))
+    problems = [problem for override in overrides if (problem := _apply(override, tables))]
     try:
-        text = file.read_text(encoding="utf-8-sig")
-        return tomllib.loads(text), text
-    except FileNotFoundError:
-        raise ConfigError(f"{file}: no such configuration file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: cannot be read as UTF-8 text ({error})") from None
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ConfigError(f"{file}: not valid TOML: {error}") from None
+        config = kind.model_validate(_with_tuples(tables))
+    except ValidationError as error:
+        raise ConfigError([*problems, *_explain_all(error, kind, tables, str(file or "configuration"), text)]) from None
+    if problems:
+        raise ConfigError(problems)
+    return config
 
 
-def _toml_value(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except (tomllib.TOMLDecodeError, RecursionError):
-        return text
+def _apply(override: str, tables: dict[str, Any]) -> str | None:
+    """Put ``section.key=value`` into ``tables``; what is wrong where it is not of this form."""
+    name, equals, value = override.partition("=")
+    section, dot, key = name.strip().partition(".")
+    if not (equals and dot and section and key):
+        answer = answer_by_name(name.strip()) if equals else ""
+        return f"{override!r}: {answer or 'expected section.key=value, for example train.steps=300'}"
+    table = tables.setdefault(section, {})
+    if isinstance(table, dict):
+        table[key] = parse_value(value.strip())
+    return None
 
 
-def _as_tuples(value: Any) -> Any:
-    """TOML's lists as tuples and its whole numbers as they are, for strict validation."""
+def _with_tuples(value: Any) -> Any:
+    """TOML's lists as tuples, for strict validation."""
     if isinstance(value, dict):
-        return {key: _as_tuples(entry) for key, entry in value.items()}
-    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
+        return {key: _with_tuples(entry) for key, entry in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
+
+
+def _explain_all(
+    error: ValidationError, kind: type[DatasetConfig], tables: Mapping[str, Any], source: str, text: str
+) -> Iterator[str]:
+    """A line for each fault."""
+    for entry in error.errors():
+        yield from _explain(entry, source, text)
+    # The model itself asks for a trigger only after all other faults are fixed.
+    data = tables.get("data")
+    if kind is Config and isinstance(data, dict) and "trigger" not in data and error.errors()[0]["loc"]:
+        yield f"{place(source, text, ['data', 'trigger'])}: data.trigger is missing"
 
 
 def _explain(entry: Any, source: str, text: str) -> Iterator[str]:
@@ -116,61 +104,22 @@ def _explain(entry: Any, source: str, text: str) -> Iterator[str]:
     where = place(source, text, location)
     if entry["type"] == "settings":
         for problem in entry["ctx"]["problems"].split("\n"):
-            key = re.match(r"\w+", problem)
+            key = re.match(r"[\w.]+", problem)
             assert key is not None
-            yield f"{place(source, text, [*location, key[0]])}: {name}.{problem}"
+            yield f"{place(source, text, [*location, *key[0].split('.')])}: {'.'.join(filter(None, (name, problem)))}"
     elif entry["type"] == "extra_forbidden":
-        yield f"{where}: unknown key {name}{nearest(name, _known_keys(Config))}"
+        yield f"{where}: unknown key {name}{answer_unknown(name)}"
+        if len(location) == 1 and isinstance(entry["input"], dict):
+            yield from _explain_unknown_table(name, entry["input"], source, text)
     elif entry["type"] == "missing":
         yield f"{where}: {name} is missing"
     else:
-        yield f"{where}: {name} = {entry.get('input')!r}: {_lowered(entry['msg'])}"
+        default = next((setting.default for setting in all_settings() if setting.name == name), None)
+        yield f"{where}: {name} = {entry['input']!r}: {expectation(entry, default)}"
 
 
-def nearest(name: str, known: Sequence[str]) -> str:
-    """A question for the one of ``known`` that ``name`` might have meant; "" where ``known`` has nothing beside it."""
-    siblings = [key for key in known if key.rpartition(".")[0] == name.rpartition(".")[0]]
-    near = difflib.get_close_matches(name, known, 1, 0.6) or difflib.get_close_matches(name, siblings, 1, 0.0)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
-def _known_keys(section: type[Section], prefix: str = "") -> list[str]:
-    keys = []
-    for key, field in section.model_fields.items():
-        keys.append(prefix + key)
-        for kind in (field.annotation, *get_args(field.annotation)):
-            if isinstance(kind, type) and issubclass(kind, Section):
-                keys += _known_keys(kind, f"{prefix}{key}.")
-    return keys
-
-
-def place(source: str, text: str, location: Sequence[str | int]) -> str:
-    """``source`` and the line of TOML ``text`` that sets ``location``, or that comes nearest to it.
-
-    A number in ``location`` counts the tables of one name ``[[...]]``, from 0.
-    """
-    line, nearest_yet = 0, 0
-    table: list[str | int] = []
-    tables: dict[tuple[str | int, ...], int] = {}
-    for number, content in enumerate(text.splitlines(), 1):
-        path: list[str | int] = []
-        if header := re.match(r"\s*(\[\[?)([^\[\]]+)\]", content):
-            parts = _key_parts(header[2])
-            for i, part in enumerate(parts, 1):
-                path.append(part)
-                if i == len(parts) and header[1] == "[[":
-                    tables[tuple(path)] = tables.get(tuple(path), -1) + 1
-                if tuple(path) in tables:
-                    path.append(tables[tuple(path)])
-            table = path
-        elif assignment := re.match(r"([^=#]+?)\s*=", content):
-            path = [*table, *_key_parts(assignment[1])]
-        shared = next((i for i, pair in enumerate(zip(path, location, strict=False)) if pair[0] != pair[1]), None)
-        shared = min(len(path), len(location)) if shared is None else shared
-        if shared > nearest_yet:
-            line, nearest_yet = number, shared
-    return f"{source}:{line}" if line else source
-
-
-def _key_parts(key: str) -> list[str]:
-    return [part.strip(" \t\"'") for part in key.split(".")]
+def _explain_unknown_table(section: str, table: Mapping[str, Any], source: str, text: str) -> Iterator[str]:
+    """A line for each key in an unknown table whose place is known; none where only the table is misspelled."""
+    for key in table if not near_spelling(section, Config.model_fields) else ():
+        if answer := answer_by_name(key):
+            yield f"{place(source, text, [section, key])}: unknown key {section}.{key}: {answer}"

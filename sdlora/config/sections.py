@@ -1,284 +1,180 @@
-"""What a training run is told: one frozen section for each concern, from TOML and ``section.key=value``."""
+"""The configuration of a training run: one frozen section for each concern, from TOML and ``section.key=value``."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from collections.abc import Collection
+from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from .data_section import DataSection, ImageSettings, MaskKind, SetSection
+from .setting import Affects, Section, Setting, setting_of
 
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+__all__ = [
+    "BaseSection",
+    "CacheSection",
+    "Config",
+    "DataSection",
+    "DatasetConfig",
+    "LoraSection",
+    "MaskKind",
+    "ObjectiveSection",
+    "OptimizerSection",
+    "OutputSection",
+    "SamplesSection",
+    "Section",
+    "SetSection",
+    "TrainSection",
+]
 
 
 class BaseSection(Section):
-    path: str = Field("mini", min_length=1)
-    """``mini``, a checkpoint file (.safetensors, .ckpt), or the folder of a diffusers checkpoint."""
-    vae: str | None = Field(None, min_length=1)
-    """A VAE to use in the place of the checkpoint's own, or where it has none: a file or a folder."""
-    text_encoder: str | None = Field(None, min_length=1)
-    """The same for the text encoder; of SDXL, for the first."""
-    text_encoder_2: str | None = Field(None, min_length=1)
-    prediction: Literal["auto", "epsilon", "v_prediction"] = "auto"
-    """What the UNet predicts; ``auto`` is what the checkpoint says, by metadata, markers or weights."""
-    zero_terminal_snr: bool | None = None
-    """Whether the last timestep is noise alone (Lin et al. 2024); by default what the checkpoint says."""
-    clip_skip: int | None = Field(None, ge=1, le=24)
-    """The text encoder's layer that is read, 1 being the last; by default 1, for SDXL 2."""
-    attention: Literal["auto", "sdpa", "xformers"] = "auto"
-    """``auto`` is torch's own (sdpa); xformers is probed first, and where it cannot run a warning says why."""
+    """The base checkpoint that is trained on or generated with."""
 
-
-def _resolution(value: Any) -> Any:
-    sides = value if isinstance(value, tuple) else (value,)
-    if value is not None and not (sides and all(type(side) is int and 64 <= side <= 4096 for side in sides)):
-        raise PydanticCustomError("resolution", "expected pixels from 64 to 4096, or several: 512 or [512, 768]")
-    if len(set(sides)) < len(sides):
-        raise PydanticCustomError("resolution", "the same resolution twice; name each once")
-    return value
-
-
-MaskKind = Literal["none", "alpha", "files"]
-"""What weights the loss within an image: nothing, its alpha channel, or a mask file."""
-CaptionExtension = Annotated[str, Field(pattern=r"^\.?[A-Za-z0-9]+$")]
-Resolution = Annotated[int | tuple[int, ...] | None, BeforeValidator(_resolution)]
-
-
-class SetSection(Section):
-    """One folder of images among several; what it leaves out is as ``[data]`` has it."""
-
-    images: str = Field(min_length=1)
-    role: Literal["train", "regularisation", "validation"] = "train"
-    """Regularisation images keep the base's own idea of a class (Ruiz et al. 2023, section 3.2: prior preservation);
-    validation images are never trained on."""
-    repeats: int = Field(1, ge=1)
-    """How often each image is shown in an epoch; times what the name of a folder ``10_name`` within says."""
-    loss_weight: float = Field(1.0, ge=0, allow_inf_nan=False)
-    subfolders: bool = True
-    """Whether the folders within are searched too."""
-    trigger: str | None = Field(None, max_length=60)
-    """Instead of ``data.trigger``; "" for none, which is the default of regularisation images."""
-    class_prompt: str | None = None
-    """The caption of images that have none; by default ``name`` in a folder ``10_name``, and nothing elsewhere."""
-    metadata: str | None = Field(None, min_length=1)
-    """A table of captions (.jsonl, .csv, or kohya's .json): only the images that it names are used. By default
-    ``metadata.jsonl``, ``metadata.csv`` or ``meta_*.json`` in the folder, beside caption files."""
-    masks: str | None = Field(None, min_length=1)
-    """Folder of masks that have the names of their images, for ``data.mask = "files"``."""
-    caption_extension: CaptionExtension | None = None
-    caption_lines: Literal["join", "draw", "first"] | None = None
-    wildcards: bool | None = None
-    caption_prefix: str | None = None
-    caption_suffix: str | None = None
-    shuffle_tags: bool | None = None
-    keep_tokens: int | None = Field(None, ge=0)
-    tag_dropout: float | None = Field(None, ge=0, lt=1)
-    resolution: Resolution = None
-    crop: Literal["center", "random", "salient"] | None = None
-    flip: bool | None = None
-
-
-def _replacements(value: Any) -> Any:
-    def is_pair(entry: Any) -> bool:
-        return isinstance(entry, tuple) and len(entry) == 2 and all(isinstance(text, str) for text in entry)
-
-    if not (isinstance(value, tuple) and all(is_pair(entry) and entry[0] for entry in value)):
-        raise PydanticCustomError("pairs", 'expected pairs of old and new text, such as [["grey", "gray"]]')
-    return value
-
-
-class DataSection(Section):
-    images: str | None = Field(None, min_length=1)
-    """Folder of training images. Or ``sets``, or ``dataset_config``."""
-    sets: tuple[SetSection, ...] = ()
-    """Several folders, each a table ``[[data.sets]]``."""
-    metadata: str | None = Field(None, min_length=1)
-    """Of ``images``: as in a set."""
-    dataset_config: str | None = Field(None, min_length=1)
-    """A dataset configuration of kohya's trainer (.toml), read as it is; what it leaves out is as here."""
-    trigger: str = Field(min_length=1, max_length=60)
-    """The word that calls the style."""
-    trigger_as: Literal["word", "prefix", "template"] = "word"
-    """``word`` puts it in front of every caption that lacks it, ``prefix`` in front of every caption (taking it out where
-    it stood), ``template`` makes every caption from ``caption_template``."""
-    caption_template: str = "{trigger}, {caption}"
-    caption_extension: CaptionExtension = ".txt"
-    caption_lines: Literal["join", "draw", "first"] = "join"
-    """Whether the lines of a caption file are one caption, or captions of which each epoch draws one; ``first`` reads
-    the first line alone."""
-    wildcards: bool = False
-    """Whether ``{a|b}`` in a caption draws one of its alternatives in each epoch."""
-    caption_prefix: str = ""
-    caption_suffix: str = ""
-    caption_replace: Annotated[tuple[tuple[str, str], ...], BeforeValidator(_replacements)] = ()
-    """Pairs of what is replaced and by what, in order, before anything else."""
-    shuffle_tags: bool = False
-    keep_tokens: int = Field(0, ge=0)
-    """How many tags in front are neither shuffled nor dropped; the trigger never is."""
-    tag_dropout: float = Field(0.0, ge=0, lt=1)
-    """Share of the tags that are left out in each epoch."""
-    caption_dropout: float = Field(0.0, ge=0, lt=1)
-    """Share of the captions replaced by the empty one."""
-    allow_missing_captions: bool = False
-    """Whether an image without a caption is trained on the trigger alone, instead of being an error."""
-    max_token_length: Literal[75, 150, 225] = 225
-    """Tokens of a caption that are read, in chunks of 75."""
-    resolution: Resolution = None
-    """Pixels of a square image's side, or several: then each image is shown at each; by default the base's own."""
-    enable_bucket: bool = True
-    """Whether images get buckets of about their own shape, instead of all being cut to a square."""
-    bucket_rule: Literal["least-crop", "kohya"] = "least-crop"
-    """Which bucket an image gets: the one that cuts off least, or the one that kohya's trainer takes."""
-    min_bucket_reso: int | None = Field(None, ge=32)
-    max_bucket_reso: int | None = Field(None, ge=32)
-    """Pixels of a bucket's shorter and longer side; by default half of ``resolution`` and twice as much."""
-    bucket_reso_steps: int | None = Field(None, ge=8)
-    """Pixels that a bucket's sides are multiples of; by default what the base needs."""
-    bucket_no_upscale: bool = False
-    """Whether small images get small buckets instead of being enlarged."""
-    crop: Literal["center", "random", "salient"] = "center"
-    """Which part of an image that does not fit its bucket is shown; ``salient`` keeps the most detail."""
-    flip: bool = False
-    """Whether each image is mirrored in half of the epochs."""
-    mask: MaskKind = "none"
-    """What weights the loss within an image: nothing, its transparency, or ``mask/NAME.png`` beside it."""
-    alpha_background: Annotated[str, Field(pattern=r"^#[0-9A-Fa-f]{6}$")] = "#ffffff"
-    """What transparent images are composited on."""
-
-    @property
-    def sides(self) -> tuple[int, ...]:
-        """Every resolution that images are shown at, those of the sets included; () where it is the base's own."""
-        return tuple(dict.fromkeys(side for one in self.sets or (None,) for side in self.sides_of(one)))
-
-    def sides_of(self, one: SetSection | None) -> tuple[int, ...]:
-        """The resolutions of a set; () where it is the base's own."""
-        own = self.resolution if one is None or one.resolution is None else one.resolution
-        return own if isinstance(own, tuple) else () if own is None else (own,)
-
-    @model_validator(mode="after")
-    def _fit_together(self) -> DataSection:
-        if problems := [*_source_problems(self), *_setting_problems(self)]:
-            raise PydanticCustomError("settings", "{problems}", {"problems": "\n".join(problems)})
-        return self
-
-
-def _source_problems(data: DataSection) -> Iterator[str]:
-    """Sentences that begin with the key at fault."""
-    given = [key for key in ("images", "sets", "dataset_config") if getattr(data, key)]
-    if not given:
-        yield (
-            "images is missing: name the folder of training images, or several by [[data.sets]], "
-            "or a kohya dataset configuration by data.dataset_config"
-        )
-    if len(given) > 1:
-        yield f"{given[-1]} and data.{given[0]} are both set; keep one of them"
-    if data.metadata and not data.images:
-        yield "metadata belongs to data.images; give each set, or kohya subset, its own"
-    if data.sets and not any(one.role == "train" for one in data.sets):
-        yield 'sets has no set to train on; give one of them role = "train"'
-
-
-def _setting_problems(data: DataSection) -> Iterator[str]:
-    for trigger in dict.fromkeys((data.trigger, *(one.trigger or "" for one in data.sets))):
-        if trigger != " ".join(trigger.split()):
-            yield f"trigger = {trigger!r} has white space that no caption keeps; write {' '.join(trigger.split())!r}"
-    for placeholder in ("{trigger}", "{caption}"):
-        if placeholder not in data.caption_template:
-            yield f"caption_template = {data.caption_template!r} lacks {placeholder}"
-    low, high = data.min_bucket_reso, data.max_bucket_reso
-    sides = data.sides or (low or high or 0,)
-    if low is not None and high is not None and low > high:
-        yield f"min_bucket_reso = {low} is more than data.max_bucket_reso = {high}"
-    elif low is not None and low > min(sides):
-        yield f"min_bucket_reso = {low} is more than data.resolution = {min(sides)}"
-    elif high is not None and high < max(sides):
-        yield f"max_bucket_reso = {high} is less than data.resolution = {max(sides)}"
-    # With some sets at the base's own resolution, nothing here would say which.
-    if data.sides and not all(map(data.sides_of, data.sets)):
-        yield "resolution is missing: some sets have one of their own, and the others need this"
-    for one in data.sets:
-        if one.masks and data.mask != "files":
-            yield f'mask = {data.mask!r} leaves the masks in {one.masks} unused; set data.mask = "files"'
+    path: Annotated[
+        str,
+        Field(min_length=1),
+        Setting(kohya="pretrained_model_name_or_path", affects="place", values="mini, or a path"),
+    ] = "mini"
+    """``mini`` (embedded, for trying things out), a checkpoint file (.safetensors, .ckpt), or the folder of a diffusers
+    checkpoint. What the checkpoint contains decides resuming, not where it is."""
+    vae: Annotated[str | None, Field(min_length=1), Setting(kohya="vae", affects="place")] = None
+    """A VAE that replaces the checkpoint's own, or that it lacks: a file or a folder."""
+    text_encoder: Annotated[str | None, Field(min_length=1), Setting(affects="place")] = None
+    """A text encoder that replaces the checkpoint's own, or that it lacks: a file or a folder. SDXL's first."""
+    text_encoder_2: Annotated[str | None, Field(min_length=1), Setting(affects="place")] = None
+    """The same for the second text encoder of SDXL."""
+    prediction: Annotated[Literal["auto", "epsilon", "v_prediction"], Setting(kohya="v_parameterization")] = "auto"
+    """What the UNet predicts. ``auto`` is what the checkpoint says, by its metadata, marker keys or weights."""
+    zero_terminal_snr: Annotated[bool | None, Setting(kohya="zero_terminal_snr")] = None
+    """Whether the last timestep is pure noise (Lin et al. 2024). By default what the checkpoint says."""
+    clip_skip: Annotated[int | None, Field(ge=1, le=24), Setting(kohya="clip_skip")] = None
+    """Layer of the text encoder that is read, counted from the end: 1 is the last. By default 1, and 2 for SDXL."""
+    attention: Annotated[Literal["auto", "sdpa", "xformers"], Setting(kohya="xformers", affects="nothing")] = "auto"
+    """Implementation of attention. ``auto`` is torch's own (sdpa); where xformers cannot run, a warning says why and
+    sdpa is used."""
 
 
 class CacheSection(Section):
-    """Where encoded images and captions are kept between runs; it changes the time of a run and nothing else."""
+    """Where encoded images and captions are kept between runs. It changes the time of a run and nothing else."""
 
-    disk: bool = True
-    folder: str | None = Field(None, min_length=1)
-    """By default ``sdlora/encoded`` in the user's cache folder; runs share it."""
-    max_gigabytes: float = Field(20.0, gt=0)
+    disk: Annotated[bool, Setting(kohya="cache_latents_to_disk", affects="nothing")] = True
+    """Whether encoded images and captions are kept on disk. Within a run they are encoded once in any case."""
+    folder: Annotated[str | None, Field(min_length=1), Setting(affects="place")] = None
+    """Folder of the cache; runs share it. By default ``sdlora/encoded`` in the user's cache folder."""
+    max_gigabytes: Annotated[float, Field(gt=0), Setting(affects="nothing")] = 20.0
+    """Largest size of the cache in gigabytes. What was not used for longest is removed first."""
 
 
 class LoraSection(Section):
-    rank: int = Field(16, ge=1, le=1024)
-    alpha: float = Field(8.0, gt=0)
-    """The change of a module is scaled by alpha / rank."""
+    """The LoRA: its size, and the modules it changes."""
+
+    rank: Annotated[int, Field(ge=1, le=1024), Setting(kohya="network_dim")] = 16
+    """Rank of the change of each module. A higher rank can learn more, and makes a larger file."""
+    alpha: Annotated[float, Field(gt=0), Setting(kohya="network_alpha")] = 8.0
+    """The change of each module is scaled by alpha / rank. Keep the ratio when you change the rank, or adapt the
+    learning rate."""
     targets: Literal["attention", "attention-mlp"] = "attention"
-    """Attention projections q, k, v, out; or these and the feed-forward layers between them."""
+    """Modules that are changed: the attention projections q, k, v and out; or these and the feed-forward layers."""
 
 
 class ObjectiveSection(Section):
-    min_snr_gamma: float = Field(5.0, ge=0)
-    """Hang et al. 2023; 0 weights every noise level alike."""
-    prior_loss_weight: float = Field(1.0, ge=0)
-    """Of regularisation images (Ruiz et al. 2023, eq. 2)."""
+    """What weights the loss."""
+
+    min_snr_gamma: Annotated[float, Field(ge=0), Setting(kohya="min_snr_gamma")] = 5.0
+    """Gamma of min-SNR weighting (Hang et al. 2023, who recommend 5); 0 weights every noise level the same."""
+    prior_loss_weight: Annotated[float, Field(ge=0), Setting(kohya="prior_loss_weight")] = 1.0
+    """Factor on the loss of regularisation images (Ruiz et al. 2023, equation 2)."""
 
 
 class OptimizerSection(Section):
-    name: Literal["adamw"] = "adamw"
-    learning_rate: float = Field(3e-4, ge=0, lt=1)
-    text_encoder_learning_rate: float = Field(5e-5, ge=0, lt=1)
-    """0 leaves the text encoder as it is, and its embeddings are computed once."""
-    schedule: Literal["constant", "cosine", "linear"] = "cosine"
-    warmup_steps: int = Field(20, ge=0)
-    weight_decay: float = Field(0.01, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
+    """The optimizer, the learning rates and their schedule."""
+
+    name: Annotated[Literal["adamw"], Setting(kohya="optimizer_type")] = "adamw"
+    """The optimizer."""
+    learning_rate: Annotated[float, Field(ge=0, lt=1), Setting(kohya="learning_rate")] = 3e-4
+    """Peak learning rate of the UNet's modules."""
+    text_encoder_learning_rate: Annotated[float, Field(ge=0, lt=1), Setting(kohya="text_encoder_lr")] = 5e-5
+    """Peak learning rate of the text encoder's modules. 0 does not train the text encoder; captions are then encoded
+    once, which is faster."""
+    schedule: Annotated[Literal["constant", "cosine", "linear"], Setting(kohya="lr_scheduler")] = "cosine"
+    """How the learning rates develop after warmup: they stay, or fall to 0 at the last step along a cosine or a line."""
+    warmup_steps: Annotated[int, Field(ge=0), Setting(kohya="lr_warmup_steps")] = 20
+    """Steps in which the learning rates rise from 0 to their peak."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Weight decay of AdamW. In kohya's trainer it is one of the ``optimizer_args``."""
+    max_grad_norm: Annotated[float, Field(gt=0), Setting(kohya="max_grad_norm")] = 1.0
+    """Gradients are scaled down to this norm, over all modules together."""
 
 
 class TrainSection(Section):
-    steps: int = Field(600, ge=1)
-    batch_size: int = Field(4, ge=1)
-    """Images in one step, over all processes."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the frozen base; the LoRA itself is always trained in float32."""
-    gradient_checkpointing: bool = False
-    """Compute the UNet's inner values twice instead of keeping them: a quarter slower, and far less memory."""
-    seed: int = Field(0, ge=0, lt=2**32)
-    save_every: int = Field(100, ge=1)
-    """Steps between checkpoints."""
+    """Length, batch size, precision and checkpoints of a run."""
+
+    steps: Annotated[int, Field(ge=1), Setting(kohya="max_train_steps")] = 600
+    """Optimizer steps in all."""
+    batch_size: Annotated[int, Field(ge=1), Setting(kohya="train_batch_size")] = 4
+    """Images in one step, over all processes together."""
+    precision: Annotated[Literal["auto", "float32", "bfloat16"], Setting(kohya="mixed_precision")] = "auto"
+    """Precision of the frozen base. ``auto`` is bfloat16 where the device multiplies it in hardware and the base is large
+    enough to gain from it, and float32 elsewhere. The LoRA itself is always trained in float32."""
+    gradient_checkpointing: Annotated[bool, Setting(kohya="gradient_checkpointing")] = False
+    """Whether activations of the UNet are computed a second time for the gradients instead of kept: about a quarter
+    slower, with far less memory."""
+    seed: Annotated[int, Field(ge=0, lt=2**32), Setting(kohya="seed")] = 0
+    """Seed of everything that is drawn: order, captions, crops, flips, noise and timesteps."""
+    save_every: Annotated[int, Field(ge=1), Setting(affects="nothing")] = 100
+    """Steps between checkpoints to resume from. They are removed when the run is complete."""
 
 
 class SamplesSection(Section):
-    prompts: tuple[str, ...] | None = None
-    """Prompts for the sample sheet at the end; by default the first four captions, () for none."""
+    """The sample images at the end of a run."""
+
+    prompts: Annotated[tuple[str, ...] | None, Setting(kohya="sample_prompts", affects="samples")] = None
+    """Prompts of the sample sheet. By default the first four captions; [] draws none."""
+
+
+def _lora_file(value: str) -> str:
+    if not value.endswith(".safetensors"):
+        raise PydanticCustomError("lora_file", "must end in .safetensors")
+    return value
 
 
 class OutputSection(Section):
-    path: str = Field(pattern=r"\.safetensors$")
-    precision: Literal["float16", "bfloat16", "float32"] = "float16"
-    """Of the tensors in the file."""
-    metadata: Literal["none", "minimal", "full"] = "full"
-    """What the file says of its making: all; or what loaders need, the trigger and the five fields below; or nothing."""
-    title: str | None = None
-    """By default the file's name."""
-    author: str | None = None
-    license: str | None = None
-    description: str | None = None
-    tags: tuple[str, ...] = ()
-    usage_hint: str | None = None
-    """By default that the trigger word goes into the prompt."""
-    comment: str | None = None
-    """``ss_training_comment``, where kohya's tools look for notes."""
-    thumbnail: bool = True
-    """Whether the first sample goes into the file, 256 pixels wide, under the level ``full``."""
+    """The LoRA file, and what it says about itself."""
+
+    path: Annotated[
+        str,
+        AfterValidator(_lora_file),
+        Setting(kohya="output_name", affects="place", values="a path that ends in .safetensors"),
+    ]
+    """The LoRA file to write. Checkpoints and samples are written beside it."""
+    precision: Annotated[Literal["float16", "bfloat16", "float32"], Setting(kohya="save_precision")] = "float16"
+    """Precision of the tensors in the file."""
+    metadata: Annotated[Literal["none", "minimal", "full"], Setting(kohya="no_metadata", affects="text")] = "full"
+    """What the file says about its training: ``full`` is everything; ``minimal`` is what loaders need, the trigger word
+    and the texts below; ``none`` is nothing."""
+    title: Annotated[str | None, Setting(kohya="metadata_title", affects="text")] = None
+    """Title of the LoRA. By default the name of the file."""
+    author: Annotated[str | None, Setting(kohya="metadata_author", affects="text")] = None
+    """Author of the LoRA."""
+    license: Annotated[str | None, Setting(kohya="metadata_license", affects="text")] = None
+    """License of the LoRA."""
+    description: Annotated[str | None, Setting(kohya="metadata_description", affects="text")] = None
+    """Description of the LoRA."""
+    tags: Annotated[tuple[str, ...], Setting(kohya="metadata_tags", affects="text")] = ()
+    """Tags of the LoRA, for people who search."""
+    usage_hint: Annotated[str | None, Setting(kohya="metadata_usage_hint", affects="text")] = None
+    """How the LoRA is used. By default it says to put the trigger word into the prompt."""
+    comment: Annotated[str | None, Setting(kohya="training_comment", affects="text")] = None
+    """A note, stored as ``ss_training_comment``, where kohya's tools look for it."""
+    thumbnail: Annotated[bool, Setting(kohya="metadata_thumbnail", affects="text")] = True
+    """Whether the first sample is stored in the file, 256 pixels wide. Only with ``metadata = "full"``."""
 
 
-class Config(Section):
-    """A training run. Sections left out take their defaults; ``data`` and ``output`` are needed."""
+class DatasetConfig(Section):
+    """A configuration of which only the dataset and the base are used: it needs neither a trigger word nor an output."""
 
     base: BaseSection = BaseSection()
     data: DataSection
@@ -288,26 +184,52 @@ class Config(Section):
     optimizer: OptimizerSection = OptimizerSection()
     train: TrainSection = TrainSection()
     samples: SamplesSection = SamplesSection()
+    output: OutputSection | None = None
+
+
+class Config(DatasetConfig):
+    """A training run. Sections left out take their defaults; ``data`` and ``output`` are needed."""
+
     output: OutputSection
 
-    def flat(self, *, paths: bool = True) -> dict[str, str]:
-        """``section.key`` -> value as JSON, sorted; without ``paths``, less what names a place on this machine."""
-        sections = self.model_dump(mode="json")
-        hidden = () if paths else SET_PATHS
-        sections["data"]["sets"] = [
-            {key: value for key, value in one.items() if value is not None and key not in hidden}
-            for one in sections["data"]["sets"]
-        ]
-        for section, key in () if paths else PATHS:
-            del sections[section][key]
-        return {f"{s}.{k}": json.dumps(v) for s in sorted(sections) for k, v in sorted(sections[s].items())}
+    @property
+    def trigger(self) -> str:
+        """The trigger word, which every run has."""
+        assert self.data.trigger is not None
+        return self.data.trigger
+
+    @model_validator(mode="after")
+    def _has_a_trigger(self) -> Config:
+        if self.data.trigger is None:
+            raise PydanticCustomError("settings", "{problems}", {"problems": "data.trigger is missing"})
+        return self
+
+    def flat(self, affecting: Collection[Affects] = get_args(Affects)) -> dict[str, str]:
+        """``section.key`` -> value as JSON, sorted, of the settings that affect one of ``affecting``.
+
+        A set is written without what it does not state and without what is the same in ``[data]``.
+        """
+        settings = {}
+        for name in sorted(type(self).model_fields):
+            section = getattr(self, name)
+            values = _values(section, affecting)
+            if "sets" in values:
+                values["sets"] = [_stated(each, section, affecting) for each in section.sets]
+            settings |= {f"{name}.{key}": json.dumps(values[key]) for key in sorted(values)}
+        return settings
 
 
-PATHS = (
-    *(("base", key) for key in ("path", "vae", "text_encoder", "text_encoder_2")),
-    *(("data", key) for key in ("images", "dataset_config", "metadata")),
-    ("cache", "folder"),
-    ("output", "path"),
-)
-"""(section, key) of what names a file or folder."""
-SET_PATHS = ("images", "metadata", "masks")
+def _values(section: Section, affecting: Collection[Affects]) -> dict[str, object]:
+    """Key -> value as JSON has it, of the settings of ``section`` that affect one of ``affecting``."""
+    keys = {key for key, field in type(section).model_fields.items() if setting_of(field).affects in affecting}
+    return section.model_dump(mode="json", include=keys)
+
+
+def _stated(section: SetSection, data: DataSection, affecting: Collection[Affects]) -> dict[str, object]:
+    """What ``section`` adds to ``data``: neither None nor an image setting of the same value."""
+    shared = _values(data, affecting)
+    return {
+        key: value
+        for key, value in _values(data.complete(section), affecting).items()
+        if value is not None and not (key in ImageSettings.model_fields and shared[key] == value)
+    }

@@ -44,8 +44,8 @@ class CaptionFinder:
     def __init__(self, section: SetSection, data: DataSection, report: FindingCollector):
         self._root = Path(section.images)
         self._class_prompt = section.class_prompt
-        self._extension = "." + (section.caption_extension or data.caption_extension).lstrip(".").lower()
-        self._lines = section.caption_lines or data.caption_lines
+        self._extension = "." + section.caption_extension.lstrip(".").lower()
+        self._lines = section.caption_lines
         self._missing_is: Severity = "warning" if data.allow_missing_captions else "error"
         self._report = report
         self._found: dict[Path, Caption] = {}

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..config.kohya_dataset import read_dataset_config
-from ..config.sections import Config, DataSection, OutputSection, SetSection
+from ..config.resolve import resolve_data
+from ..config.sections import DataSection, SetSection
 from ..files import printable
 from .caption_files import CaptionFinder
 from .captions import CaptionRules
@@ -59,46 +59,22 @@ class Listing:
     findings: tuple[Finding, ...]
 
 
-def resolve_config(config: Config) -> Config:
-    """``config`` with every folder in ``data.sets``, and with the settings of ``data.dataset_config``.
-
-    Resolving twice changes nothing. Every stage of a run and its identity use the resolved settings.
-
-    Raises:
-        ConfigError: ``data.dataset_config`` cannot be used.
-    """
-    data, train = config.data, config.train
-    if data.dataset_config is not None:
-        data, train = read_dataset_config(data, train)
-    if data.images is not None:
-        only = SetSection(images=data.images, metadata=data.metadata)
-        data = data.model_copy(update={"images": None, "metadata": None, "sets": (only,)})
-    return config.model_copy(update={"data": data, "train": train})
-
-
-def resolve_data(data: DataSection) -> DataSection:
-    """The data section of ``resolve_config``.
-
-    Raises:
-        ConfigError: ``data.dataset_config`` cannot be used.
-    """
-    return resolve_config(Config(data=data, output=OutputSection(path="_.safetensors"))).data
-
-
 def caption_rules(section: SetSection, data: DataSection) -> CaptionRules:
-    """The caption rules of a set: its own settings, and those of ``data`` where it has none."""
-    default_trigger = "" if section.role == "regularisation" else data.trigger
+    """The caption rules of a complete set of ``data``."""
+    trigger = section.trigger
+    if trigger is None:
+        trigger = "" if section.role == "regularisation" else data.trigger or ""
     return CaptionRules(
-        trigger=default_trigger if section.trigger is None else section.trigger,
+        trigger=trigger,
         trigger_as=data.trigger_as,
         template=data.caption_template,
-        prefix=data.caption_prefix if section.caption_prefix is None else section.caption_prefix,
-        suffix=data.caption_suffix if section.caption_suffix is None else section.caption_suffix,
+        prefix=section.caption_prefix,
+        suffix=section.caption_suffix,
         replace=data.caption_replace,
-        wildcards=data.wildcards if section.wildcards is None else section.wildcards,
-        shuffle_tags=data.shuffle_tags if section.shuffle_tags is None else section.shuffle_tags,
-        keep_tokens=data.keep_tokens if section.keep_tokens is None else section.keep_tokens,
-        tag_dropout=data.tag_dropout if section.tag_dropout is None else section.tag_dropout,
+        wildcards=section.wildcards,
+        shuffle_tags=section.shuffle_tags,
+        keep_tokens=section.keep_tokens,
+        tag_dropout=section.tag_dropout,
     )
 
 
@@ -159,9 +135,9 @@ def _sources_of(number: int, section: SetSection, data: DataSection, report: Fin
                 role=section.role,
                 repeats=section.repeats * image.folder.repeats,
                 loss_weight=section.loss_weight * (1.0 if row is None else row.weight),
-                resolution=data.sides_of(section),
-                crop=section.crop or data.crop,
-                flip=data.flip if section.flip is None else section.flip,
+                resolution=section.own_sides,
+                crop=section.crop,
+                flip=section.flip,
             )
         )
     captions.report_missing()

@@ -1,1 +1,1 @@
-"""How LoRA files are spelled in the outside world: names, metadata, hashes, bytes."""
+"""Files of other programs: bytes, names, formats of LoRA files, hashes, metadata."""

@@ -1,8 +1,8 @@
-"""Names of the tensors in checkpoints: the LDM and sgm spelling against ours, from one table in both directions.
+"""Names of the tensors in checkpoints: LDM's and sgm's to and from ours, by one table for both directions.
 
-Ours is diffusers' own for UNet and VAE and transformers' own, before its version 5.6, for the text encoders
+Ours are diffusers' names for UNet and VAE and those of transformers before 5.6 for the text encoders
 (``text_model.encoder.layers.0.self_attn.q_proj.weight``). How many levels, blocks and layers a model has is read off the
-names, so pruned and distilled models, and tiny ones, need no table of their own.
+names, so pruned and distilled models, and tiny ones, need no other table.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """Where one of our tensors lies in a file."""
+    """The place of one of our tensors in a file."""
 
     name: str
     third: int | None = None
-    """Which third of its rows, where the file keeps q, k and v in one tensor."""
+    """Number of the third of its rows, from 0, where the file keeps q, k and v in one tensor."""
     transposed: bool = False
 
 
 Table = dict[str, Stored]
-"""Our name, less the part, -> where it is."""
+"""Our name, without the part -> its place in a file."""
 
 _UNET_PLAIN = {
     "time_embed.0": "time_embedding.linear_1",
@@ -166,7 +166,7 @@ def vae_table_to_ldm(names: Collection[str]) -> Table:
 
 
 def vae_table_from_diffusers(names: Collection[str]) -> Table:
-    """Our own names, and those of diffusers before 0.18, which called the attention's projections otherwise."""
+    """From our names, and from those of diffusers before 0.18, which named the attention's projections differently."""
     old = {
         f"{side}.mid_block.attentions.0.{a}": f"{side}.mid_block.attentions.0.{b}"
         for side in ("encoder", "decoder")
@@ -244,7 +244,7 @@ def _renamed(names: Iterable[str], modules: Mapping[str, str]) -> Table:
 
 
 def _turned(names: Iterable[str], modules: Mapping[str, str]) -> Table:
-    """As ``_renamed``, from our ``names``."""
+    """The inverse of ``_renamed``, for our ``names``."""
     back = {ours: theirs for theirs, ours in modules.items()}
     return {name: Stored(name=theirs) for name in names if (theirs := _swap_prefix(name, back))}
 

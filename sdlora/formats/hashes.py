@@ -1,4 +1,4 @@
-"""The hashes by which other tools know a file (definitions: kohya-ss/sd-scripts and the AUTOMATIC1111 webui)."""
+"""The hashes by which other tools identify a file (definitions: kohya-ss/sd-scripts and the AUTOMATIC1111 webui)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CHUNK = 1 << 22
 
 @dataclass(frozen=True, kw_only=True)
 class FileHashes:
-    """Lower-case hexadecimal. ``payload_sha256`` is over all bytes behind the header; None where a file has no header."""
+    """Lower-case hexadecimal. ``payload_sha256`` is over all bytes after the header; None for a file without a header."""
 
     sha256: str
     autov1: str
@@ -32,13 +32,20 @@ class FileHashes:
         return self.payload_sha256 and self.payload_sha256[:12]
 
     def by_name(self) -> dict[str, str]:
-        """As ``inspect`` tells them."""
+        """Hash's name, as in ``inspect --json`` -> hash."""
         names = {"sha256": self.sha256, "autov1": self.autov1, "autov2": self.autov2, "autov3": self.autov3}
         return {name: digest for name, digest in names.items() if digest}
 
 
 def hash_file(path: Path, payload_start: int, progress: Progress | None = None) -> FileHashes:
-    """Read ``path`` once; ``payload_start`` is the offset of the first tensor byte, 0 where the file has no header."""
+    """Hash ``path``, which is read once.
+
+    Args:
+        payload_start: offset in bytes of the first tensor; 0 for a file without a header.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
     whole, payload, position = hashlib.sha256(), hashlib.sha256(), 0
     progress = progress or Silence()
     progress.start("Hashing", -(-path.stat().st_size // _CHUNK))
@@ -57,9 +64,9 @@ def hash_file(path: Path, payload_start: int, progress: Progress | None = None) 
 
 
 def file_hashes(path: Path, progress: Progress | None = None) -> FileHashes:
-    """As ``hash_file`` of a safetensors file or a pickle that is known to be whole.
+    """Hashes of a safetensors file or a pickle that is known to be intact. Raises as ``hash_file``.
 
-    Remembered under the user's cache folder for as long as size and time of the file stay the same.
+    They are kept in the user's cache folder and used again while size and modification time of the file are unchanged.
     """
     status = path.stat()
     key = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]
@@ -76,11 +83,11 @@ def file_hashes(path: Path, progress: Progress | None = None) -> FileHashes:
         with path.open("rb") as file:
             payload_start = 8 + int.from_bytes(file.read(8), "little")
     hashes = hash_file(path, payload_start, progress)
-    with suppress(OSError):  # A memory that cannot be written costs time, nothing else.
+    with suppress(OSError):  # Without the memory the next call is slower, nothing else.
         write_whole(memory, json.dumps({"stamp": stamp, **asdict(hashes)}).encode())
     return hashes
 
 
 def legacy_hash(data: bytes) -> str:
-    """``sshs_legacy_hash`` and AutoV1 of bytes: 64 KiB from 1 MiB on; shorter files all give ``e3b0c442``."""
+    """``sshs_legacy_hash`` and AutoV1 of bytes: 64 KiB from 1 MiB on; ``e3b0c442`` for anything shorter."""
     return hashlib.sha256(data[_SLICE_START : _SLICE_START + _SLICE_LENGTH]).hexdigest()[:8]

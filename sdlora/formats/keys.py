@@ -1,8 +1,8 @@
 """One canonical name for every module, and its spellings in LoRA files.
 
-Canonical is ``<part>.<path>``: the part is ``unet``, ``text_encoder`` or ``text_encoder_2``, the path is the module's own
-in diffusers and in transformers before 5.6 (``text_model.encoder.layers.0.self_attn.q_proj``). Spellings are inverted
-from the names of the base's own modules, never by cutting strings, so an underscore is never mistaken for a dot.
+Canonical is ``<part>.<path>``: the part is ``unet``, ``text_encoder`` or ``text_encoder_2``, the path is the one in
+diffusers and in transformers before 5.6 (``text_model.encoder.layers.0.self_attn.q_proj``). Spellings are inverted
+from the names of the base's modules, never by cutting strings, so an underscore is never mistaken for a dot.
 """
 
 from __future__ import annotations
@@ -10,17 +10,15 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from ..families import Family
+from ..families import LORA_PARTS, Family
 from .checkpoint_keys import unet_table_to_ldm
-
-PARTS = ("unet", "text_encoder", "text_encoder_2")
 
 _KOHYA_PREFIXES = {
     "unet": ("lora_unet", "lycoris", "oft_unet"),
     "text_encoder": ("lora_te", "lora_te1", "lycoris", "oft_te", "oft_te1"),
     "text_encoder_2": ("lora_te2", "oft_te2"),
 }
-"""In front of a flattened path; kohya's own for one text encoder first, SimpleTuner's and kohya's OFT behind."""
+"""In front of a flattened path; kohya's for a single text encoder first, then those of SimpleTuner and of kohya's OFT."""
 _COMFYUI_PREFIXES = {
     "unet": ("diffusion_model",),
     "text_encoder": ("text_encoders.clip_l.transformer", "text_encoders.clip_h.transformer"),
@@ -30,7 +28,7 @@ _NESTING = "text_model."
 
 
 def kohya_keys(names: Iterable[str], family: Family, base_modules: Collection[str]) -> dict[str, str]:
-    """Canonical name -> key, as kohya's own trainer writes it for the family.
+    """Canonical name -> key, as kohya's trainer writes it for the family.
 
     ``base_modules`` are the canonical names of the base that the modules belong to, by which a UNet's blocks are counted
     where kohya uses sgm's names.
@@ -59,7 +57,7 @@ def _sgm_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def part_of(key: str) -> str | None:
-    """The part that a key in any spelling belongs to, by its prefix; None where it has no known prefix."""
+    """The part that a key in any spelling belongs to, by its prefix; None for an unknown prefix."""
     key = key.removeprefix("base_model.model.")
     for part, prefixes in _KOHYA_PREFIXES.items():
         if any(key.startswith(f"{prefix}_") for prefix in prefixes if prefix != "lycoris"):
@@ -68,7 +66,7 @@ def part_of(key: str) -> str | None:
         if any(key.startswith(f"{prefix}.") for prefix in prefixes):
             return part
     head = key.partition(".")[0]
-    if head in PARTS:
+    if head in LORA_PARTS:
         return head
     bare = key.removeprefix("lycoris_")
     if bare.startswith(("down_blocks", "up_blocks", "mid_block", "input_blocks", "middle_block", "output_blocks")):
@@ -121,6 +119,6 @@ def _spellings(name: str, sgm: str | None) -> set[str]:
         if not dot:
             head, dot, projection = path.removesuffix(".0").rpartition(".attn2.")
         if dot:
-            # The oldest of diffusers' spellings.
+            # Diffusers' oldest spelling.
             dotted |= {f"{prefix}{head}{dot}processor.{projection}" for prefix in ("", "unet.")}
     return {f"{prefix}_{p}" for prefix in _KOHYA_PREFIXES[part] for p in flat} | dotted

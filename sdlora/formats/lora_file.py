@@ -1,11 +1,11 @@
-"""LoRA files as records, and records as LoRA files."""
+"""LoRA files, read into records."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import LoraFileError
-from ..families import FAMILIES, SD1, SD2, SDXL, Family
+from ..families import Family
 from ..lora.change import Change
-from .keys import part_of
+from .lora_family import detect_family
 from .lora_tensors import build_change, group_by_module
 from .tensor_files import TensorFile, mapped_tensors, open_tensor_file
 
@@ -30,9 +30,9 @@ _LORA_TENSOR = (
 
 @dataclass(frozen=True, kw_only=True)
 class LoraFile:
-    """``modules`` is keyed as the file spells its modules, less the tensor's own suffix.
+    """A LoRA as its file has it; ``modules`` is keyed by the names of the tensors without their suffixes.
 
-    What cannot be used is kept out of ``modules`` and never silent: ``problems`` has a sentence on each.
+    What cannot be used is left out of ``modules`` and always reported: ``problems`` has a sentence on each.
     """
 
     path: Path
@@ -40,8 +40,10 @@ class LoraFile:
     bundled: Mapping[str, Tensor]
     """The tensors of textual-inversion embeddings that came with it, as the file names them."""
     metadata: Mapping[str, str]
-    dialect: str
+    format: str
+    """``kohya``, ``diffusers``, ``peft``, ``diffusers-processor``, ``comfyui`` or ``simpletuner``."""
     dtype: str
+    """Dtype of the tensors, such as ``float16``; several are separated by commas."""
     payload_start: int
     """Offset in bytes of the first tensor; 0 in a pickle."""
     unusable: Mapping[str, str]
@@ -61,29 +63,8 @@ class LoraFile:
 
     @property
     def family(self) -> Family | None:
-        """By names and shapes first, by metadata, which may lie, where those leave it open."""
-        flat = {key.replace(".", "_"): module for key, module in self.modules.items()}
-        if any(part_of(key) == "text_encoder_2" for key in self.modules) or _has(flat, r"transformer_blocks_1_"):
-            return SDXL
-        # Of the families, SDXL alone has no attention on its first level.
-        first_level = _has(flat, r"(down_blocks_0_attentions|input_blocks_[12]_1_)")
-        if _has(flat, r"(input|output)_blocks_") and not first_level:
-            return SDXL
-        shapes = {key: module.weight_shape for key, module in flat.items()}
-        widths = {shape[1] for key, shape in shapes.items() if shape and re.search(r"attn2_to_[kv]$", key)}
-        for family in FAMILIES.values():
-            if widths == {family.unet.cross_attention_dim}:
-                return family
-        if any(len(shape) == 4 for key, shape in shapes.items() if shape and key.endswith("_proj_in")):
-            return SD1
-        if first_level and _has(flat, r"_proj_in$"):
-            return SD2
-        version = self.metadata.get("ss_base_model_version", "")
-        for family in FAMILIES.values():
-            if version.startswith(family.kohya_version.split("_base")[0]):
-                return family
-        architecture = self.metadata.get("modelspec.architecture", "")
-        return next((f for f in FAMILIES.values() if f.modelspec_architecture == architecture), None)
+        """By names and shapes first, by metadata where those leave it open; None where nothing shows it."""
+        return detect_family(self.modules, self.metadata)
 
     @property
     def embeddings(self) -> tuple[str, ...]:
@@ -98,15 +79,11 @@ class LoraFile:
 
 def is_lora(names: Iterable[str]) -> bool:
     """Whether tensors of these names belong to a LoRA, of whatever kind."""
-    return _has(names, _LORA_TENSOR)
-
-
-def _has(keys: Iterable[str], pattern: str) -> bool:
-    return any(re.search(pattern, key) for key in keys)
+    return any(re.search(_LORA_TENSOR, name) for name in names)
 
 
 def read_lora(path: Path) -> LoraFile:
-    """Read every module of a LoRA file in any dialect, or of the folder of a PEFT adapter.
+    """Read every module of a LoRA file in any of the common formats, or of the folder of a PEFT adapter.
 
     Raises:
         LoraFileError: the file is missing, damaged, a pickle that is not trusted, or holds no LoRA.
@@ -117,14 +94,14 @@ def read_lora(path: Path) -> LoraFile:
 
 
 def lora_in(file: TensorFile) -> LoraFile:
-    """The same of a file that is open already."""
+    """``read_lora`` for a file that is open already. Raises as it does."""
     return _read(file, _alphas_in(file.metadata))
 
 
 def _read(file: TensorFile, alpha_of: Callable[[str], float | None]) -> LoraFile:
     path = file.path
     if len(file.tensors) > MAX_TENSORS:
-        raise LoraFileError(f"{path}: no LoRA: it holds {len(file.tensors):,} tensors, the largest have some 5,000")
+        raise LoraFileError(f"{path}: not a LoRA: it holds {len(file.tensors):,} tensors, the largest hold about 5,000")
     bundled = {name for name in file.tensors if name.startswith("bundle_emb.")}
     grouped, foreign = group_by_module(name for name in file.tensors if name not in bundled)
     if not grouped:
@@ -141,14 +118,14 @@ def _read(file: TensorFile, alpha_of: Callable[[str], float | None]) -> LoraFile
     embeddings = {name: tensor(name) for name in sorted(bundled)}
     if not modules:
         module, reason = next(iter(unusable.items()))
-        raise LoraFileError(f"{path}: none of its {len(unusable)} modules can be used: {module} {reason}, to name one")
+        raise LoraFileError(f"{path}: none of its {len(unusable)} modules can be used; for example {module} {reason}")
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for m in modules.values() for t in m.tensors().values()})
     return LoraFile(
         path=path,
         modules=modules,
         bundled=embeddings,
         metadata=dict(file.metadata),
-        dialect=_dialect(file.tensors),
+        format=_format(file.tensors),
         dtype=", ".join(dtype for dtype in dtypes if not dtype.startswith("int")),
         payload_start=file.payload_start,
         unusable=unusable,
@@ -184,7 +161,7 @@ def _alphas_in(metadata: Mapping[str, str]) -> Callable[[str], float | None]:
 
 
 def _alphas_from(settings: Mapping[str, Mapping[str, Any]]) -> Callable[[str], float | None]:
-    """``settings`` is prefix of the modules -> PEFT's configuration; rsLoRA's alpha is told times √rank."""
+    """``settings`` is prefix of the modules -> PEFT's configuration; rsLoRA's alpha is returned times √rank."""
 
     def alpha_of(key: str) -> float | None:
         for prefix, setting in settings.items():
@@ -209,16 +186,16 @@ def _by_pattern(patterns: object, path: str, default: object) -> float | None:
     return float(default) if isinstance(default, int | float) else None
 
 
-def _dialect(names: Iterable[str]) -> str:
-    """By the first mark that any name bears."""
-    names = tuple(names)
-    marks = {
-        "kohya": r"(lora|oft)_(unet|te\d?)_",
-        "simpletuner": r"lycoris_",
-        "comfyui": r"diffusion_model\.|text_encoders\.",
-        "diffusers-processor": r".*\.processor\.",
-        "peft": r".*\.lora_[AB]\.",
-    }
-    return next(
-        (dialect for dialect, mark in marks.items() if any(re.match(mark, name) for name in names)), "diffusers"
-    )
+_FORMAT_MARKS = {
+    "kohya": r"(lora|oft)_(unet|te\d?)_",
+    "simpletuner": r"lycoris_",
+    "comfyui": r"diffusion_model\.|text_encoders\.",
+    "diffusers-processor": r".*\.processor\.",
+    "peft": r".*\.lora_[AB]\.",
+}
+"""Format -> how the name of one of its tensors begins; the first that any name matches."""
+
+
+def _format(names: Collection[str]) -> str:
+    found = (form for form, mark in _FORMAT_MARKS.items() if any(re.match(mark, name) for name in names))
+    return next(found, "diffusers")

@@ -45,12 +45,12 @@ _NO_CHANGES = {
     "set_weight": "puts another weight in the place of the base's (set_weight), which no strength can scale",
     "reshape_weight": "is for a weight of another shape than the base's (reshape_weight)",
 }
-_PARTS = 3
-"""Of a suffix, between dots, at most."""
+_MOST_WORDS = 3
+"""Words between dots in the longest suffix."""
 
 
 def group_by_module(names: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """Module as the file spells it -> role -> tensor's name; and the names that mean nothing here."""
+    """Module as the file spells it -> role -> tensor's name; and the names that are of no known kind."""
     grouped: dict[str, dict[str, str]] = {}
     foreign, plain = [], []
     for name in names:
@@ -60,7 +60,7 @@ def group_by_module(names: Iterable[str]) -> tuple[dict[str, dict[str, str]], li
         else:
             (plain if name.endswith(".weight") else foreign).append(name)
     for name in plain:
-        # IA³ calls its vector ``weight``, as everything is called; ``on_input`` beside it tells.
+        # IA³ calls its vector ``weight``, as other tensors are called; it is known by ``on_input`` beside it.
         module = grouped.get(name.removesuffix(".weight"), {})
         if "on_input" in module:
             module["vector"] = name
@@ -71,7 +71,7 @@ def group_by_module(names: Iterable[str]) -> tuple[dict[str, dict[str, str]], li
 
 def _suffix_of(name: str) -> str:
     """The longest of ``_SUFFIXES`` at the end of ``name``; "" where there is none."""
-    ends = name.rsplit(".", _PARTS)[1:]
+    ends = name.rsplit(".", _MOST_WORDS)[1:]
     for first in range(len(ends)):
         suffix = "." + ".".join(ends[first:])
         if suffix in _SUFFIXES:
@@ -80,7 +80,7 @@ def _suffix_of(name: str) -> str:
 
 
 def build_change(tensors: Mapping[str, Tensor], *, alpha: float | None) -> Change:
-    """The change that tensors by role make up. ``alpha`` stands for one that the file keeps elsewhere.
+    """The change that tensors by role make up. ``alpha`` is the one that the file keeps elsewhere, if any.
 
     Raises:
         ValueError: something is missing, does not fit or is not finite; the text is the end of a sentence on the module.
@@ -101,19 +101,19 @@ def build_change(tensors: Mapping[str, Tensor], *, alpha: float | None) -> Chang
 
 
 _WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Bytes of a number -> whole numbers of that size."""
+"""Size of a number in bytes -> integers of that size."""
 
 
 @cache
 def _infinity(dtype: torch.dtype) -> int:
-    """Its bits, read as a whole number."""
+    """The bits of infinity, read as an integer."""
     return int(torch.tensor(math.inf, dtype=dtype).view(_WHOLE[dtype.itemsize]))
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """By bits: read as whole numbers, infinity and NaN lie above the finite numbers of their sign.
+    """By bits: read as integers, infinity and NaN are above the finite numbers of their sign.
 
-    Several times as fast as asking for each number, and needs no second tensor.
+    Several times as fast as ``torch.isfinite``, and without a second tensor.
     """
     if not tensor.numel():
         return True
@@ -128,16 +128,9 @@ def _kind(tensors: Mapping[str, Tensor], alpha: float | None) -> Change:
     if tensors.keys() & {"down", "up"}:
         return _low_rank(tensors, alpha)
     if any(role.startswith("hada_") for role in tensors):
-        parts = _required(tensors, "hada_", ("w1_a", "w1_b", "w2_a", "w2_b"))
-        cores = {name: tensors[f"hada_{name}"] for name in ("t1", "t2") if f"hada_{name}" in tensors}
-        return Hadamard(**parts, **cores, alpha=_or_rank(alpha, parts["w1_b"]))
+        return _hadamard(tensors, alpha)
     if any(role.startswith("lokr_") for role in tensors):
-        parts = {role.removeprefix("lokr_"): tensor for role, tensor in tensors.items() if role.startswith("lokr_")}
-        for factor in ("w1", "w2"):
-            if factor not in parts:
-                _required(tensors, "lokr_", (f"{factor}_a", f"{factor}_b"))
-        inner = parts.get("w1_b", parts.get("w2_b"))
-        return Kronecker(**parts, alpha=_or_rank(alpha, inner))
+        return _kronecker(tensors, alpha)
     if "on_input" in tensors:
         vector = _required(tensors, "", ("vector",))["vector"]
         return Scaling(weight=vector, on_input=bool(tensors["on_input"]))
@@ -148,12 +141,57 @@ def _kind(tensors: Mapping[str, Tensor], alpha: float | None) -> Change:
     if tensors.keys() & {"a1", "a2", "b1", "b2"}:
         return _generalised(_required(tensors, "", ("a1", "a2", "b1", "b2")), alpha)
     if tensors.keys() & {"oft_blocks", "oft_diag"}:
-        turned = "oft_diag" in tensors
-        blocks = tensors["oft_diag" if turned else "oft_blocks"]
-        if blocks.ndim not in ((3,) if turned else (3, 4)) or blocks.shape[-1] != blocks.shape[-2]:
-            raise ValueError(f"has OFT blocks of shape {tuple(blocks.shape)}")
-        return Orthogonal(blocks=blocks, turned=turned, rescale=tensors.get("rescale"), alpha=alpha or 0.0)
+        return _orthogonal(tensors, alpha)
     raise ValueError(f"has no matrices, only {', '.join(sorted(tensors))}")
+
+
+def _hadamard(tensors: Mapping[str, Tensor], alpha: float | None) -> Hadamard:
+    parts = _required(tensors, "hada_", ("w1_a", "w1_b", "w2_a", "w2_b"))
+    cores = {name: tensors[f"hada_{name}"] for name in ("t1", "t2") if f"hada_{name}" in tensors}
+    if len(cores) == 2:
+        shapes = [_tucker(cores[f"t{i}"], parts[f"w{i}_a"], parts[f"w{i}_b"]) for i in (1, 2)]
+    else:
+        shapes = [_multiplied(parts[f"w{i}_a"], parts[f"w{i}_b"]) for i in (1, 2)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"has two products of different shapes: {shapes[0]} and {shapes[1]}")
+    return Hadamard(**parts, **cores, alpha=_or_rank(alpha, parts["w1_b"]))
+
+
+def _kronecker(tensors: Mapping[str, Tensor], alpha: float | None) -> Kronecker:
+    parts = {role.removeprefix("lokr_"): tensor for role, tensor in tensors.items() if role.startswith("lokr_")}
+    for factor in ("w1", "w2"):
+        if factor in parts:
+            continue
+        pair = _required(tensors, "lokr_", (f"{factor}_a", f"{factor}_b"))
+        if factor == "w2" and "t2" in parts:
+            _tucker(parts["t2"], pair["w2_a"], pair["w2_b"])
+        else:
+            _multiplied(pair[f"{factor}_a"], pair[f"{factor}_b"])
+    inner = parts.get("w1_b", parts.get("w2_b"))
+    return Kronecker(**parts, alpha=_or_rank(alpha, inner))
+
+
+def _orthogonal(tensors: Mapping[str, Tensor], alpha: float | None) -> Orthogonal:
+    turned = "oft_diag" in tensors
+    blocks = tensors["oft_diag" if turned else "oft_blocks"]
+    if blocks.ndim not in ((3,) if turned else (3, 4)) or blocks.shape[-1] != blocks.shape[-2]:
+        raise ValueError(f"has OFT blocks of shape {tuple(blocks.shape)}")
+    return Orthogonal(blocks=blocks, turned=turned, rescale=tensors.get("rescale"), alpha=alpha or 0.0)
+
+
+def _multiplied(left: Tensor, right: Tensor) -> tuple[int, ...]:
+    """Shape of ``left`` @ ``right``."""
+    if left.ndim != 2 or right.ndim != 2 or left.shape[1] != right.shape[0]:
+        raise ValueError(f"has matrices that do not multiply: {tuple(left.shape)} and {tuple(right.shape)}")
+    return (left.shape[0], right.shape[1])
+
+
+def _tucker(core: Tensor, out: Tensor, inner: Tensor) -> tuple[int, ...]:
+    """Shape of Σ core[i, j, …] out[i, o] inner[j, n]."""
+    if core.ndim < 2 or out.ndim != 2 or inner.ndim != 2 or core.shape[:2] != (out.shape[0], inner.shape[0]):
+        shapes = " and ".join(str(tuple(tensor.shape)) for tensor in (core, out, inner))
+        raise ValueError(f"has a core and matrices that do not multiply: {shapes}")
+    return (out.shape[1], inner.shape[1], *core.shape[2:])
 
 
 def _low_rank(tensors: Mapping[str, Tensor], alpha: float | None) -> LowRank:
@@ -167,12 +205,14 @@ def _low_rank(tensors: Mapping[str, Tensor], alpha: float | None) -> LowRank:
 
 
 def _generalised(parts: Mapping[str, Tensor], alpha: float | None) -> Generalised:
-    """LyCORIS wrote each pair of matrices in the other order at first, which the place of the rank tells."""
+    """LyCORIS wrote each pair of matrices in the other order at first, which shows in the place of the rank."""
     a1, a2, b1, b2 = (parts[name] for name in ("a1", "a2", "b1", "b2"))
     if min(part.ndim for part in parts.values()) < 2:
-        raise ValueError("has GLoRA matrices with less than two axes")
+        raise ValueError("has GLoRA matrices with fewer than two axes")
     if not a1.shape[1] == a2.shape[0] == b1.shape[1] == b2.shape[0]:
         a1, a2, b1, b2 = a2, a1, b2, b1
+    for left, right in ((a1, a2), (b1, b2)):
+        _multiplied(left.flatten(1), right.flatten(1))
     return Generalised(a1=a1, a2=a2, b1=b1, b2=b2, alpha=_or_rank(alpha, b2))
 
 

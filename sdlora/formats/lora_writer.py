@@ -1,4 +1,4 @@
-"""Changes of a base's modules as a LoRA file in one of the dialects that other tools take as their own."""
+"""Changes of a base's modules as a LoRA file in one of the formats that other tools read."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 from ..errors import LoraFileError
-from ..families import SD1, Family
+from ..families import LORA_PARTS, SD1, Family
 from ..files import write_whole
 from ..lora.change import Change
 from ..lora.kinds import Decomposed
 from ..lora.low_rank import LowRank
-from .keys import PARTS, kohya_keys
+from .keys import kohya_keys
 from .lora_file import read_lora
 from .metadata_file import with_hashes
 from .readers import lost_elsewhere
 from .safetensors_file import encode_header, lay_out
 
-DIALECTS = ("kohya", "diffusers", "peft")
+WRITTEN_FORMATS = ("kohya", "diffusers", "peft")
 
 
 def write_lora(
@@ -31,29 +31,33 @@ def write_lora(
     metadata: Mapping[str, str] | None,
     *,
     dtype: torch.dtype,
-    dialect: str = "kohya",
+    format: str = "kohya",
     family: Family = SD1,
     base_modules: Mapping[str, tuple[int, ...]] | None = None,
     bundled: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write canonical ``modules`` in one of ``DIALECTS``, with their alphas and with the hashes of the final bytes.
+    """Write ``modules`` (canonical name -> change) with their alphas and the hashes of the final bytes.
 
-    Without ``metadata``, None, the file says nothing of itself, not even its hashes, unless the dialect needs it.
+    The same content gives the same bytes.
 
-    ``base_modules`` is canonical name -> shape of the weight, of the whole base. Kohya's dialect needs it to name SDXL's
-    blocks, and to complete attention in text encoders that A1111 reads as open_clip's: there it applies a layer only if
-    q, k, v and out are all in the file, so missing ones are added with a change of zero. ``bundled`` are the tensors of
-    embeddings, for kohya's dialect alone: one of them makes diffusers refuse a file. The same content gives the same bytes.
+    Args:
+        metadata: None for a file that states nothing, not even its hashes, except what ``format`` needs.
+        dtype: of all tensors in the file that hold floating-point numbers.
+        format: one of ``WRITTEN_FORMATS``.
+        base_modules: canonical name -> shape of the weight, of the whole base. Kohya's format needs it to name SDXL's
+            blocks, and to complete attention in text encoders that A1111 reads as open_clip's: there it applies a layer
+            only if q, k, v and out are all in the file, so missing ones are added with a change of zero.
+        bundled: the tensors of embeddings, for kohya's format alone: one of them makes diffusers refuse a file.
 
     Raises:
-        LoraFileError: the dialect has no words for a module's kind, or kohya's tools, ComfyUI or diffusers would not know
-            its name (nothing is written then); or the file, read back, lacks a module.
+        LoraFileError: the format cannot hold a module's kind, or kohya's tools, ComfyUI or diffusers would not know its
+            name (nothing is written then); or the file, read back, lacks a module.
     """
-    if dialect == "kohya":
+    if format == "kohya":
         modules = _with_whole_attention(modules, family, base_modules or {})
         tensors, described = _kohya(modules, family, base_modules or {}) | dict(bundled or {}), {}
     else:
-        tensors = _peft(modules, dialect)
+        tensors = _peft(modules, format)
         described = {"format": "pt", "lora_adapter_metadata": _adapter_metadata(modules)}
     tensors = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     described = {**(metadata or {}), **described}
@@ -64,7 +68,7 @@ def write_lora(
     again = read_lora(path)
     if len(again.modules) != len(modules) or again.problems:
         raise LoraFileError(
-            f"{path}: not every module can be read back: {'; '.join(again.problems) or 'some are gone'}"
+            f"{path}: not every module can be read back: {'; '.join(again.problems) or 'some are missing'}"
         )
 
 
@@ -93,8 +97,8 @@ def _kohya(
     if lost:
         raise LoraFileError(
             [
-                f"{reader} would leave out {len(own)} modules of this file, such as {own[0]}"
-                for reader, own in lost.items()
+                f"{reader} would leave out {len(left_out)} modules of this file, such as {left_out[0]}"
+                for reader, left_out in lost.items()
             ]
         )
     for name, key in keys.items():
@@ -105,21 +109,21 @@ def _kohya(
     return tensors
 
 
-def _peft(modules: Mapping[str, Change], dialect: str) -> dict[str, Tensor]:
+def _peft(modules: Mapping[str, Change], format: str) -> dict[str, Tensor]:
     """PEFT's names, or the older ones that diffusers still writes."""
     tensors: dict[str, Tensor] = {}
     foreign = {name: change.kind for name, change in modules.items() if _low_rank(change) is None}
     if foreign:
         kinds = ", ".join(f"{count} of kind {kind}" for kind, count in Counter(foreign.values()).items())
         raise LoraFileError(
-            f"{dialect} files hold low-rank changes alone; here are {kinds}, such as {next(iter(foreign))}"
+            f"{format} files hold only low-rank changes; this LoRA has {kinds}, such as {next(iter(foreign))}"
         )
     for name, change in modules.items():
         low_rank = _low_rank(change)
         if low_rank is None:
             continue
         down, up = "lora_A", "lora_B"
-        if dialect == "diffusers":
+        if format == "diffusers":
             infix = "lora" if name.startswith("unet.") else "lora_linear_layer"
             down, up = f"{infix}.down", f"{infix}.up"
         tensors |= {f"{name}.{down}.weight": low_rank.down, f"{name}.{up}.weight": low_rank.up}
@@ -138,14 +142,14 @@ def _low_rank(change: Change) -> LowRank | None:
 
 
 def _adapter_metadata(modules: Mapping[str, Change]) -> str:
-    """PEFT's configuration of each part, as diffusers keeps it in the header: where alphas and ranks are told."""
+    """PEFT's configuration of each part, as diffusers keeps it in the header: where alphas and ranks are kept."""
     table: dict[str, object] = {}
-    for part in PARTS:
-        own = {n.removeprefix(f"{part}."): c for n, c in modules.items() if n.startswith(f"{part}.")}
-        if not own:
+    for part in LORA_PARTS:
+        changes = {n.removeprefix(f"{part}."): c for n, c in modules.items() if n.startswith(f"{part}.")}
+        if not changes:
             continue
-        ranks = {name: change.rank for name, change in own.items()}
-        alphas = {name: change.alpha for name, change in own.items()}
+        ranks = {name: change.rank for name, change in changes.items()}
+        alphas = {name: change.alpha for name, change in changes.items()}
         rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
         settings = {
             "peft_type": "LORA",
@@ -153,8 +157,8 @@ def _adapter_metadata(modules: Mapping[str, Change]) -> str:
             "lora_alpha": alpha,
             "rank_pattern": {name: value for name, value in sorted(ranks.items()) if value != rank},
             "alpha_pattern": {name: value for name, value in sorted(alphas.items()) if value != alpha},
-            "target_modules": sorted(own),
-            "use_dora": any(isinstance(change, Decomposed) for change in own.values()),
+            "target_modules": sorted(changes),
+            "use_dora": any(isinstance(change, Decomposed) for change in changes.values()),
             "use_rslora": False,
         }
         table |= {f"{part}.{key}": value for key, value in settings.items()}

@@ -1,4 +1,4 @@
-"""The metadata of any safetensors file: read without its tensors, changed without touching them, cleaned of places."""
+"""The metadata of any safetensors file: reading, changing (the tensors stay as they are), removing paths."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _ADDRESS = re.compile(r"[\w.+-]+@[\w-]+\.[\w.]+")
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Sorted. Raises ``LoraFileError`` where the file is missing, damaged or not safetensors."""
+    """Metadata sorted by key. Raises ``LoraFileError`` if the file is missing, damaged or not safetensors."""
     return dict(sorted(safetensors_metadata(path, LoraFileError).items()))
 
 
 def with_hashes(metadata: Mapping[str, str], tensors: Mapping[str, TensorInfo], payload: bytes) -> dict[str, str]:
-    """``metadata`` with the hashes over ``payload`` that other tools look for; ``tensors`` is its table."""
+    """``metadata`` with the hashes over ``payload`` that other tools look for; ``tensors`` is the table of the payload."""
     digest = hashlib.sha256(payload).hexdigest()
     return {
         **metadata,
@@ -43,10 +43,10 @@ def _legacy_hash(metadata: Mapping[str, str], tensors: Mapping[str, TensorInfo],
 
 
 def write_metadata(source: Path, target: Path, metadata: Mapping[str, str], *, hashes: bool = False) -> None:
-    """Write ``source`` to ``target``, which may be the same, with other metadata and the same bytes behind the header.
+    """Write ``source`` to ``target``, which may be the same file, with other metadata and the same bytes after the header.
 
-    So every hash that is over the tensors stays. ``sshs_legacy_hash`` is told anew where it was told before; with ``hashes``
-    all of them are told, whatever was.
+    So every hash over the tensors stays valid. ``sshs_legacy_hash``, if ``metadata`` has it, is computed again; with
+    ``hashes`` all hashes are written.
 
     Raises:
         LoraFileError: ``source`` is missing, damaged or not safetensors.
@@ -62,7 +62,7 @@ def write_metadata(source: Path, target: Path, metadata: Mapping[str, str], *, h
 
 
 def redacted(metadata: Mapping[str, str]) -> dict[str, str]:
-    """The same metadata without folders and mail addresses: of a path, in a value or within JSON, its last name stays."""
+    """The same metadata without folders and mail addresses; only the last name of a path stays, also within JSON."""
     return {key: _redacted_value(value) for key, value in metadata.items()}
 
 

@@ -1,4 +1,4 @@
-"""What the published checkpoints are made of: the names by which a LoRA file is understood where no base is at hand."""
+"""The modules of the published checkpoints, by which a LoRA file is read without a base."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Which names of kohya's dialect other programs' loaders know, written out from their own key maps.
+"""Which of kohya's names other programs' loaders know, copied from their key maps.
 
-Deliberately apart from ``keys.py``: what is written is held against this before a run reports success, so that a slip in our
-tables, or names that a library changes under us, cannot leave the house unseen.
+Deliberately apart from ``keys.py``: what is written is held against this before a run reports success, so that a mistake
+in our tables, or names that a library changes, cannot go unnoticed.
 """
 
 from __future__ import annotations
@@ -27,24 +27,25 @@ _LAYER = r"(self_attn_(q|k|v|out)_proj|mlp_fc[12]|layer_norm[12])"
 _TEXT = rf"(text_model_(encoder_layers_\d+_{_LAYER}|final_layer_norm)|text_projection)"
 _ONE = rf"lora_te_{_TEXT}"
 _TWO = rf"lora_te[12]_{_TEXT}"
-_READERS = {
-    "kohya": {"sd1": rf"lora_unet_{_DIFFUSERS_BLOCK}|{_ONE}", "sdxl": rf"lora_unet_{_SGM_BLOCK}|{_TWO}"},
+_READERS: dict[str, dict[str, str]] = {
+    "kohya": {"diffusers": rf"lora_unet_{_DIFFUSERS_BLOCK}|{_ONE}", "sgm": rf"lora_unet_{_SGM_BLOCK}|{_TWO}"},
     "ComfyUI": {
-        "sd1": rf"lora_unet_({_DIFFUSERS_BLOCK}|{_SGM_BLOCK})|lora_te1?_{_TEXT}",
-        "sdxl": rf"lora_unet_({_DIFFUSERS_BLOCK}|{_SGM_BLOCK})|{_TWO}",
+        "diffusers": rf"lora_unet_({_DIFFUSERS_BLOCK}|{_SGM_BLOCK})|lora_te1?_{_TEXT}",
+        "sgm": rf"lora_unet_({_DIFFUSERS_BLOCK}|{_SGM_BLOCK})|{_TWO}",
     },
     "diffusers": {
-        "sd1": rf"lora_unet_{_DIFFUSERS_BLOCK}|lora_te1?_{_TEXT}",
-        "sdxl": rf"lora_unet_({_DIFFUSERS_BLOCK}|{_SGM_BLOCK})|{_TWO}",
+        "diffusers": rf"lora_unet_{_DIFFUSERS_BLOCK}|lora_te1?_{_TEXT}",
+        "sgm": rf"lora_unet_({_DIFFUSERS_BLOCK}|{_SGM_BLOCK})|{_TWO}",
     },
 }
+"""Reader -> ``Family.kohya_unet_names`` -> the keys that it knows."""
 
 
 def lost_elsewhere(keys: Iterable[str], family: Family) -> dict[str, tuple[str, ...]]:
-    """Reader -> the modules, by kohya's names, that it would leave out; readers that take all are not in it."""
+    """Reader -> the keys in kohya's format that it would leave out; readers that take all are not in it."""
     keys, lost = tuple(keys), {}
     for reader, patterns in _READERS.items():
-        pattern = re.compile(patterns["sdxl" if family.kohya_unet_names == "sgm" else "sd1"])
+        pattern = re.compile(patterns[family.kohya_unet_names])
         unknown = tuple(key for key in keys if not pattern.fullmatch(key))
         if unknown:
             lost[reader] = unknown

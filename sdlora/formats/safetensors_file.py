@@ -1,6 +1,6 @@
 """Safetensors files: a checked header, and bytes that are the same every time.
 
-The reference writer orders metadata as its hash map pleases; ours sorts metadata and tensors by name, so equal content
+The reference writer orders metadata as its hash map does; ours sorts metadata and tensors by name, so equal content
 is equal bytes. Files appear whole or not at all.
 """
 
@@ -19,7 +19,7 @@ import torch
 from ..errors import SdloraError
 
 MAX_HEADER_BYTES = 100_000_000
-"""The reference reader's own limit."""
+"""The limit of the reference reader."""
 
 _DTYPES = {
     "F64": torch.float64,
@@ -45,7 +45,7 @@ _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 @dataclass(frozen=True, kw_only=True)
 class TensorInfo:
-    """``start`` and ``end`` are byte offsets from the first byte behind the header."""
+    """``start`` and ``end`` are byte offsets from the first byte after the header."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -55,9 +55,12 @@ class TensorInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
+    """What the header of a file states."""
+
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
     payload_start: int
+    """Offset in bytes of the first tensor."""
 
 
 def read_header(path: Path, error: type[SdloraError]) -> Header:
@@ -73,7 +76,7 @@ def read_header(path: Path, error: type[SdloraError]) -> Header:
     except _HeaderFaultError as fault:
         raise error(f"{path}: damaged: {fault}") from None
     except (ValueError, TypeError, KeyError):
-        raise error(f"{path}: not a safetensors file: its header cannot be understood") from None
+        raise error(f"{path}: not a safetensors file: its header cannot be parsed") from None
     payload, position = size - 8 - len(raw), 0
     for name, info in sorted(tensors.items(), key=lambda entry: (entry[1].start, entry[1].end)):
         count = 1
@@ -89,7 +92,7 @@ def read_header(path: Path, error: type[SdloraError]) -> Header:
 
 
 def read_metadata(path: Path, error: type[SdloraError]) -> dict[str, str]:
-    """The metadata alone, without a look at the tensors' table: for listing many files. Raises as ``read_header``."""
+    """The metadata alone, without a look at the tensors' table: to list many files fast. Raises as ``read_header``."""
     return _parse(path, _read_raw_header(path, error)[0], error)[1]
 
 
@@ -103,7 +106,7 @@ def _read_raw_header(path: Path, error: type[SdloraError]) -> tuple[bytes, int]:
                 raise error(f"{path}: not a safetensors file: only {len(prefix)} bytes long")
             (length,) = struct.unpack("<Q", prefix)
             if length > MAX_HEADER_BYTES or length > size - 8:
-                raise error(f"{path}: not a safetensors file, or truncated: its header would end behind its last byte")
+                raise error(f"{path}: not a safetensors file, or truncated: its header would end after its last byte")
             return file.read(length), size
     except FileNotFoundError:
         raise error(f"{path}: no such file") from None
@@ -124,7 +127,7 @@ def _parse(path: Path, raw: bytes, error: type[SdloraError]) -> tuple[dict[str, 
     except _HeaderFaultError as fault:
         raise error(f"{path}: damaged: {fault}") from None
     except (ValueError, TypeError, AttributeError, RecursionError):
-        raise error(f"{path}: not a safetensors file: its header cannot be understood") from None
+        raise error(f"{path}: not a safetensors file: its header cannot be parsed") from None
     return table, metadata
 
 
@@ -146,7 +149,7 @@ def _tensor_info(entry: Mapping) -> TensorInfo:
     if not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
         raise ValueError
     if entry["dtype"] not in _DTYPES:
-        raise _HeaderFaultError(f"its header names a number format {entry['dtype']!r:.40} that does not exist")
+        raise _HeaderFaultError(f"its header names an unknown dtype {entry['dtype']!r:.40}")
     return TensorInfo(dtype=_DTYPES[entry["dtype"]], shape=shape, start=start, end=end)
 
 
@@ -164,7 +167,7 @@ def lay_out(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, TensorInfo],
 
 
 def encode_header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:
-    """Everything in front of the payload."""
+    """All bytes before the payload: the length of the header, and the header."""
     table: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     for name, info in tensors.items():
         offsets = [info.start, info.end]
@@ -175,6 +178,6 @@ def encode_header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
 
 
 def serialise(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> tuple[bytes, bytes]:
-    """(header, payload) of a safetensors file; the file is one behind the other."""
+    """(header, payload) of a safetensors file, which is the two in this order."""
     table, payload = lay_out(tensors)
     return encode_header(table, metadata), payload

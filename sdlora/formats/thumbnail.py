@@ -1,4 +1,4 @@
-"""An image small enough to live in a file's metadata, as ModelSpec wants it."""
+"""An image small enough to live in a file's metadata, as ModelSpec has it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from PIL import Image, ImageOps
 from .metadata_file import read_metadata, write_metadata
 
 SIDE = 256
-"""In pixels."""
+"""Width and height in pixels."""
 
 
 def add_thumbnail(file: Path, image: Image.Image) -> None:
     """Put ``image``, cut to a square and scaled, into ``modelspec.thumbnail`` of a safetensors file.
 
-    No hash over the tensors changes. Raises as ``write_metadata``.
+    ``image`` is of any size and mode. No hash over the tensors changes. Raises as ``write_metadata``.
     """
     small, buffer = ImageOps.fit(image.convert("RGB"), (SIDE, SIDE), Image.Resampling.LANCZOS), BytesIO()
     small.save(buffer, "JPEG", quality=85)

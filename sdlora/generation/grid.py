@@ -12,9 +12,10 @@ _INK, _PAPER, _GAP = (40, 40, 40), (255, 255, 255), 6
 def labelled_grid(
     rows: Sequence[Sequence[Image.Image]], *, columns: Sequence[str], row_labels: Sequence[str] = (), scale: int = 1
 ) -> Image.Image:
-    """``rows`` of equally many images of one size, ``columns`` above them and ``row_labels`` to their left.
+    """A grid of ``rows``, all of the same length and of images of equal size.
 
-    Each image is enlarged ``scale`` times, pixels kept as they are.
+    ``columns`` are the labels above, ``row_labels`` those on the left. Each image is enlarged ``scale`` times without
+    smoothing.
     """
     width, height = rows[0][0].width * scale, rows[0][0].height * scale
     font = ImageFont.load_default(max(11, height // 12))

@@ -1,93 +1,69 @@
-"""The recipe of an image, written into the image, in the form that A1111, Forge and Civitai read."""
+"""The recipe of an image, written into the image in the form that A1111, Forge and Civitai read."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
-
 from .._version import __version__
+from ..base.checkpoint import BaseCheckpoint
+from ..files import write_png
 from ..formats.metadata import safe_title
+from .loras import LoraChoice, WeightedLora
+from .request import ImageRequest
+from .samplers import SAMPLERS
 
 if TYPE_CHECKING:
-    from .pipeline import ImageRequest
-
-SAMPLERS = {"dpm++2m": "DPM++ 2M", "euler": "Euler", "euler-a": "Euler a", "ddim": "DDIM"}
-"""Our name -> the name in image parameters."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class UsedLora:
-    """A LoRA that took part in an image."""
-
-    name: str
-    unet: float
-    text_encoder: float
-    autov3: str | None
-    """12 digits of the hash over the file's tensors."""
+    from PIL import Image
 
 
 def infotext(
-    request: ImageRequest,
-    *,
-    base_name: str,
-    base_autov2: str | None,
-    loras: Sequence[UsedLora],
-    clip_skip: int | None = None,
+    request: ImageRequest, *, base: BaseCheckpoint, base_autov2: str | None, loras: Sequence[WeightedLora]
 ) -> str:
     """Prompt with ``<lora:name:weight>`` tags, negative prompt, and one line of parameters.
 
-    ``base_autov2`` is ten digits of the checkpoint file's hash. Civitai finds base and LoRAs by ``Model hash``,
-    ``Lora hashes`` and ``Hashes``.
+    ``base_autov2`` is the first ten digits of the checkpoint file's SHA-256. Civitai finds base and LoRAs by
+    ``Model hash``, ``Lora hashes`` and ``Hashes``.
     """
-    tags = "".join(f" <lora:{safe_title(lora.name)}:{_weights(lora)}>" for lora in loras)
+    width, height = request.size_on(base)
     fields = {
         "Steps": request.steps,
-        "Sampler": SAMPLERS[request.sampler],
-        "CFG scale": f"{request.guidance:g}",
+        "Sampler": SAMPLERS[request.sampler].a1111_name,
+        "CFG scale": f"{request.cfg:g}",
         "Seed": request.seed,
-        "Size": f"{request.width}x{request.height}",
+        "Size": f"{width}x{height}",
     }
     if base_autov2:
         fields["Model hash"] = base_autov2
-    fields["Model"] = base_name
-    if clip_skip is not None:
-        fields["Clip skip"] = clip_skip
-    hashes = {safe_title(lora.name): lora.autov3 for lora in loras if lora.autov3}
-    if hashes:
-        fields["Lora hashes"] = ", ".join(f"{name}: {digest}" for name, digest in hashes.items())
-    own = {"model": base_autov2} if base_autov2 else {}
-    linked = own | {f"lora:{name}": digest for name, digest in hashes.items()}
+    fields["Model"] = base.name
+    if base.clip_skip != base.family.clip_skip:
+        fields["Clip skip"] = base.clip_skip
+    lora_hashes = {safe_title(lora.choice.name): lora.fitted.autov3 for lora in loras if lora.fitted.autov3}
+    if lora_hashes:
+        fields["Lora hashes"] = ", ".join(f"{name}: {digest}" for name, digest in lora_hashes.items())
     line = ", ".join(f"{key}: {_quoted(str(value))}" for key, value in fields.items())
-    if linked:
-        # As JSON without quotes around it, which is how Civitai's own extension writes it and its pattern reads it.
-        line += f", Hashes: {json.dumps(linked)}"
+    all_hashes = {"model": base_autov2} if base_autov2 else {}
+    all_hashes |= {f"lora:{name}": digest for name, digest in lora_hashes.items()}
+    if all_hashes:
+        # JSON without quotes around it, as Civitai's own extension writes it and its pattern reads it.
+        line += f", Hashes: {json.dumps(all_hashes)}"
     line += f", Version: sdlora {__version__}"
+    tags = "".join(f" <lora:{safe_title(lora.choice.name)}:{_weights(lora.choice)}>" for lora in loras)
     negative = f"\nNegative prompt: {request.negative}" if request.negative else ""
     return f"{request.prompt}{tags}{negative}\n{line}"
 
 
 def save_png(image: Image.Image, file: Path, parameters: str) -> None:
-    """Write ``image`` with ``parameters`` as its tEXt chunk of that name; whole or not at all."""
-    from io import BytesIO
-
-    from ..files import write_whole
-
-    info, buffer = PngInfo(), BytesIO()
-    info.add_text("parameters", parameters)
-    image.save(buffer, "PNG", pnginfo=info)
-    write_whole(file, buffer.getvalue())
+    """Write ``image`` with ``parameters`` as its text chunk of that name. Raises as ``files.write_whole``."""
+    write_png(file, image, [("parameters", parameters)])
 
 
-def _weights(lora: UsedLora) -> str:
-    same = lora.unet == lora.text_encoder
-    return f"{lora.unet:g}" if same else f"{lora.unet:g}:{lora.text_encoder:g}"
+def _weights(choice: LoraChoice) -> str:
+    same = choice.unet == choice.text_encoder
+    return f"{choice.unet:g}" if same else f"{choice.unet:g}:{choice.text_encoder:g}"
 
 
 def _quoted(value: str) -> str:

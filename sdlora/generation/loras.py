@@ -23,7 +23,7 @@ _ENDINGS = "|".join(re.escape(ending) for ending in (".safetensors", *PICKLES))
 
 @dataclass(frozen=True, kw_only=True)
 class LoraChoice:
-    """``FILE[:UNET[:TE]]``: a file, and the strengths of its UNet and its text-encoder parts."""
+    """``FILE[:UNET[:TE]]``: a file with one weight for its UNet part and one for its text encoder part."""
 
     file: Path
     unet: float = 1.0
@@ -31,10 +31,10 @@ class LoraChoice:
 
     @classmethod
     def parse(cls, text: str) -> LoraChoice:
-        """Read ``FILE``, ``FILE:0.8`` or ``FILE:0.8:0.5``; one number holds for both parts.
+        """Read ``FILE``, ``FILE:0.8`` or ``FILE:0.8:0.5``; a single number is the weight of both parts.
 
         Raises:
-            LoraFileError: a strength is not a number.
+            LoraFileError: a weight is not a number between -10 and 10, or no file is named.
         """
         match = re.fullmatch(rf"(.+?(?:{_ENDINGS}))(?::([^:]*))?(?::([^:]*))?", text)
         if match is None and Path(text).is_dir():
@@ -47,16 +47,18 @@ class LoraChoice:
             unet = 1.0 if match[2] is None else float(match[2])
             text_encoder = unet if match[3] is None else float(match[3])
         except ValueError:
-            raise LoraFileError(f"{text}: the weight behind the colon is not a number") from None
+            raise LoraFileError(f"{text}: the weight after the colon is not a number") from None
         if not all(-10 <= weight <= 10 for weight in (unet, text_encoder)):
-            raise LoraFileError(f"{text}: weights go from -10 to 10")
+            raise LoraFileError(f"{text}: expected weights between -10 and 10")
         return cls(file=Path(match[1]), unet=unet, text_encoder=text_encoder)
 
     @property
     def name(self) -> str:
+        """The file's name without its ending."""
         return self.file.stem
 
     def times(self, factor: float) -> LoraChoice:
+        """The same file at ``factor`` times its weights."""
         return LoraChoice(file=self.file, unet=self.unet * factor, text_encoder=self.text_encoder * factor)
 
 
@@ -67,20 +69,32 @@ class FittedLora:
     file: LoraFile
     modules: Mapping[str, Change]
     autov3: str | None
-    """Hash over its tensors, 12 digits; None of a pickle."""
+    """First 12 digits of the hash over its tensors; None for a pickle."""
 
-    def weighted(self, choice: LoraChoice) -> dict[str, tuple[Change, float]]:
-        """Canonical name -> (change, strength), as ``lora.merging.temporarily_merged`` takes it."""
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class WeightedLora:
+    """A LoRA that fits the base, at the weights of ``choice``."""
+
+    fitted: FittedLora
+    choice: LoraChoice
+
+    def times(self, factor: float) -> WeightedLora:
+        """The same LoRA at ``factor`` times its weights."""
+        return WeightedLora(fitted=self.fitted, choice=self.choice.times(factor))
+
+    def changes(self) -> dict[str, tuple[Change, float]]:
+        """Canonical name -> (change, weight), as ``lora.merging.temporarily_merged`` takes it."""
         return {
-            name: (module, choice.unet if name.startswith("unet.") else choice.text_encoder)
-            for name, module in self.modules.items()
+            name: (change, self.choice.unet if name.startswith("unet.") else self.choice.text_encoder)
+            for name, change in self.fitted.modules.items()
         }
 
 
-def fit_loras(base: BaseCheckpoint, files: Sequence[Path]) -> dict[Path, FittedLora]:
-    """Read every file and match it with the base's modules, by names and shapes; what is left out is logged.
+def fit_loras(base: BaseCheckpoint, choices: Sequence[LoraChoice]) -> tuple[WeightedLora, ...]:
+    """Read every file and match it with the base's modules by names and shapes; what is left out is logged.
 
-    The base need not be loaded for it.
+    The base need not be loaded.
 
     Raises:
         LoraFileError, CompatibilityError: with one line for each file that cannot be used.
@@ -88,14 +102,14 @@ def fit_loras(base: BaseCheckpoint, files: Sequence[Path]) -> dict[Path, FittedL
     shapes = base.module_shapes()
     fitted: dict[Path, FittedLora] = {}
     faults: list[LoraFileError | CompatibilityError] = []
-    for file in dict.fromkeys(files):
+    for file in dict.fromkeys(choice.file for choice in choices):
         try:
             fitted[file] = _fit(base, shapes, read_lora(file))
         except (LoraFileError, CompatibilityError) as error:
             faults.append(error)
     if faults:
         raise type(faults[0])([problem for fault in faults for problem in fault.problems])
-    return fitted
+    return tuple(WeightedLora(fitted=fitted[choice.file], choice=choice) for choice in choices)
 
 
 def _fit(base: BaseCheckpoint, shapes: Mapping[str, tuple[int, ...]], file: LoraFile) -> FittedLora:
@@ -112,14 +126,14 @@ def _fit(base: BaseCheckpoint, shapes: Mapping[str, tuple[int, ...]], file: Lora
         raise CompatibilityError(f"{file.path}: none of its {total} modules is in the base {base.name}")
     misfits = [key for key, name in found.matched.items() if not file.modules[key].fits(shapes[name])]
     if misfits:
-        has, wants = file.modules[misfits[0]].weight_shape, shapes[found.matched[misfits[0]]]
-        sizes = f"{has} there, {wants} here" if has else f"the weight here is {wants}"
+        in_file, in_base = file.modules[misfits[0]].weight_shape, shapes[found.matched[misfits[0]]]
+        sizes = f"{in_file} in the file, {in_base} in the base" if in_file else f"the base has {in_base}"
         raise CompatibilityError(
-            f"{file.path}: {kind} of another size: {len(misfits)} of {total} modules do not fit the base "
+            f"{file.path}: {kind} of another architecture: {len(misfits)} of {total} modules do not fit the base "
             f"{base.name} (for example {misfits[0]}: {sizes})"
         )
     for problem in file.problems:
-        logger.warning("%s: %s; left out", file.path, problem)
+        logger.warning("%s: %s; ignored", file.path, problem)
     if found.unmatched:
         parts = sorted({(part_of(key) or "unknown").replace("_", " ") for key in found.unmatched})
         logger.warning(

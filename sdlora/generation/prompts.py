@@ -1,13 +1,14 @@
-"""A1111's prompt syntax: ``(more)``, ``(word:1.3)``, ``[less]``, ``\\(`` for a bracket, ``BREAK`` for a new chunk."""
+"""A1111's prompt syntax: ``(up)``, ``(word:1.3)``, ``[down]``, ``\\(`` for a bracket, ``BREAK`` for a new chunk."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from ..base.tokens import Span
 
-STEP = 1.1
-"""What a pair of round brackets multiplies by, and a pair of square ones divides by."""
+BRACKET_FACTOR = 1.1
+"""Round brackets multiply the weight by this, square brackets divide it."""
 _TOKEN = re.compile(
     r"\\[\\()\[\]]"  # an escaped bracket or backslash
     r"|[(\[\]]"
@@ -21,13 +22,16 @@ _TOKEN = re.compile(
 
 
 def parse_prompt(text: str) -> tuple[Span, ...]:
-    """Spans of one weight each. Brackets that never close weigh what is behind them, as in A1111; nothing is an error."""
+    """Split a prompt into spans of equal weight. Unclosed brackets weight the rest of the prompt, as in A1111.
+
+    No text is an error.
+    """
     spans: list[Span] = []
     round_open: list[int] = []
     square_open: list[int] = []
 
     def multiply(start: int, factor: float) -> None:
-        spans[start:] = [Span(text=s.text, weight=s.weight * factor, opens_chunk=s.opens_chunk) for s in spans[start:]]
+        spans[start:] = [replace(span, weight=span.weight * factor) for span in spans[start:]]
 
     for match in _TOKEN.finditer(text):
         token = match[0]
@@ -40,22 +44,22 @@ def parse_prompt(text: str) -> tuple[Span, ...]:
         elif token[0] == ":" and len(token) > 1 and round_open:
             multiply(round_open.pop(), float(token[1:-1]))
         elif token == ")" and round_open:
-            multiply(round_open.pop(), STEP)
+            multiply(round_open.pop(), BRACKET_FACTOR)
         elif token == "]" and square_open:
-            multiply(square_open.pop(), 1 / STEP)
+            multiply(square_open.pop(), 1 / BRACKET_FACTOR)
         elif token == "BREAK":
             spans.append(Span(text="", opens_chunk=True))
         else:
             spans.append(Span(text=token))
     for start in round_open:
-        multiply(start, STEP)
+        multiply(start, BRACKET_FACTOR)
     for start in square_open:
-        multiply(start, 1 / STEP)
+        multiply(start, 1 / BRACKET_FACTOR)
     return _joined(spans)
 
 
 def _joined(spans: list[Span]) -> tuple[Span, ...]:
-    """Neighbours of one weight as one span, without the spaces about a BREAK."""
+    """Join neighbours of equal weight that no BREAK separates."""
     joined: list[Span] = []
     for span in spans:
         last = joined[-1] if joined else None

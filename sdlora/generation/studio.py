@@ -1,25 +1,25 @@
-"""Drawing as functions: what ``sdlora generate`` calls, and what programs call."""
+"""The public functions ``generate`` and ``generate_strip``, and the loaded base that they generate on."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from ..base.checkpoint import find_base
-from ..base.precision import choose_precision
+from ..base.checkpoint import BaseCheckpoint, find_base
+from ..base.precision import choose_device, choose_precision
 from ..config.sections import BaseSection
-from ..errors import SdloraError
-from ..progress import progress_bar
+from ..progress import Progress, progress_or_bar
 from .grid import labelled_grid
-from .infotext import SAMPLERS
-from .loras import FittedLora, LoraChoice, fit_loras
+from .loras import LoraChoice, WeightedLora, fit_loras
+from .request import ImageRequest, check_requests
 
 if TYPE_CHECKING:
-    from ..base.load import Base
-    from .pipeline import GeneratedImage, ImageRequest
+    from ..base.base import Base
+    from .images import GeneratedImage
 
 
 def generate(
@@ -27,39 +27,43 @@ def generate(
     *,
     base: str | BaseSection = "mini",
     loras: Sequence[str | LoraChoice] = (),
-    negative: str = "",
-    seed: int = 0,
+    negative: str = ImageRequest.negative,
+    seed: int = ImageRequest.seed,
     count: int = 1,
-    steps: int = 20,
-    cfg: float = 5.0,
-    size: tuple[int, int] | None = None,
-    sampler: str = "dpm++2m",
+    steps: int = ImageRequest.steps,
+    cfg: float = ImageRequest.cfg,
+    size: tuple[int, int] | None = ImageRequest.size,
+    sampler: str = ImageRequest.sampler,
     precision: str = "auto",
-    show_progress: bool = True,
+    progress: Progress | None = None,
+    stop: threading.Event | None = None,
 ) -> list[GeneratedImage]:
     """Generate ``count`` images of each prompt, with seeds ``seed``, ``seed + 1`` …, under all ``loras`` at once.
 
     Args:
         prompts: in A1111's syntax, ``(word:1.2)``, ``[word]``, ``BREAK``; of any length.
-        base: what ``base.path`` of a configuration names, or a whole ``[base]`` section of one.
+        base: the value of ``base.path`` in a configuration, or a whole ``[base]`` section.
         loras: ``FILE[:UNET[:TE]]`` or ``LoraChoice``.
-        cfg: classifier-free guidance scale; 1 switches it off.
+        cfg: classifier-free guidance scale; 1 switches guidance off.
         size: (width, height) in pixels; by default the base's own square.
+        precision: ``auto``, ``float32`` or ``bfloat16``.
+        progress: receives reports; by default a bar in a terminal.
+        stop: set it, from any thread, to stop after the current step.
 
     Raises:
-        SdloraError: a base, LoRA, size or sampler that cannot be used; nothing has been generated then.
+        SdloraError: a base, LoRA, size, sampler or precision that cannot be used, found before anything is generated.
+        Interrupted: ``stop`` was set.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    studio = Studio.open(base, loras, precision=precision)
     requests = [
-        studio.request(text, negative=negative, seed=seed + i, steps=steps, cfg=cfg, size=size, sampler=sampler)
+        ImageRequest(
+            prompt=text, negative=negative, seed=seed + number, steps=steps, cfg=cfg, size=size, sampler=sampler
+        )
         for text in texts
-        for i in range(count)
+        for number in range(count)
     ]
-    from .pipeline import generate_images
-
-    with progress_bar(show_progress) as progress:
-        return generate_images(studio.base, requests, studio.pairs, progress)
+    studio = Studio.open(base, loras, requests=requests, precision=precision)
+    return studio.images(requests, progress=progress, stop=stop)
 
 
 def generate_strip(
@@ -69,33 +73,42 @@ def generate_strip(
     loras: Sequence[str | LoraChoice],
     strengths: Sequence[float] = (0.0, 0.5, 1.0),
     scale: int = 1,
+    negative: str = ImageRequest.negative,
+    seed: int = ImageRequest.seed,
+    steps: int = ImageRequest.steps,
+    cfg: float = ImageRequest.cfg,
+    size: tuple[int, int] | None = ImageRequest.size,
+    sampler: str = ImageRequest.sampler,
     precision: str = "auto",
-    show_progress: bool = True,
-    **options,
+    progress: Progress | None = None,
+    stop: threading.Event | None = None,
 ) -> tuple[Image.Image, str]:
-    """A labelled image: a row for each prompt, a column for each strength of each LoRA, and a last one for all together.
+    """One labelled image: a row for each prompt, a column for each strength of each LoRA, and a last one for all LoRAs.
 
-    Strengths multiply the weights of ``loras``; strength 0 is shown once. Returns the image and its parameters.
+    ``strengths`` multiply the weights of ``loras``; strength 0 is shown once. Each image is enlarged ``scale`` times.
+    Everything else is as in ``generate``, which raises the same. Returns the image and the parameters of all its parts.
     """
-    studio = Studio.open(base, loras, precision=precision)
-    requests = [studio.request(prompt, **options) for prompt in prompts]
-    columns: list[tuple[str, list[tuple[FittedLora, LoraChoice]]]] = []
-    if 0 in strengths:
-        columns.append(("no LoRA", []))
-    for fitted, choice in studio.pairs:
-        weaker = [choice.times(strength) for strength in strengths if strength]
-        columns += [(f"{scaled.name} {scaled.unet:g}", [(fitted, scaled)]) for scaled in weaker]
-    if len(studio.pairs) > 1:
-        columns.append(("both" if len(studio.pairs) == 2 else "all", studio.pairs))
-    from .pipeline import generate_images
-
-    images = []
-    with progress_bar(show_progress) as progress:
-        for _, pairs in columns:
-            images.append(generate_images(studio.base, requests, pairs, progress))
+    requests = [
+        ImageRequest(prompt=prompt, negative=negative, seed=seed, steps=steps, cfg=cfg, size=size, sampler=sampler)
+        for prompt in prompts
+    ]
+    studio = Studio.open(base, loras, requests=requests, precision=precision)
+    columns = _columns(studio.loras, strengths)
+    with progress_or_bar(progress) as reports:
+        images = [replace(studio, loras=shown).images(requests, progress=reports, stop=stop) for _, shown in columns]
     rows = [[column[row].image for column in images] for row in range(len(prompts))]
     sheet = labelled_grid(rows, columns=[label for label, _ in columns], scale=scale)
     return sheet, "\n\n".join(column[row].parameters for row in range(len(prompts)) for column in images)
+
+
+def _columns(loras: tuple[WeightedLora, ...], strengths: Sequence[float]) -> list[tuple[str, tuple[WeightedLora, ...]]]:
+    """Label and LoRAs of each column of a strip."""
+    columns: list[tuple[str, tuple[WeightedLora, ...]]] = [("no LoRA", ())] if 0 in strengths else []
+    scaled = [lora.times(strength) for lora in loras for strength in strengths if strength]
+    columns += [(f"{lora.choice.name} {lora.choice.unet:g}", (lora,)) for lora in scaled]
+    if len(loras) > 1:
+        columns.append(("both" if len(loras) == 2 else "all", loras))
+    return columns
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -103,55 +116,47 @@ class Studio:
     """A loaded base with LoRAs that fit it."""
 
     base: Base
-    pairs: list[tuple[FittedLora, LoraChoice]]
+    loras: tuple[WeightedLora, ...]
 
     @classmethod
-    def open(cls, base: str | BaseSection, loras: Sequence[str | LoraChoice], *, precision: str) -> Studio:
-        """Read ``loras`` and load ``base``; raises ``SdloraError`` where they do not fit, before anything is loaded."""
-        checkpoint = find_base(base)
-        choices = [LoraChoice.parse(lora) if isinstance(lora, str) else lora for lora in loras]
-        fitted = fit_loras(checkpoint, [choice.file for choice in choices])
-        # Imported here since it brings diffusers: what is wrong with the input is told before.
-        from ..base.load import choose_device, load_base
+    def on(cls, base: Base, loras: Sequence[str | LoraChoice]) -> Studio:
+        """Read ``loras`` for a base that is loaded already; raises ``SdloraError`` where they do not fit."""
+        return cls(base=base, loras=_fitted(base.checkpoint, loras))
 
+    @classmethod
+    def open(
+        cls,
+        base: str | BaseSection,
+        loras: Sequence[str | LoraChoice],
+        *,
+        requests: Sequence[ImageRequest],
+        precision: str,
+    ) -> Studio:
+        """Check ``requests``, read ``loras``, and load ``base``.
+
+        Raises:
+            SdloraError: a request or a LoRA that does not fit the base; nothing has been loaded then.
+        """
+        checkpoint = find_base(base)
+        check_requests(requests, checkpoint)
+        fitted = _fitted(checkpoint, loras)
         device = choose_device()
         dtype = choose_precision(precision, device, unet_parameters=checkpoint.unet_parameters)
-        loaded = load_base(checkpoint, device=device, dtype=dtype)
-        return cls(base=loaded, pairs=[(fitted[choice.file], choice) for choice in choices])
+        # Imported late since it brings diffusers: faults of the input are reported before.
+        from ..base.load import load_base
 
-    def request(
-        self,
-        prompt: str,
-        *,
-        negative: str = "",
-        seed: int = 0,
-        steps: int = 20,
-        cfg: float = 5.0,
-        size: tuple[int, int] | None = None,
-        sampler: str = "dpm++2m",
-    ) -> ImageRequest:
-        """A request with the base's own size where none is given; raises ``SdloraError`` for what the base cannot do."""
-        checkpoint = self.base.checkpoint
-        width, height = size or (checkpoint.resolution, checkpoint.resolution)
-        problems = []
-        if width % checkpoint.size_step or height % checkpoint.size_step or min(width, height) <= 0:
-            step = checkpoint.size_step
-            problems.append(f"size {width}x{height}: sides of {checkpoint.name} are multiples of {step} pixels")
-        if sampler not in SAMPLERS:
-            problems.append(f"sampler {sampler!r} is not known; choose one of {', '.join(SAMPLERS)}")
-        if steps < 1:
-            problems.append(f"steps {steps}: at least 1 is needed")
-        if problems:
-            raise SdloraError(problems)
-        from .pipeline import ImageRequest
+        return cls(base=load_base(checkpoint, device=device, dtype=dtype), loras=fitted)
 
-        return ImageRequest(
-            prompt=prompt,
-            negative=negative,
-            seed=seed,
-            steps=steps,
-            guidance=cfg,
-            width=width,
-            height=height,
-            sampler=sampler,
-        )
+    def images(
+        self, requests: Sequence[ImageRequest], *, progress: Progress | None = None, stop: threading.Event | None = None
+    ) -> list[GeneratedImage]:
+        """Generate ``requests`` under all LoRAs. Raises as ``generate`` does."""
+        check_requests(requests, self.base.checkpoint)
+        from .images import generate_images
+
+        with progress_or_bar(progress) as reports:
+            return generate_images(self.base, requests, self.loras, reports, stop)
+
+
+def _fitted(checkpoint: BaseCheckpoint, loras: Sequence[str | LoraChoice]) -> tuple[WeightedLora, ...]:
+    return fit_loras(checkpoint, [LoraChoice.parse(lora) if isinstance(lora, str) else lora for lora in loras])

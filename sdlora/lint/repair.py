@@ -168,7 +168,7 @@ def _copy(
     if source.mask is not None:
         (target.parent / "mask").mkdir(exist_ok=True)
         shutil.copyfile(source.mask, target.parent / "mask" / f"{target.stem}{source.mask.suffix}")
-    extension = data.sets[source.set_number].caption_extension or data.caption_extension
+    extension = data.sets[source.set_number].caption_extension
     yield from _write_caption(source, target.with_suffix("." + extension.lstrip(".")))
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..base.words import Words, clip_words, words_in
-from ..config.loading import load_config
+from ..config.loading import load_config, load_dataset
+from ..config.resolve import resolve_config, resolve_data
 from ..config.sections import BaseSection, Config, DataSection
 from ..data.buckets import BucketRules, bucket_rules
 from ..data.examine import ExaminedImage, examine_images
 from ..data.kept_images import KEPT_BYTES, KeptImages
-from ..data.sources import find_sources, resolve_config, resolve_data
+from ..data.sources import find_sources
 from ..progress import Progress, progress_or_bar
 from .checks import check_all
 from .dataset import ExaminedDataset
@@ -148,17 +149,5 @@ def linted_sections(
     ]
     if target.endswith(".toml") and not Path(target).is_dir():
         config = load_config(target, overrides)
-        return resolve_data(config.data), config.base
-    return _folder_sections(target, overrides)
-
-
-def _folder_sections(folder: str, overrides: Sequence[str]) -> tuple[DataSection, BaseSection]:
-    # A configuration needs an output and a trigger, which the check of a folder does not have.
-    needed = [f"data.images={json.dumps(folder, ensure_ascii=False)}", "output.path=unwritten.safetensors"]
-    if any(override.startswith("data.trigger=") for override in overrides):
-        config = load_config(None, [*overrides, *needed])
-        return resolve_data(config.data), config.base
-    config = load_config(None, [*overrides, *needed, "data.trigger=none"])
-    data = resolve_data(config.data)
-    sets = tuple(section.model_copy(update={"trigger": ""}) for section in data.sets)
-    return data.model_copy(update={"sets": sets}), config.base
+        return config.data, config.base
+    return load_dataset(None, [*overrides, f"data.images={json.dumps(target, ensure_ascii=False)}"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
@@ -20,6 +21,11 @@ def _named_tensors(change: object, names: Mapping[str, str]) -> dict[str, Tensor
 def _rebuilt(core: Tensor, out: Tensor, inner: Tensor) -> Tensor:
     """Tucker: Σ core[i, j, …] out[i, o] inner[j, n] -> (o, n, …)."""
     return torch.einsum("ij...,io,jn->on...", core, out, inner)
+
+
+def _is_matrix(shape: tuple[int, ...], outputs: int, inputs: int) -> bool:
+    """Whether a weight of ``shape`` is, with all axes after the first as one, an outputs × inputs matrix."""
+    return shape[0] == outputs and math.prod(shape[1:]) == inputs
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,6 +52,11 @@ class Hadamard(Change):
 
     def delta(self, weight: Tensor) -> Tensor:
         return self._product(weight).reshape(weight.shape)
+
+    def _fits_weight(self, shape: tuple[int, ...]) -> bool:
+        if self.t1 is not None and self.t2 is not None:
+            return _is_matrix(shape, self.w1_a.shape[1], self.w1_b.shape[1] * math.prod(self.t1.shape[2:]))
+        return _is_matrix(shape, self.w1_a.shape[0], self.w1_b.shape[1])
 
     def norm(self) -> float:
         return float(self._product(torch.zeros(0)).norm())
@@ -92,6 +103,13 @@ class Kronecker(Change):
             first = first[:, :, None, None]
         return (torch.kron(first, second.contiguous()) * self._scale).reshape(weight.shape)
 
+    def _fits_weight(self, shape: tuple[int, ...]) -> bool:
+        first = _product_shape(self.w1, self.w1_a, self.w1_b)
+        second = _product_shape(self.w2, self.w2_a, self.w2_b)
+        if self.w2 is None and self.t2 is not None and self.w2_a is not None:
+            second = (self.w2_a.shape[1], second[1], *self.t2.shape[2:])
+        return _is_matrix(shape, first[0] * second[0], math.prod(first[1:]) * math.prod(second[1:]))
+
     def norm(self) -> float:
         first, second = self._factors(torch.zeros(0))
         return abs(self._scale) * float(first.norm() * second.norm())
@@ -120,6 +138,14 @@ def _product(a: Tensor | None, b: Tensor | None) -> Tensor:
     return a.double() @ b.double()
 
 
+def _product_shape(whole: Tensor | None, a: Tensor | None, b: Tensor | None) -> tuple[int, ...]:
+    if whole is not None:
+        return tuple(whole.shape)
+    if a is None or b is None:
+        raise ValueError("a product lacks one of its matrices")
+    return (a.shape[0], b.shape[1])
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Scaling(Change):
     """IA³: each output, or each input, of the module times 1 + v (Liu et al. 2022, section 3.3)."""
@@ -134,6 +160,10 @@ class Scaling(Change):
         vector = self.weight.to(weight).reshape(-1)
         axis = 1 if self.on_input else 0
         return weight * vector.reshape([-1 if i == axis else 1 for i in range(weight.ndim)])
+
+    def _fits_weight(self, shape: tuple[int, ...]) -> bool:
+        scaled = shape[1:2] if self.on_input else shape[:1]
+        return scaled == (self.weight.numel(),)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"weight": self.weight, "on_input": torch.tensor(int(self.on_input))}
@@ -159,6 +189,9 @@ class Full(Change):
 
     def bias_delta(self) -> Tensor | None:
         return self.bias
+
+    def _fits_weight(self, shape: tuple[int, ...]) -> bool:
+        return self.diff is None or super()._fits_weight(shape)
 
     def norm(self) -> float:
         return 0.0 if self.diff is None else float(self.diff.float().norm())
@@ -191,6 +224,10 @@ class Generalised(Change):
         a1, a2, b1, b2 = (t.to(weight).flatten(1) for t in (self.a1, self.a2, self.b1, self.b2))
         turned = torch.einsum("oi...,ij->oj...", weight, a1 @ a2)
         return (turned + (b1 @ b2).reshape(weight.shape)) * (self.alpha / self.rank)
+
+    def _fits_weight(self, shape: tuple[int, ...]) -> bool:
+        inputs = self.a1.shape[0]
+        return shape[1:2] == (inputs,) and _is_matrix(shape, self.b1.shape[0], math.prod(self.b2.shape[1:]))
 
     def tensors(self) -> dict[str, Tensor]:
         return {f"{name}.weight": getattr(self, name) for name in ("a1", "a2", "b1", "b2")}
@@ -229,6 +266,15 @@ class Orthogonal(Change):
         if self.rescale is not None:
             result = result * self.rescale.to(weight).reshape([-1] + [1] * (weight.ndim - 1))
         return result - weight
+
+    def _fits_weight(self, shape: tuple[int, ...]) -> bool:
+        count, size, _ = self.blocks.shape[-3:]
+        if self.rescale is not None and self.rescale.numel() != shape[0]:
+            return False
+        if self.blocks.ndim == 3:
+            return shape[0] == count * size
+        last_reach = 2 ** (self.blocks.shape[0] - 1) * (size // 2)
+        return shape[0] == count * size and last_reach > 0 and shape[0] % (2 * last_reach) == 0
 
     def _turns(self, weight: Tensor) -> Tensor:
         blocks = self.blocks.to(weight)

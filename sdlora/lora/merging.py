@@ -1,4 +1,4 @@
-"""Add the changes of several LoRAs to a base's weights, and take them away again without a trace."""
+"""Add the changes of several LoRAs to a base's weights, and remove them without a trace."""
 
 from __future__ import annotations
 

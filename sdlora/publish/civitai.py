@@ -1,30 +1,35 @@
-"""A LoRA as a folder that can be uploaded: the file, images that link to it, and what A1111 and people want to know."""
+"""A LoRA as a folder to upload: the file, previews that link to it, A1111's card and a model card."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from ..errors import LoraFileError
 from ..families import Family
-from ..formats.hashes import file_hashes
+from ..files import whole_folder
+from ..formats.hashes import FileHashes, file_hashes
 from ..formats.lora_file import LoraFile, read_lora
 from ..formats.metadata import safe_title, stated_tags, trigger_words, with_family
 from ..formats.metadata_file import read_metadata, redacted, write_metadata
 from ..formats.readers import lost_elsewhere
 from ..generation.infotext import save_png
 from ..generation.loras import LoraChoice
-from ..generation.studio import generate
+from ..generation.request import ImageRequest
+from ..generation.studio import Studio
+from ..progress import Progress, progress_or_bar
 from ..tools.convert import convert
-from .model_card import model_card, sidecar
+from .model_card import Presentation, model_card, sidecar
 
 PREVIEWS = 4
+"""Images by default."""
+MAX_WEIGHT = 10.0
+_CARD = "MODEL_CARD.md"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +44,7 @@ class Package:
     trigger: tuple[str, ...]
     hashes: dict[str, str]
     redacted: int
-    """Values of the metadata out of which folders or addresses were taken."""
+    """Number of values in the metadata from which folders or addresses were removed."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -51,93 +56,125 @@ def export_civitai(
     *,
     base: str = "mini",
     prompts: Sequence[str] | None = None,
-    negative: str = "",
+    negative: str = ImageRequest.negative,
     weight: float = 1.0,
-    seed: int = 0,
-    steps: int = 20,
-    cfg: float = 5.0,
-    size: tuple[int, int] | None = None,
-    show_progress: bool = True,
+    seed: int = ImageRequest.seed,
+    steps: int = ImageRequest.steps,
+    cfg: float = ImageRequest.cfg,
+    size: tuple[int, int] | None = ImageRequest.size,
+    progress: Progress | None = None,
+    stop: Event | None = None,
 ) -> Package:
-    """Make ``folder``, which must not be there or be empty, whole or not at all.
+    """Make ``folder``, which must be absent or empty, whole or not at all.
 
     Args:
-        base: what the images are drawn on; not looked at where ``prompts`` is empty.
-        prompts: of the images; by default the trigger with each of the most frequent tags, () for no images.
-        weight: that the images have and that is recommended, above 0: Civitai reads no other from a prompt.
+        base: what the previews are drawn on; not used if ``prompts`` is empty.
+        prompts: one preview each; by default the trigger with each of the most frequent tags, () for no previews.
+        weight: LoRA weight for the previews, and recommended to users; above 0, as Civitai reads no other from a prompt.
+        size: (width, height) of the previews in pixels; by default the base's own square.
+        progress: a bar on standard error by default.
+        stop: ends the drawing when it is set; nothing is left then.
 
     Raises:
-        LoraFileError: the file cannot be read or its family not be told; ``folder`` is in use; there is no trigger and no
-            prompt.
-        BaseModelError, CompatibilityError: the images cannot be drawn on ``base``.
+        LoraFileError: the file cannot be read, its family is unknown, ``folder`` is in use, or there is neither a trigger
+            word nor a prompt.
+        BaseModelError, CompatibilityError: the previews cannot be drawn on ``base``.
+        Interrupted: by ``stop``.
     """
     source, target = Path(lora), Path(folder)
     file = read_lora(source)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise LoraFileError(f"{target}: is there already; choose another folder")
-    if not 0 < weight <= 10:
-        raise LoraFileError(f"weight {weight:g}: expected a number above 0 and up to 10")
-    if file.family is None:
-        raise LoraFileError(
-            f"{source}: its family cannot be told from names, shapes or metadata, so it cannot be listed"
-        )
+    family = _check(file, target, weight)
     trigger = trigger_words(file.metadata)
-    if prompts is None:
-        prompts = _default_prompts(file, trigger)
-        if not prompts:
-            raise LoraFileError(f"{source}: names no trigger word; give a prompt for the images")
-    name = safe_title(source.name if source.is_dir() else source.stem)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".partial"))
-    try:
-        packed = partial / f"{name}.safetensors"
-        changed = _pack(file, file.family, packed, base if prompts else None)
-        drawing: dict[str, Any] = {"negative": negative, "seed": seed, "steps": steps, "cfg": cfg, "size": size}
-        choice = LoraChoice(file=packed, unet=weight, text_encoder=weight)
-        images = generate(prompts, base=base, loras=[choice], show_progress=show_progress, **drawing) if prompts else []
-        previews = [f"{name}-{number}.png" for number in range(1, len(images) + 1)]
-        for image, preview in zip(images, previews, strict=True):
-            save_png(image.image, partial / preview, image.parameters)
-        if images:
-            shutil.copyfile(partial / previews[0], partial / f"{name}.preview.png")
+    shown = Presentation(
+        name=safe_title(source.name if source.is_dir() else source.stem),
+        family=family,
+        trigger=trigger,
+        weight=weight,
+        negative=negative,
+        prompts=tuple(_default_prompts(file, trigger) if prompts is None else prompts),
+    )
+    requests = [
+        ImageRequest(prompt=prompt, negative=negative, seed=seed, steps=steps, cfg=cfg, size=size)
+        for prompt in shown.prompts
+    ]
+    with progress_or_bar(progress) as reporting, whole_folder(target) as partial:
+        packed = partial / f"{shown.name}.safetensors"
+        changed = _pack(file, family, packed, base if requests else None, reporting)
+        previews = _draw(requests, packed, shown, base=base, progress=reporting, stop=stop) if requests else ()
         hashes = file_hashes(packed)
-        beside = sidecar(file, file.family, trigger, weight, negative)
-        (partial / f"{name}.json").write_text(json.dumps(beside, indent=4, ensure_ascii=False), encoding="utf-8")
-        card = model_card(name, read_lora(packed), file.family, trigger, weight, hashes, prompts)
-        (partial / "MODEL_CARD.md").write_text(card, encoding="utf-8")
-        partial.chmod(0o755)
-        os.replace(partial, target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        _write_cards(partial, file, read_lora(packed), shown, hashes)
     return Package(
         folder=str(target),
-        lora=f"{name}.safetensors",
-        previews=tuple(previews),
-        card="MODEL_CARD.md",
-        sidecar=f"{name}.json",
+        lora=packed.name,
+        previews=previews,
+        card=_CARD,
+        sidecar=_sidecar_name(shown),
         trigger=trigger,
         hashes=hashes.by_name(),
         redacted=changed,
     )
 
 
+def _check(file: LoraFile, target: Path, weight: float) -> Family:
+    """The family of what can be exported. Raises as ``export_civitai``."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise LoraFileError(f"{target}: exists already; choose another folder")
+    if not 0 < weight <= MAX_WEIGHT:
+        raise LoraFileError(f"weight {weight:g}: expected a number above 0 and up to {MAX_WEIGHT:g}")
+    if file.family is None:
+        raise LoraFileError(
+            f"{file.path}: names, shapes and metadata do not show its family, which an upload must state"
+        )
+    return file.family
+
+
 def _default_prompts(file: LoraFile, trigger: Sequence[str]) -> list[str]:
     if not trigger:
-        return []
+        raise LoraFileError(f"{file.path}: names no trigger word; give a prompt for the previews")
     call = ", ".join(trigger)
     known = {word.lower() for word in trigger}
     tags = [tag for tag in stated_tags(file.metadata) if tag.lower() not in known]
     return [f"{call}, {tag}" for tag in tags[:PREVIEWS]] or [call]
 
 
-def _pack(file: LoraFile, family: Family, packed: Path, base: str | None) -> int:
-    """Write the file in kohya's names with metadata that is clean and hashes that hold; returns how much was cleaned."""
+def _pack(file: LoraFile, family: Family, packed: Path, base: str | None, progress: Progress) -> int:
+    """Write the LoRA in kohya's format with clean metadata and correct hashes; returns how many values were cleaned."""
     if file.path.is_dir() or file.path.suffix != ".safetensors" or lost_elsewhere(file.modules, family):
-        convert(file.path, packed, to="kohya", base=base)
+        convert(file.path, packed, to="kohya", base=base, progress=progress)
     else:
         shutil.copyfile(file.path, packed)
     metadata = read_metadata(packed)
     clean = redacted(metadata)
     write_metadata(packed, packed, with_family(clean, family) | {"ss_output_name": packed.stem}, hashes=True)
     return sum(metadata[key] != clean[key] for key in metadata)
+
+
+def _draw(
+    requests: Sequence[ImageRequest],
+    packed: Path,
+    shown: Presentation,
+    *,
+    base: str,
+    progress: Progress,
+    stop: Event | None,
+) -> tuple[str, ...]:
+    """Draw the previews beside ``packed``; returns their names."""
+    choice = LoraChoice(file=packed, unet=shown.weight, text_encoder=shown.weight)
+    images = Studio.open(base, [choice], requests=requests, precision="auto").images(
+        requests, progress=progress, stop=stop
+    )
+    names = tuple(f"{shown.name}-{number}.png" for number in range(1, len(images) + 1))
+    for image, name in zip(images, names, strict=True):
+        save_png(image.image, packed.with_name(name), image.parameters)
+    shutil.copyfile(packed.with_name(names[0]), packed.with_name(f"{shown.name}.preview.png"))
+    return names
+
+
+def _write_cards(folder: Path, source: LoraFile, packed: LoraFile, shown: Presentation, hashes: FileHashes) -> None:
+    beside = json.dumps(sidecar(source, shown), indent=4, ensure_ascii=False)
+    (folder / _sidecar_name(shown)).write_text(beside, encoding="utf-8")
+    (folder / _CARD).write_text(model_card(packed, shown, hashes), encoding="utf-8")
+
+
+def _sidecar_name(shown: Presentation) -> str:
+    return f"{shown.name}.json"

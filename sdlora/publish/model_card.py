@@ -1,71 +1,75 @@
-"""What goes beside a LoRA for people and for A1111: a model card in Markdown, and the webui's card in JSON."""
+"""What accompanies an uploaded LoRA: a model card in Markdown for people, and A1111's card in JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 from ..families import Family
 from ..formats.hashes import FileHashes
 from ..formats.lora_file import LoraFile
 
-_UPLOAD_NAMES = {"sd1": "SD 1.5", "sd2": "SD 2.1", "sdxl": "SDXL 1.0"}
-"""Family -> what Civitai's form calls it."""
+
+@dataclass(frozen=True, kw_only=True)
+class Presentation:
+    """What an upload says about its LoRA besides its metadata."""
+
+    name: str
+    """The name in prompts: ``<lora:name:1>``."""
+    family: Family
+    trigger: tuple[str, ...]
+    weight: float
+    """LoRA weight for the previews, and recommended to users."""
+    negative: str
+    prompts: tuple[str, ...]
+    """One for each preview."""
 
 
-def sidecar(
-    file: LoraFile, family: Family, trigger: Sequence[str], weight: float, negative: str
-) -> dict[str, str | float]:
-    """The card that A1111 and Forge keep beside a LoRA, by which it can be called with one click."""
-    notes = [file.metadata.get("modelspec.usage_hint", ""), f"Made by {file.metadata.get('modelspec.author', '')}"]
+def sidecar(file: LoraFile, shown: Presentation) -> dict[str, str | float]:
+    """The card that A1111 and Forge keep beside a LoRA, which puts it into a prompt with one click."""
+    author = file.metadata.get("modelspec.author")
+    notes = (file.metadata.get("modelspec.usage_hint"), author and f"Made by {author}")
     return {
         "description": file.metadata.get("modelspec.description", ""),
-        "sd version": family.name.upper(),
-        "activation text": ", ".join(trigger),
-        "preferred weight": weight,
-        "negative text": negative,
-        "notes": "\n".join(note for note in notes if note not in ("", "Made by ")),
+        "sd version": shown.family.name.upper(),
+        "activation text": ", ".join(shown.trigger),
+        "preferred weight": shown.weight,
+        "negative text": shown.negative,
+        "notes": "\n".join(note for note in notes if note),
     }
 
 
-def model_card(
-    name: str,
-    file: LoraFile,
-    family: Family,
-    trigger: Sequence[str],
-    weight: float,
-    hashes: FileHashes,
-    prompts: Sequence[str],
-) -> str:
-    told = {key: value for key, value in file.metadata.items() if value not in ("", "None")}
-    title = told.get("modelspec.title", name)
-    call = ", ".join(trigger)
+def model_card(file: LoraFile, shown: Presentation, hashes: FileHashes) -> str:
+    """A page in Markdown: what the LoRA is, how to use it, how it was trained, its hashes. ``file`` is the one uploaded."""
+    stated = {key: value for key, value in file.metadata.items() if value not in ("", "None")}
+    title = stated.get("modelspec.title", shown.name)
+    name, weight, call = shown.name, shown.weight, ", ".join(shown.trigger)
     facts = {
-        "Base model": f"{_UPLOAD_NAMES[family.name]} ({family.title})",
-        "Trained on": told.get("ss_sd_model_name"),
+        "Base model": f"{shown.family.upload_name} ({shown.family.title})",
+        "Trained on": stated.get("ss_sd_model_name"),
         "Trigger words": f"`{call}`" if call else None,
         "Recommended weight": f"{weight:g}",
-        "Prediction": told.get("modelspec.prediction_type"),
-        "License": told.get("modelspec.license", "to be chosen"),
-        "Author": told.get("modelspec.author"),
-        "Tags": told.get("modelspec.tags"),
+        "Prediction": stated.get("modelspec.prediction_type"),
+        "License": stated.get("modelspec.license", "to be chosen"),
+        "Author": stated.get("modelspec.author"),
+        "Tags": stated.get("modelspec.tags"),
     }
     training = {
-        "Images": told.get("ss_num_train_images"),
-        "Steps": told.get("ss_steps") or told.get("ss_max_train_steps"),
-        "Batch size": told.get("ss_total_batch_size"),
-        "Resolution": told.get("modelspec.resolution"),
-        "Rank / alpha": _pair(told.get("ss_network_dim"), told.get("ss_network_alpha")),
+        "Images": stated.get("ss_num_train_images"),
+        "Steps": stated.get("ss_steps") or stated.get("ss_max_train_steps"),
+        "Batch size": stated.get("ss_total_batch_size"),
+        "Resolution": stated.get("modelspec.resolution"),
+        "Rank / alpha": _pair(stated.get("ss_network_dim"), stated.get("ss_network_alpha")),
         "Learning rate (UNet / text encoder)": _pair(
-            told.get("ss_unet_lr") or told.get("ss_learning_rate"), told.get("ss_text_encoder_lr")
+            stated.get("ss_unet_lr") or stated.get("ss_learning_rate"), stated.get("ss_text_encoder_lr")
         ),
-        "Schedule": told.get("ss_lr_scheduler"),
-        "Clip skip": told.get("ss_clip_skip"),
+        "Schedule": stated.get("ss_lr_scheduler"),
+        "Clip skip": stated.get("ss_clip_skip"),
         "Modules": f"{len(file.modules)} ({', '.join(f'{kind} {count}' for kind, count in file.kinds.items())})",
     }
-    prompt = f"{prompts[0] if prompts else call}".strip()
+    prompt = f"{shown.prompts[0] if shown.prompts else call}".strip()
     return f"""# {title}
 
-{told.get("modelspec.description", "_What it draws, and what it was made from._")}
+{stated.get("modelspec.description", "_What it draws, and what it was made from._")}
 
 {_table(facts)}
 

@@ -1,7 +1,8 @@
-"""A LoRA file in one dialect -> the same LoRA in another."""
+"""A LoRA file in one format -> the same LoRA in another."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,20 @@ import torch
 
 from ..base.checkpoint import find_base
 from ..errors import LoraFileError
+from ..families import Family
 from ..formats.keys import resolve
-from ..formats.lora_file import read_lora
-from ..formats.lora_writer import DIALECTS, write_lora
+from ..formats.lora_file import LoraFile, read_lora
+from ..formats.lora_writer import WRITTEN_FORMATS, write_lora
 from ..formats.metadata import with_family
 from ..formats.published import published_modules
+from ..lora.change import Change
+from ..progress import Progress, progress_or_bar
+
+_OF_ONE_FORMAT = ("lora_adapter_metadata", "format")
+"""Metadata that describes the names of the source's tensors."""
+
+
+_KEYS = {"source_format": "source_dialect", "format": "dialect"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,70 +34,98 @@ class Conversion:
     output: str
     family: str
     modules: int
-    source_dialect: str
-    dialect: str
+    source_format: str
+    format: str
     dtype: str
     left_out: tuple[str, ...]
     """What the source holds and cannot be used, as sentences."""
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """All fields by their names, except that the formats have other keys, which programs know."""
+        return {_KEYS.get(name, name): value for name, value in asdict(self).items()}
 
 
 def convert(
-    source: str | Path, target: str | Path, *, to: str, base: str | None = None, precision: str = "auto"
+    source: str | Path,
+    target: str | Path,
+    *,
+    to: str,
+    base: str | None = None,
+    precision: str = "auto",
+    progress: Progress | None = None,
 ) -> Conversion:
-    """Write the LoRA in ``source`` to ``target`` in the dialect ``to``.
+    """Write the LoRA in ``source`` to the new file ``target`` in the format ``to``.
 
     Args:
-        base: whose module names count; by default those of the published checkpoints of the file's family.
-        precision: ``auto`` is that of the source.
+        to: ``kohya``, ``diffusers`` or ``peft``.
+        base: whose module names are used; by default those of the published checkpoints of the file's family.
+        precision: ``float16``, ``bfloat16`` or ``float32``; ``auto`` is that of the source.
+        progress: a bar on standard error by default.
 
     Raises:
-        LoraFileError, BaseModelError: the source cannot be read, its family not be told, one of its modules not be named, or
-            the target is there already. Nothing is written then.
+        LoraFileError, BaseModelError: the source cannot be read, its family is unknown, one of its modules has no name in
+            the base or cannot be written in this format, or the target exists. Nothing is written then.
     """
     source, target = Path(source), Path(target)
-    if to not in DIALECTS:
-        raise LoraFileError(f"dialect {to!r} cannot be written; choose one of {', '.join(DIALECTS)}")
-    if target.suffix != ".safetensors":
-        raise LoraFileError(f"{target}: the name of the file to write ends in .safetensors")
-    if target.exists():
-        raise LoraFileError(f"{target}: exists already; choose another name")
-    lora = read_lora(source)
-    checkpoint = find_base(base) if base else None
-    family = checkpoint.family if checkpoint else lora.family
-    if family is None:
-        raise LoraFileError(
-            f"{source}: its family cannot be told from names, shapes or metadata; name its base with --base"
+    _check_target(target, to)
+    with progress_or_bar(progress) as shown:
+        shown.start("Converting", 2)
+        lora = read_lora(source)
+        shown.advance()
+        family, base_modules = _family_and_modules(lora, base)
+        modules = _canonical(lora, family, base_modules)
+        dtype = getattr(torch, lora.dtype.split(", ")[-1] if precision == "auto" else precision)
+        metadata = {key: value for key, value in lora.metadata.items() if key not in _OF_ONE_FORMAT}
+        write_lora(
+            target,
+            modules,
+            with_family(metadata, family),
+            dtype=dtype,
+            format=to,
+            family=family,
+            base_modules=base_modules,
+            bundled=lora.bundled if to == "kohya" else None,
         )
-    names = checkpoint.module_shapes() if checkpoint else published_modules(family.name)
-    found = resolve(lora.modules, names)
-    if found.unmatched:
-        raise LoraFileError(
-            f"{source}: {len(found.unmatched)} of {len(lora.modules)} modules are not in {family.title}, such as "
-            f"{found.unmatched[0]}; name the base that it was made for with --base"
-        )
-    dtype = getattr(torch, lora.dtype.split(", ")[-1] if precision == "auto" else precision)
-    modules = {name: lora.modules[key] for key, name in found.matched.items()}
-    own = {key: value for key, value in lora.metadata.items() if key not in ("lora_adapter_metadata", "format")}
-    write_lora(
-        target,
-        modules,
-        with_family(own, family),
-        dtype=dtype,
-        dialect=to,
-        family=family,
-        base_modules=names,
-        bundled=lora.bundled if to == "kohya" else None,
-    )
-    lost = [f"embedding {name}: only kohya's dialect can bundle one" for name in lora.embeddings if to != "kohya"]
+        shown.advance()
+    lost = [f"embedding {name}: only kohya's format can bundle one" for name in lora.embeddings if to != "kohya"]
     return Conversion(
         output=str(target),
         family=family.name,
         modules=len(modules),
-        source_dialect=lora.dialect,
-        dialect=to,
+        source_format=lora.format,
+        format=to,
         dtype=str(dtype).removeprefix("torch."),
         left_out=(*lora.problems, *lost),
     )
+
+
+def _check_target(target: Path, to: str) -> None:
+    if to not in WRITTEN_FORMATS:
+        raise LoraFileError(f"format {to!r} cannot be written; choose one of {', '.join(WRITTEN_FORMATS)}")
+    if target.suffix != ".safetensors":
+        raise LoraFileError(f"{target}: the name of the file to write must end in .safetensors")
+    if target.exists():
+        raise LoraFileError(f"{target}: exists already; choose another name")
+
+
+def _family_and_modules(lora: LoraFile, base: str | None) -> tuple[Family, Mapping[str, tuple[int, ...]]]:
+    """The family, and canonical name -> shape of the weight, of every module of the base."""
+    if base:
+        checkpoint = find_base(base)
+        return checkpoint.family, checkpoint.module_shapes()
+    if lora.family is None:
+        raise LoraFileError(
+            f"{lora.path}: names, shapes and metadata do not show its family; name its base with --base"
+        )
+    return lora.family, published_modules(lora.family.name)
+
+
+def _canonical(lora: LoraFile, family: Family, base_modules: Mapping[str, tuple[int, ...]]) -> dict[str, Change]:
+    """Canonical name -> change."""
+    found = resolve(lora.modules, base_modules)
+    if found.unmatched:
+        raise LoraFileError(
+            f"{lora.path}: {len(found.unmatched)} of {len(lora.modules)} modules are not in {family.title}, such as "
+            f"{found.unmatched[0]}; name the base that it was made for with --base"
+        )
+    return {name: lora.modules[key] for key, name in found.matched.items()}

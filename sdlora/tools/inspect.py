@@ -1,4 +1,4 @@
-"""Which kind of file it is, and the report on a checkpoint."""
+"""``inspect``: which kind a file is, and the report on a checkpoint."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from pathlib import Path
 
 from ..base.checkpoint import MINI, MINI_FOLDER
 from ..base.detect import DetectedCheckpoint, detect_checkpoint
-from ..base.parts import PARTS as CHECKPOINT_PARTS
-from ..base.parts import TITLES
 from ..errors import LoraFileError
+from ..families import PART_TITLES, PARTS
 from ..formats.hashes import FileHashes, file_hashes
 from ..formats.lora_file import is_lora, lora_in, read_lora
 from ..formats.tensor_files import open_tensor_file
@@ -19,13 +18,14 @@ from .inspect_report import InspectReport
 
 
 def inspect(path: str | Path, *, hashes: bool = False, progress: Progress | None = None) -> InspectReport:
-    """InspectReport on a LoRA file, the folder of a PEFT adapter, ``mini``, a checkpoint file or a diffusers folder.
+    """Examine a LoRA file, the folder of a PEFT adapter, ``mini``, a checkpoint file or a diffusers folder.
 
     Args:
-        hashes: of a checkpoint too, for which all of its file is read; those of a LoRA are always reported.
+        hashes: whether a checkpoint's hashes are computed, for which its whole file is read; a LoRA's always are.
+        progress: a bar on standard error by default.
 
     Raises:
-        LoraFileError, BaseModelError: the file is neither, or it is damaged.
+        LoraFileError, BaseModelError: the file is missing, damaged or neither.
     """
     with progress_or_bar(progress) as shown:
         return _inspect(str(path), hashes, shown)
@@ -41,8 +41,8 @@ def _inspect(path: str, hashes: bool, progress: Progress) -> InspectReport:
     if is_lora(opened.tensors):
         return lora_report(lora_in(opened))
     found = detect_checkpoint(file)
-    own = file_hashes(file, progress) if hashes else None
-    return _checkpoint_report(found, name=file.name, hashes=own)
+    digests = file_hashes(file, progress) if hashes else None
+    return _checkpoint_report(found, name=file.name, hashes=digests)
 
 
 def _checkpoint_report(found: DetectedCheckpoint, *, name: str, hashes: FileHashes | None) -> InspectReport:
@@ -51,20 +51,19 @@ def _checkpoint_report(found: DetectedCheckpoint, *, name: str, hashes: FileHash
         dtypes.update({str(dtype).removeprefix("torch."): count for dtype, count in part.dtypes().items()})
     family, problems = found.family, [f"it {found.refusal}"] if found.refusal else []
     if family is not None:
-        needed = ("unet", "vae", *(encoder.part for encoder in family.text_encoders))
-        problems += [f"it holds no {TITLES[part]}" for part in needed if part not in found.parts]
+        problems += [f"it holds no {PART_TITLES[part]}" for part in family.parts if part not in found.parts]
     return InspectReport(
         kind="checkpoint",
         file=name,
         family=family.name if family else None,
-        dialect=found.dialect,
-        modules={part: len(found.parts[part].tensors) for part in CHECKPOINT_PARTS if part in found.parts},
+        format=found.format,
+        modules={part: len(found.parts[part].tensors) for part in PARTS if part in found.parts},
         dtype=", ".join(dtype for dtype, _ in dtypes.most_common()) or None,
         prediction=found.schedule.prediction if family else None,
         prediction_source=found.prediction_source if family else None,
         zero_terminal_snr=found.schedule.zero_terminal_snr,
         resolution=found.resolution,
-        parameters={part: found.parts[part].parameters() for part in CHECKPOINT_PARTS if part in found.parts},
+        parameters={part: found.parts[part].parameters() for part in PARTS if part in found.parts},
         ema_tensors=found.ema_tensors,
         problems=tuple(problems),
         notes=found.notes,

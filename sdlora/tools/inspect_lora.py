@@ -1,13 +1,14 @@
-"""What a LoRA file is and does, and what is wrong with it."""
+"""``inspect`` of a LoRA: what the file is and does, and what is wrong with it."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
+from ..families import LORA_PARTS
 from ..formats.hashes import FileHashes, hash_file
-from ..formats.keys import PARTS, part_of
+from ..formats.keys import part_of
 from ..formats.lora_file import LoraFile
-from ..formats.metadata import stated_tags, trigger_words
+from ..formats.metadata import stated_prediction, stated_tags, trigger_words
 from ..lora.change import Change
 from .inspect_report import InspectReport, LoraPart, Spread
 
@@ -20,7 +21,7 @@ _UNTOUCHED = {
 
 
 def lora_report(lora: LoraFile) -> InspectReport:
-    """InspectReport on a LoRA that has been read."""
+    """The report on a LoRA that has been read; its file is read once more for the hashes."""
     hashes = hash_file(lora.weights, lora.payload_start)
     norms = {key: change.norm() for key, change in lora.modules.items()}
     by_part: dict[str, list[str]] = {}
@@ -28,33 +29,33 @@ def lora_report(lora: LoraFile) -> InspectReport:
         by_part.setdefault(part_of(key) or "unknown", []).append(key)
     parts = {
         part: _part([lora.modules[key] for key in by_part[part]], [norms[key] for key in by_part[part]])
-        for part in (*PARTS, "unknown")
+        for part in (*LORA_PARTS, "unknown")
         if part in by_part
     }
     silent = [part for part, keys in by_part.items() if all(norms[key] == 0 for key in keys)]
     idle = [key for part, keys in by_part.items() for key in keys if norms[key] == 0 and part not in silent]
-    changes = list(lora.modules.values())
-    counts = {part: parts[part].modules if part in parts else 0 for part in PARTS}
+    whole = _part(list(lora.modules.values()), list(norms.values()))
+    counts = {part: parts[part].modules if part in parts else 0 for part in LORA_PARTS}
     return InspectReport(
         kind="lora",
         file=lora.path.name,
         family=lora.family.name if lora.family else None,
-        dialect=lora.dialect,
+        format=lora.format,
         modules=counts | ({"unknown": parts["unknown"].modules} if "unknown" in parts else {}),
         kinds=lora.kinds,
         parts=parts,
         embeddings=lora.embeddings,
-        rank=Spread.of([change.rank for change in changes if change.rank is not None]),
-        alpha=Spread.of([change.alpha for change in changes if change.alpha is not None]),
-        scale=Spread.of(_scales(changes)),
+        rank=whole.rank,
+        alpha=whole.alpha,
+        scale=whole.scale,
         norm={part: found.norm for part, found in parts.items()},
         dtype=lora.dtype,
-        prediction={"v": "v_prediction", "epsilon": "epsilon"}.get(lora.metadata.get("modelspec.prediction_type", "")),
+        prediction=stated_prediction(lora.metadata),
         trigger=trigger_words(lora.metadata),
         tags=stated_tags(lora.metadata),
         problems=(
             *_stale_hashes(lora.metadata, hashes),
-            *_without_numbers(lora),
+            *_not_finite(lora),
             *(f"{part}: every change is zero; it has no effect" for part in silent),
             *lora.problems,
         ),
@@ -69,13 +70,9 @@ def _part(changes: Sequence[Change], norms: Sequence[float | None]) -> LoraPart:
         modules=len(changes),
         rank=Spread.of([change.rank for change in changes if change.rank is not None]),
         alpha=Spread.of([change.alpha for change in changes if change.alpha is not None]),
-        scale=Spread.of(_scales(changes)),
+        scale=Spread.of([change.alpha / change.rank for change in changes if change.rank and change.alpha is not None]),
         norm=sum((norm or 0.0) ** 2 for norm in norms) ** 0.5,
     )
-
-
-def _scales(changes: Sequence[Change]) -> list[float]:
-    return [change.alpha / change.rank for change in changes if change.rank and change.alpha is not None]
 
 
 def _stale_hashes(metadata: Mapping[str, str], hashes: FileHashes) -> list[str]:
@@ -87,7 +84,7 @@ def _stale_hashes(metadata: Mapping[str, str], hashes: FileHashes) -> list[str]:
     return [f"the hash in the header is stale ({key}): it is not that of the file's tensors" for key in stale]
 
 
-def _without_numbers(lora: LoraFile) -> list[str]:
+def _not_finite(lora: LoraFile) -> list[str]:
     broken = [module for module, reason in lora.unusable.items() if reason.startswith("holds NaN")]
     return [f"NaN or infinity in {len(broken)} modules, such as {broken[0]}"] if broken else []
 
@@ -95,8 +92,7 @@ def _without_numbers(lora: LoraFile) -> list[str]:
 def _untouched(lora: LoraFile, parts: Collection[str]) -> list[str]:
     if lora.family is None or "unknown" in parts:
         return []
-    possible = ("unet", *(encoder.part for encoder in lora.family.text_encoders))
-    note = _UNTOUCHED.get(tuple(part for part in possible if part not in parts))
+    note = _UNTOUCHED.get(tuple(part for part in lora.family.lora_parts if part not in parts))
     return [note] if note else []
 
 

@@ -11,9 +11,10 @@ from typing import Protocol
 
 import torch
 
-from ..base.encode import Conditioning, encode_prompts
+from ..base.base import Base
+from ..base.conditioning import Conditioning
+from ..base.encode import encode_prompts
 from ..base.fingerprints import text_fingerprint
-from ..base.load import Base
 from ..base.tokens import COMMA_REACH, PromptTokens, Tokens, padded, plain, token_count, tokenize
 from ..cache.keys import CacheKey, text_key
 from ..cache.store import EncodedCache

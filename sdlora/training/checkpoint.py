@@ -14,40 +14,42 @@ import torch
 from safetensors.torch import load_file
 
 from ..base.checkpoint import BaseCheckpoint
-from ..config.loading import default_settings
+from ..config.catalogue import default_settings
 from ..config.sections import Config
+from ..config.setting import DECIDES_RESUMING
 from ..errors import ResumeError
 from ..files import write_whole
 from ..formats.safetensors_file import read_header, serialise
 
 KEPT = 2
+"""Checkpoints that are kept, the newest."""
+FORMAT = 2
+"""Format number of ``RunIdentity.to_json``; raised when settings change their names or meaning. Format 1 has no number."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunIdentity:
-    """What must not change between the halves of a run."""
+    """What must not change when a run is resumed."""
 
     config: Mapping[str, str]
-    """``section.key`` -> value, less what does not touch the weights, and no path: this goes into the output too."""
+    """``section.key`` -> value, for the settings that decide resuming; no paths, since it is written into the output."""
     dataset: str
     base: str
+    format: int = FORMAT
 
     @classmethod
     def of(cls, config: Config, *, dataset: str, base: BaseCheckpoint) -> RunIdentity:
-        settings = config.flat(paths=False)
-        # How attention is computed, and what is kept where, changes nothing else.
-        cache = [key for key in settings if key.startswith("cache.")]
-        for key in ("base.attention", "train.save_every", *cache):
-            del settings[key]
-        settings = {k: v for k, v in settings.items() if not k.startswith("output.") or k == "output.precision"}
+        settings = config.flat(DECIDES_RESUMING)
         settings["base.path"] = json.dumps(base.name)
         return cls(config=settings, dataset=dataset, base=base.fingerprint)
 
     def differences(self, other: RunIdentity) -> list[str]:
-        """One phrase for each thing in which ``other``, the earlier run, differs.
+        """One phrase for each difference between ``other``, the earlier run, and this one.
 
-        A key that an earlier version did not know counts as having had its default.
+        A setting that an earlier version did not have counts with its default.
         """
+        if self.format != other.format:
+            return ["another version of sdlora, with other settings, made it"]
         earlier = {**default_settings(), **other.config}
         found = [
             f"{key} was {earlier.get(key)}, is now {self.config.get(key)}"
@@ -61,13 +63,18 @@ class RunIdentity:
         return found
 
     def to_json(self) -> str:
-        fields = {"config": dict(self.config), "dataset": self.dataset, "base": self.base}
+        fields = {"config": dict(self.config), "dataset": self.dataset, "base": self.base, "format": self.format}
         return json.dumps(fields, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> RunIdentity:
         fields = json.loads(text)
-        return cls(config=fields["config"], dataset=fields["dataset"], base=fields["base"])
+        return cls(
+            config=fields["config"],
+            dataset=fields["dataset"],
+            base=fields["base"],
+            format=fields.get("format", 1),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -76,19 +83,19 @@ class Checkpoint:
 
     step: int
     started_at: float
-    """Seconds since 1970 when the run began."""
+    """Seconds since 1970 when the run started."""
     tensors: Mapping[str, torch.Tensor]
 
 
 RUN_KEY = "sdlora_run"
-"""Metadata key of the output under which its run's identity stands."""
+"""Metadata key of the output that holds its run's identity."""
 
 
 def finished(output: Path, identity: RunIdentity) -> bool:
-    """Whether ``output`` is there and complete.
+    """Whether ``output`` exists, made by a run of this identity.
 
     Raises:
-        ResumeError: it is there, but another run made it; the message lists the differences.
+        ResumeError: it exists, but another run made it; the message lists the differences.
     """
     if not output.exists():
         return False
@@ -106,18 +113,18 @@ def finished(output: Path, identity: RunIdentity) -> bool:
 
 
 def record_run(output: Path, identity: RunIdentity) -> None:
-    """Keep ``NAME.run.json`` beside an output that does not say itself which run made it."""
+    """Write ``NAME.run.json`` beside an output whose metadata do not state which run made it."""
     record = {"run": identity.to_json(), "sha256": _sha256(output)}
     write_whole(_record(output), json.dumps(record).encode())
 
 
 def forget_run(output: Path) -> None:
-    """Remove what ``record_run`` kept."""
+    """Remove the file that ``record_run`` wrote."""
     _record(output).unlink(missing_ok=True)
 
 
 def _recorded(output: Path) -> str:
-    """Raises ``OSError``, ``ValueError`` or ``KeyError`` where there is no record of these very bytes."""
+    """The recorded identity; ``OSError``, ``ValueError`` or ``KeyError`` if none is recorded for these bytes."""
     record = json.loads(_record(output).read_text(encoding="utf-8"))
     if record["sha256"] != _sha256(output):
         raise ValueError
@@ -134,14 +141,14 @@ def _sha256(file: Path) -> str:
 
 
 class RunFolder:
-    """``NAME.resume`` beside ``NAME.safetensors``."""
+    """The folder ``NAME.resume`` beside ``NAME.safetensors``, with the newest checkpoints of the run."""
 
     def __init__(self, output: Path, identity: RunIdentity):
         self._folder = output.with_suffix(".resume")
         self._output, self._identity = output, identity
 
     def newest(self) -> Checkpoint | None:
-        """The newest complete checkpoint; None where there is none.
+        """The newest complete checkpoint, tensors on the CPU; None if there is none.
 
         Raises:
             ResumeError: it belongs to a run with other settings, images or base; the message lists the differences.
@@ -158,12 +165,13 @@ class RunFolder:
             if differences:
                 raise ResumeError(
                     f"{self._output}: a half-done run differs: {'; '.join(differences)}; "
-                    "undo that, choose another output.path, or begin anew with --restart"
+                    "undo that, choose another output.path, or start over with --restart"
                 )
             return Checkpoint(step=step, started_at=started_at, tensors=tensors)
         return None
 
     def save(self, checkpoint: Checkpoint) -> None:
+        """Write a checkpoint, whole or not at all, and remove the oldest."""
         metadata = {
             "identity": self._identity.to_json(),
             "step": str(checkpoint.step),
@@ -175,6 +183,7 @@ class RunFolder:
             old.unlink(missing_ok=True)
 
     def remove(self) -> None:
+        """Remove the folder with every checkpoint."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _files(self) -> list[Path]:

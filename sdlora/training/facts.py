@@ -1,17 +1,62 @@
-"""Facts about the training images, for the metadata of the finished file."""
+"""What a finished file states about its run and about the images that it was trained on."""
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from pathlib import Path
 
+from ..base.base import Base
 from ..data.examine import ExaminedImage
-from .metadata import DatasetFacts, FolderFacts
+from ..formats.hashes import FileHashes, file_hashes
+from ..formats.metadata import safe_title
+from ..progress import Progress
+from .metadata import DatasetFacts, FolderFacts, RunFacts, training_metadata
 from .plan import RunPlan
 
 
+def describe_run(
+    plan: RunPlan,
+    base: Base,
+    *,
+    modules: int,
+    tokens: int,
+    started_at: float,
+    validation_loss: float | None,
+    progress: Progress,
+) -> dict[str, str]:
+    """Metadata of the finished file. Captions were read up to ``tokens`` tokens; ``started_at`` is seconds since 1970."""
+    section, train, batches = plan.config.base, plan.config.train, plan.batches
+    run = RunFacts(
+        title=safe_title(Path(plan.config.output.path).stem),
+        base_name=Path(section.path).name,
+        base_hashes=_hashes(section.path, progress),
+        vae_name=section.vae and Path(section.vae).name,
+        vae_hashes=_hashes(section.vae, progress),
+        family=plan.base.family,
+        prediction=base.schedule.prediction,
+        resolution=plan.resolution,
+        modules=modules,
+        epochs=-(-train.steps // batches.batches_per_epoch),
+        batches_per_epoch=batches.batches_per_epoch,
+        precision=str(base.dtype).removeprefix("torch."),
+        clip_skip=section.clip_skip,
+        token_length=tokens,
+        zero_terminal_snr=plan.base.schedule.zero_terminal_snr,
+        session=int(plan.identity.dataset[:8], 16) ^ train.seed,
+        started_at=started_at,
+        finished_at=time.time(),
+    )
+    return training_metadata(plan.config, run, describe_data(plan, validation_loss))
+
+
+def _hashes(path: str | None, progress: Progress) -> FileHashes | None:
+    """Hashes of a checkpoint file; None for a folder."""
+    return file_hashes(Path(path), progress) if path is not None and Path(path).is_file() else None
+
+
 def describe_data(plan: RunPlan, validation_loss: float | None) -> DatasetFacts:
-    """Facts about the images of ``plan``; no path of a folder is among them."""
+    """Facts about the images of ``plan``, without the path of any folder."""
     training, rules = plan.training, plan.rules
     buckets: Counter[tuple[int, int]] = Counter()
     for views, times in zip(training.shown, training.batches.repeats, strict=True):

@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..base.encode import Framing, encode_pixels
+from ..base.base import Base
+from ..base.conditioning import Framing
+from ..base.encode import encode_pixels
 from ..base.fingerprints import vae_fingerprint
-from ..base.load import Base
 from ..cache.filling import Job, fill
 from ..cache.keys import latent_key
 from ..cache.store import EncodedCache

@@ -1,11 +1,11 @@
-"""A training run, from a configuration to a LoRA file, top to bottom."""
+"""A training run, from a plan to a LoRA file and its samples, top to bottom."""
 
 from __future__ import annotations
 
 import signal
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,18 +13,18 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from ..base.load import Base, load_base
+from ..base.base import Base
+from ..base.load import load_base
 from ..base.precision import choose_precision
 from ..errors import Interrupted, TrainingError
 from ..families import WORDS_IN_CHUNK
-from ..formats.hashes import FileHashes, file_hashes
 from ..formats.lora_writer import write_lora
-from ..formats.metadata import safe_title
+from ..lora.low_rank import LowRank
 from ..progress import Progress
 from .checkpoint import RUN_KEY, Checkpoint, RunFolder, finished, forget_run, record_run
-from .facts import describe_data
-from .metadata import RunFacts, training_metadata
+from .facts import describe_run
 from .plan import RunPlan
+from .samples import write_samples
 from .session import TrainingSession, open_session
 from .validation import validation_loss
 
@@ -38,22 +38,44 @@ class TrainResult:
     output: Path
     steps: int
     seconds: float
-    """Spent in this call on loading, caching and training."""
+    """Time that this call spent on loading, encoding and training."""
     loss: float | None
-    """Mean of the last tenth of the steps; None where nothing was left to do."""
+    """Mean over the last 10 % of the steps; None where the run was complete already."""
     validation_loss: float | None
-    """Mean over the validation images after the last step; None where there are none, or nothing was left to do."""
+    """Mean over the validation images after the last step; None without such images, or where the run was complete."""
     resumed_from: int
     """Steps that an earlier, interrupted call had done."""
 
 
-def run_training(plan: RunPlan, *, restart: bool, progress: Progress) -> TrainResult:
-    """Train as planned, going on from the newest checkpoint, and write the LoRA file.
+@dataclass(frozen=True, kw_only=True)
+class TrainReport:
+    """What ``train`` made: the run's result, and the sample sheet, or None where none was made."""
+
+    result: TrainResult
+    samples: Path | None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrainedLora:
+    """The outcome of the steps. ``weights`` are float32 on the CPU, by canonical module name."""
+
+    weights: Mapping[str, LowRank]
+    caption_tokens: int
+    """Tokens of a caption that were read, at most."""
+    started_at: float
+    """Seconds since 1970 when the first of all calls started."""
+    resumed_from: int
+    loss: float
+    validation_loss: float | None
+
+
+def run_training(plan: RunPlan, *, restart: bool, progress: Progress, stop: threading.Event | None) -> TrainReport:
+    """Train as planned, resuming from the newest checkpoint, and write the LoRA file and its samples.
 
     Raises:
         ResumeError: output or checkpoints of another run are in the way.
-        TrainingError: half of the steps gave no finite gradient.
-        Interrupted: Ctrl-C; the state is saved.
+        TrainingError: half of the steps produced gradients with NaN or Inf.
+        Interrupted: Ctrl-C or ``stop``; the state is saved.
     """
     began, config = time.time(), plan.config
     output = Path(config.output.path)
@@ -62,99 +84,118 @@ def run_training(plan: RunPlan, *, restart: bool, progress: Progress) -> TrainRe
         folder.remove()
     elif finished(output, plan.identity):
         folder.remove()
-        return TrainResult(
+        result = TrainResult(
             output=output, steps=config.train.steps, seconds=0.0, loss=None, validation_loss=None, resumed_from=0
         )
-    checkpoint = folder.newest()
+        return TrainReport(result=result, samples=None)
+    start = folder.newest() or Checkpoint(step=0, started_at=began, tensors={})
 
     accelerator = Accelerator()
     dtype = choose_precision(config.train.precision, accelerator.device, unet_parameters=plan.base.unet_parameters)
     base = load_base(plan.base, device=accelerator.device, dtype=dtype)
-    session = open_session(plan, base, accelerator, progress)
-    first, started_at = 0, began
-    if checkpoint is not None:
-        session.optimizer.restore(dict(checkpoint.tensors))
-        first, started_at = checkpoint.step, checkpoint.started_at
-    with session.attached():
-        loss = train_steps(session, first, started_at, folder, progress)
-        held_out = validation_loss(session, progress)
-    session.embeddings.close()
-
+    trained = train_lora(plan, base, accelerator, folder, start, progress, stop)
     if accelerator.is_main_process:
-        weights = session.adapter.weights()
-        tokens = WORDS_IN_CHUNK * session.embeddings.chunks
-        metadata = describe_run(
-            plan,
-            base,
-            modules=len(weights),
-            tokens=tokens,
-            started_at=started_at,
-            validation_loss=held_out,
-            progress=progress,
-        )
-        level = config.output.metadata
-        if level == "full":
-            metadata[RUN_KEY] = plan.identity.to_json()
-        write_lora(
-            output,
-            weights,
-            None if level == "none" else metadata,
-            dtype=getattr(torch, config.output.precision),
-            family=plan.base.family,
-            base_modules=plan.base.module_shapes(),
-        )
-        if level == "full":
-            forget_run(output)
-        else:
-            record_run(output, plan.identity)
+        _write_output(plan, base, trained, progress)
         folder.remove()
     accelerator.wait_for_everyone()
-    return TrainResult(
+    result = TrainResult(
         output=output,
         steps=config.train.steps,
         seconds=time.time() - began,
+        loss=trained.loss,
+        validation_loss=trained.validation_loss,
+        resumed_from=trained.resumed_from,
+    )
+    if not accelerator.is_main_process:
+        return TrainReport(result=result, samples=None)
+    return TrainReport(result=result, samples=write_samples(base, plan, output, progress=progress, stop=stop))
+
+
+def train_lora(
+    plan: RunPlan,
+    base: Base,
+    accelerator: Accelerator,
+    folder: RunFolder,
+    start: Checkpoint,
+    progress: Progress,
+    stop: threading.Event | None,
+) -> TrainedLora:
+    """Do every step after ``start``, and the validation. ``base`` is unchanged on return.
+
+    Images, embeddings and optimizer are released on return, before samples need the memory.
+    """
+    session = open_session(plan, base, accelerator, progress)
+    if start.step:
+        session.optimizer.restore(start.tensors)
+    with session.attached():
+        loss = train_steps(session, start, folder, progress, stop)
+        held_out = validation_loss(session, progress)
+    session.embeddings.close()
+    return TrainedLora(
+        weights=session.adapter.weights(),
+        caption_tokens=WORDS_IN_CHUNK * session.embeddings.chunks,
+        started_at=start.started_at,
+        resumed_from=start.step,
         loss=loss,
         validation_loss=held_out,
-        resumed_from=first,
     )
 
 
 def train_steps(
-    session: TrainingSession, first: int, started_at: float, folder: RunFolder, progress: Progress
+    session: TrainingSession,
+    start: Checkpoint,
+    folder: RunFolder,
+    progress: Progress,
+    stop: threading.Event | None = None,
 ) -> float:
-    """Steps ``first`` to the last; returns the mean loss of the last tenth (of those done here)."""
-    train = session.plan.config.train
+    """Do every step after ``start``; returns the mean loss over the last 10 % of the steps (of those done here)."""
+    train, first = session.plan.config.train, start.step
     steps, tail = train.steps, max(1, train.steps // 10)
     recent, tail_loss = torch.zeros(2, device=session.base.device)
     progress.start("Training", steps, first)
+    reported = first
 
     def save(done: int) -> None:
         if session.accelerator.is_main_process:
-            folder.save(Checkpoint(step=done, started_at=started_at, tensors=session.optimizer.state()))
+            folder.save(Checkpoint(step=done, started_at=start.started_at, tensors=session.optimizer.state()))
 
-    with interrupt_flag() as interrupted:
+    with interrupt_flag(stop) as interrupted:
         for step in range(first, steps):
             loss, done = session.step(step), step + 1
             recent += loss
             if done > steps - tail:
                 tail_loss += loss
-            if done % REPORT_EVERY == 0:
-                progress.advance(REPORT_EVERY, f"loss {recent.item() / REPORT_EVERY:.4f}")
+            if done % REPORT_EVERY == 0 or done == steps:
+                progress.advance(done - reported, f"loss {recent.item() / (done - reported):.4f}")
                 recent.zero_()
+                reported = done
             if done % train.save_every == 0 and done < steps:
                 _check_skipped(session, done)
                 save(done)
             if interrupted.is_set() and done < steps:
                 save(done)
-                raise Interrupted(f"stopped after step {done} of {steps}; the same command goes on from there")
+                raise Interrupted(f"stopped after step {done} of {steps}; run the same command to resume")
     _check_skipped(session, steps)
     return tail_loss.item() / max(1, min(tail, steps - first))
 
 
+class InterruptFlag:
+    """Set by Ctrl-C or by the caller's event, which Ctrl-C leaves alone."""
+
+    def __init__(self, stop: threading.Event | None):
+        self._pressed, self._stop = threading.Event(), stop
+
+    def set(self) -> None:
+        self._pressed.set()
+
+    def is_set(self) -> bool:
+        return self._pressed.is_set() or (self._stop is not None and self._stop.is_set())
+
+
 @contextmanager
-def interrupt_flag() -> Generator[threading.Event]:
-    """An event that the first Ctrl-C sets; a second one kills, as ever."""
-    flag = threading.Event()
+def interrupt_flag(stop: threading.Event | None = None) -> Generator[InterruptFlag]:
+    """A flag that ``stop`` sets and, in the main thread, the first Ctrl-C; a second Ctrl-C interrupts at once."""
+    flag = InterruptFlag(stop)
     if threading.current_thread() is not threading.main_thread():
         yield flag
         return
@@ -171,50 +212,37 @@ def interrupt_flag() -> Generator[threading.Event]:
         signal.signal(signal.SIGINT, previous)
 
 
-def describe_run(
-    plan: RunPlan,
-    base: Base,
-    *,
-    modules: int,
-    tokens: int,
-    started_at: float,
-    validation_loss: float | None,
-    progress: Progress,
-) -> dict[str, str]:
-    """The metadata of the finished file; captions were read up to ``tokens`` tokens."""
-    own = plan.config.base
-    run = RunFacts(
-        title=safe_title(Path(plan.config.output.path).stem),
-        base_name=Path(own.path).name,
-        base_hashes=_hashes(own.path, progress),
-        vae_name=own.vae and Path(own.vae).name,
-        vae_hashes=_hashes(own.vae, progress),
-        family=plan.base.family,
-        prediction=base.schedule.prediction,
-        resolution=plan.resolution,
-        modules=modules,
-        epochs=-(-plan.config.train.steps // plan.batches.batches_per_epoch),
-        batches_per_epoch=plan.batches.batches_per_epoch,
-        precision=str(base.dtype).removeprefix("torch."),
-        clip_skip=plan.config.base.clip_skip,
-        token_length=tokens,
-        zero_terminal_snr=plan.base.schedule.zero_terminal_snr,
-        session=int(plan.identity.dataset[:8], 16) ^ plan.config.train.seed,
-        started_at=started_at,
-        finished_at=time.time(),
+def _write_output(plan: RunPlan, base: Base, trained: TrainedLora, progress: Progress) -> None:
+    output, level = Path(plan.config.output.path), plan.config.output.metadata
+    metadata = describe_run(
+        plan,
+        base,
+        modules=len(trained.weights),
+        tokens=trained.caption_tokens,
+        started_at=trained.started_at,
+        validation_loss=trained.validation_loss,
+        progress=progress,
     )
-    return training_metadata(plan.config, run, describe_data(plan, validation_loss))
-
-
-def _hashes(path: str | None, progress: Progress) -> FileHashes | None:
-    """Of a checkpoint file; None of a folder."""
-    return file_hashes(Path(path), progress) if path is not None and Path(path).is_file() else None
+    if level == "full":
+        metadata[RUN_KEY] = plan.identity.to_json()
+    write_lora(
+        output,
+        trained.weights,
+        None if level == "none" else metadata,
+        dtype=getattr(torch, plan.config.output.precision),
+        family=plan.base.family,
+        base_modules=plan.base.module_shapes(),
+    )
+    if level == "full":
+        forget_run(output)
+    else:
+        record_run(output, plan.identity)
 
 
 def _check_skipped(session: TrainingSession, done: int) -> None:
     skipped = session.optimizer.skipped_steps()
     if skipped > MAX_SKIPPED_SHARE * done:
         raise TrainingError(
-            f"{skipped} of {done} steps gave no finite gradient and were left out; lower optimizer.learning_rate, "
-            "or set train.precision to float32"
+            f"{skipped} of {done} steps produced gradients with NaN or Inf and were skipped; lower "
+            "optimizer.learning_rate, or set train.precision to float32"
         )

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..base.encode import Conditioning, Framing, added_conditions
-from ..base.load import Base
+from ..base.base import Base
+from ..base.conditioning import Conditioning, Framing
 
 
 def denoising_loss(
@@ -25,12 +25,11 @@ def denoising_loss(
 
     ``latents`` and ``noise`` are (b, 4, h, w) float32, ``timesteps`` (b,) int64; ``conditioning`` and
     ``framings`` have a row for each. ``masks``, (b, 1, h, w) float32 in [0, 1], are multiplied into the squared errors
-    before the mean over all of them, as in kohya's trainer: an image of which half counts has half the say.
+    before the mean over all of them, as in kohya's trainer: masking half of an image halves its loss.
     """
     schedule = base.schedule
-    noisy = schedule.add_noise(latents, noise, timesteps).to(base.dtype)
-    added = added_conditions(base, conditioning, framings)
-    predicted = base.unet(noisy, timesteps, conditioning.context, added_cond_kwargs=added, return_dict=False)[0].float()
+    noisy = schedule.add_noise(latents, noise, timesteps)
+    predicted = base.predict(noisy, timesteps, conditioning, framings)
     errors = (predicted - schedule.target(latents, noise, timesteps)).square()
     if masks is not None:
         errors = errors * masks

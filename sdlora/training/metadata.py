@@ -1,4 +1,4 @@
-"""What a trained file says of itself: kohya's ``ss_*`` keys and ModelSpec 1.0.1, with true values or not at all."""
+"""What a trained file states about itself: kohya's ``ss_*`` keys and ModelSpec 1.0.1, with true values or not at all."""
 
 from __future__ import annotations
 
@@ -10,64 +10,67 @@ from datetime import UTC, datetime
 
 from .._version import __version__
 from ..config.sections import Config
-from ..families import Family
+from ..families import WORDS_IN_CHUNK, Family, Prediction
 from ..formats.hashes import FileHashes
+from ..formats.metadata import MODELSPEC_PREDICTIONS, family_metadata
 from .optimizer import BETAS
 
 
 @dataclass(frozen=True, kw_only=True)
 class FolderFacts:
-    """Images of one folder that have one part in training."""
+    """Images of one folder that are used in the same way."""
 
     name: str
-    """Bare."""
+    """Without the path."""
     repeats: int
     captions: Sequence[str]
-    """One for each image, with nothing drawn."""
+    """One for each image, before anything is shuffled or dropped."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetFacts:
+    """What the run was trained on."""
+
     folders: Sequence[FolderFacts]
-    """Of training images."""
+    """Folders of training images."""
     regularisation: Sequence[FolderFacts]
     shuffle_caption: bool
     keep_tokens: int
     tag_dropout: float
-    """These three of the training set where they are highest."""
+    """These three are the highest values among the training sets."""
     validation_images: int
     validation_loss: float | None
     buckets: Mapping[tuple[int, int], int]
-    """(width, height) -> how many images are shown at that size in an epoch, repeats and regularisation counted."""
+    """(width, height) in pixels -> images of that size in an epoch, with repeats and regularisation images."""
     mean_aspect_error: float
-    """Of the buckets' aspects (width / height) against the images', over the training images."""
+    """Mean difference of width / height between an image and its bucket, over the training images."""
     bucket_sides: tuple[int, int] | None
-    """Least and greatest side of a bucket in pixels; None where images alone decide."""
+    """Least and greatest side of a bucket in pixels; None where only the images decide."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """What happened, as far as the configuration does not say it already. Times are seconds since 1970."""
+    """What the configuration does not state already. Times are seconds since 1970."""
 
     title: str
     base_name: str
-    """With its ending, where it is a file."""
+    """With the extension, if it is a file."""
     base_hashes: FileHashes | None
-    """None where it is a folder."""
+    """None for a folder."""
     vae_name: str | None
-    """Of a VAE that the user put in the place of the base's own."""
+    """Name of the VAE that replaces the base's; None if there is none."""
     vae_hashes: FileHashes | None
     family: Family
-    prediction: str
+    prediction: Prediction
     resolution: int
     modules: int
     epochs: int
     batches_per_epoch: int
     precision: str
     clip_skip: int | None
-    """As the user set it; None is the family's own."""
+    """As set by the user; None is the family's default."""
     token_length: int
-    """Tokens of a caption that were read, at most; a multiple of 75."""
+    """Most tokens of a caption that are read; a multiple of 75."""
     zero_terminal_snr: bool
     session: int
     started_at: float
@@ -75,14 +78,15 @@ class RunFacts:
 
 
 def training_metadata(config: Config, run: RunFacts, data: DatasetFacts) -> dict[str, str]:
-    """Every value is text, as the format wants it; nothing in it names a folder's place, a user or a machine.
+    """Metadata of the finished file, all values as text; no path, user or machine is named.
 
-    Of ``output.metadata``'s levels, ``minimal`` is what kohya's ``--no_metadata`` keeps, what ModelSpec demands, the trigger
-    and what the user wrote; ``none`` is nothing.
+    With ``output.metadata = "minimal"`` only what kohya's ``--no_metadata`` keeps, what ModelSpec requires, the trigger and
+    what the user wrote; with ``"none"`` nothing.
     """
     if config.output.metadata == "none":
         return {}
-    values = _run_values(config, run, data) | _modelspec_values(config, run)
+    values: dict[str, object] = {**family_metadata(run.family, run.prediction)}
+    values |= _run_values(config, run, data) | _modelspec_values(config, run)
     if config.output.metadata == "minimal":
         values = {key: value for key, value in values.items() if key in _MINIMAL}
     return {key: json.dumps(v) if isinstance(v, dict) else str(v) for key, v in values.items()}
@@ -97,10 +101,51 @@ _MINIMAL = frozenset(
 
 
 def _run_values(config: Config, run: RunFacts, data: DatasetFacts) -> dict[str, object]:
-    """Kohya's keys. What this program has no setting for stands with the value by which kohya says that it is off."""
-    train, lora, optimizer = config.train, config.lora, config.optimizer
-    trained_text_encoder = optimizer.text_encoder_learning_rate > 0
-    epsilon = run.prediction == "epsilon"
+    """Kohya's keys and ours."""
+    return (
+        _OFF
+        | _origin(config, run)
+        | _network(config)
+        | _optimization(config, run)
+        | _objective(config)
+        | _captions_and_views(config, data)
+        | _images(run, data)
+        | _buckets(config, data)
+        | _ours(run, data)
+    )
+
+
+_OFF: dict[str, object] = {
+    "ss_network_dropout": None,
+    "ss_full_fp16": False,
+    "ss_fp8_base": False,
+    "ss_fp8_base_unet": False,
+    "ss_lowram": False,
+    "ss_debiased_estimation": False,
+    "ss_huber_schedule": None,
+    "ss_huber_scale": None,
+    "ss_huber_c": None,
+    "ss_scale_weight_norms": None,
+    "ss_noise_offset": None,
+    "ss_noise_offset_random_strength": False,
+    "ss_adaptive_noise_scale": None,
+    "ss_multires_noise_iterations": None,
+    "ss_multires_noise_discount": None,
+    "ss_ip_noise_gamma": None,
+    "ss_ip_noise_gamma_random_strength": False,
+    "ss_validation_seed": None,
+    "ss_validation_split": 0.0,
+    "ss_max_validation_steps": None,
+    "ss_validate_every_n_epochs": None,
+    "ss_validate_every_n_steps": None,
+    "ss_caption_dropout_every_n_epochs": 0,
+    "ss_face_crop_aug_range": None,
+    "ss_color_aug": False,
+}
+"""What has no setting here, with the value by which kohya's trainer says that it is off."""
+
+
+def _origin(config: Config, run: RunFacts) -> dict[str, object]:
     base, vae = run.base_hashes, run.vae_hashes
     return {
         "ss_session_id": run.session,
@@ -114,19 +159,28 @@ def _run_values(config: Config, run: RunFacts, data: DatasetFacts) -> dict[str, 
         "ss_vae_name": run.vae_name,
         "ss_vae_hash": vae and vae.autov1,
         "ss_new_vae_hash": vae and vae.sha256,
-        "ss_base_model_version": run.family.kohya_version if epsilon else run.family.kohya_version_v,
-        "ss_v2": run.family.name == "sd2",
         "ss_clip_skip": run.clip_skip,
-        "ss_max_token_length": run.token_length if run.token_length > 75 else None,
+        "ss_max_token_length": run.token_length if run.token_length > WORDS_IN_CHUNK else None,
         "ss_zero_terminal_snr": run.zero_terminal_snr,
+    }
+
+
+def _network(config: Config) -> dict[str, object]:
+    return {
         "ss_network_module": "networks.lora",
-        "ss_network_dim": lora.rank,
-        "ss_network_alpha": lora.alpha,
-        "ss_network_dropout": None,
-        "ss_network_args": {"targets": lora.targets},
+        "ss_network_dim": config.lora.rank,
+        "ss_network_alpha": config.lora.alpha,
+        "ss_network_args": {"targets": config.lora.targets},
+    }
+
+
+def _optimization(config: Config, run: RunFacts) -> dict[str, object]:
+    train, optimizer = config.train, config.optimizer
+    text_encoder_rate = optimizer.text_encoder_learning_rate
+    return {
         "ss_learning_rate": optimizer.learning_rate,
         "ss_unet_lr": optimizer.learning_rate,
-        "ss_text_encoder_lr": optimizer.text_encoder_learning_rate if trained_text_encoder else None,
+        "ss_text_encoder_lr": text_encoder_rate if text_encoder_rate > 0 else None,
         "ss_optimizer": f"torch.optim.AdamW(weight_decay={optimizer.weight_decay},betas={BETAS})",
         "ss_lr_scheduler": optimizer.schedule,
         "ss_lr_warmup_steps": optimizer.warmup_steps,
@@ -136,75 +190,73 @@ def _run_values(config: Config, run: RunFacts, data: DatasetFacts) -> dict[str, 
         "ss_num_epochs": run.epochs,
         "ss_epoch": run.epochs,
         "ss_num_batches_per_epoch": run.batches_per_epoch,
+        "ss_batch_size_per_device": train.batch_size,
+        "ss_total_batch_size": train.batch_size,
         "ss_gradient_accumulation_steps": 1,
         "ss_gradient_checkpointing": train.gradient_checkpointing,
         "ss_mixed_precision": {"bfloat16": "bf16"}.get(run.precision, "no"),
-        "ss_full_fp16": False,
-        "ss_fp8_base": False,
-        "ss_fp8_base_unet": False,
-        "ss_lowram": False,
         "ss_seed": train.seed,
-        "ss_min_snr_gamma": config.objective.min_snr_gamma or None,
-        "ss_debiased_estimation": False,
-        "ss_loss_type": "l2",
-        "ss_huber_schedule": None,
-        "ss_huber_scale": None,
-        "ss_huber_c": None,
-        "ss_scale_weight_norms": None,
-        "ss_noise_offset": None,
-        "ss_noise_offset_random_strength": False,
-        "ss_adaptive_noise_scale": None,
-        "ss_multires_noise_iterations": None,
-        "ss_multires_noise_discount": None,
-        "ss_ip_noise_gamma": None,
-        "ss_ip_noise_gamma_random_strength": False,
-        "ss_num_train_images": sum(folder.repeats * len(folder.captions) for folder in data.folders),
-        "ss_num_reg_images": sum(folder.repeats * len(folder.captions) for folder in data.regularisation),
-        "ss_num_validation_images": data.validation_images,
-        "ss_validation_seed": None,
-        "ss_validation_split": 0.0,
-        "ss_max_validation_steps": None,
-        "ss_validate_every_n_epochs": None,
-        "ss_validate_every_n_steps": None,
-        "ss_dataset_dirs": _folder_table(data.folders),
-        "ss_reg_dataset_dirs": _folder_table(data.regularisation),
-        "ss_tag_frequency": {folder.name: tag_frequency(folder.captions) for folder in data.folders},
-        "ss_bucket_info": {
-            "buckets": {
-                str(i): {"resolution": list(size), "count": count}
-                for i, (size, count) in enumerate(sorted(data.buckets.items()))
-            },
-            "mean_img_ar_error": data.mean_aspect_error,
-        },
-        "ss_min_bucket_reso": data.bucket_sides[0] if data.bucket_sides else None,
-        "ss_max_bucket_reso": data.bucket_sides[1] if data.bucket_sides else None,
-        "ss_bucket_no_upscale": config.data.bucket_no_upscale,
-        "ss_prior_loss_weight": config.objective.prior_loss_weight,
-        "ss_resolution": f"({run.resolution}, {run.resolution})",
-        "ss_batch_size_per_device": train.batch_size,
-        "ss_total_batch_size": train.batch_size,
-        "ss_enable_bucket": config.data.enable_bucket,
-        "ss_cache_latents": True,
-        "ss_shuffle_caption": data.shuffle_caption,
-        "ss_keep_tokens": data.keep_tokens,
-        "ss_caption_dropout_rate": config.data.caption_dropout,
-        "ss_caption_dropout_every_n_epochs": 0,
-        "ss_face_crop_aug_range": None,
-        "ss_resize_interpolation": "lanczos",
-        "ss_caption_tag_dropout_rate": data.tag_dropout,
-        "ss_flip_aug": config.data.flip or any(one.flip for one in config.data.sets),
-        "ss_color_aug": False,
-        "ss_random_crop": any((one.crop or config.data.crop) == "random" for one in config.data.sets),
-        "sdlora_modules": run.modules,
-        "sdlora_version": __version__,
-        **({} if data.validation_loss is None else {"sdlora_validation_loss": data.validation_loss}),
     }
 
 
+def _objective(config: Config) -> dict[str, object]:
+    return {
+        "ss_loss_type": "l2",
+        "ss_min_snr_gamma": config.objective.min_snr_gamma or None,
+        "ss_prior_loss_weight": config.objective.prior_loss_weight,
+    }
+
+
+def _captions_and_views(config: Config, data: DatasetFacts) -> dict[str, object]:
+    sets = config.data.sets
+    return {
+        "ss_shuffle_caption": data.shuffle_caption,
+        "ss_keep_tokens": data.keep_tokens,
+        "ss_caption_dropout_rate": config.data.caption_dropout,
+        "ss_caption_tag_dropout_rate": data.tag_dropout,
+        "ss_cache_latents": True,
+        "ss_resize_interpolation": "lanczos",
+        "ss_flip_aug": any(section.flip for section in sets),
+        "ss_random_crop": any(section.crop == "random" for section in sets),
+    }
+
+
+def _images(run: RunFacts, data: DatasetFacts) -> dict[str, object]:
+    return {
+        "ss_resolution": f"({run.resolution}, {run.resolution})",
+        "ss_num_train_images": _shown(data.folders),
+        "ss_num_reg_images": _shown(data.regularisation),
+        "ss_num_validation_images": data.validation_images,
+        "ss_dataset_dirs": _folder_table(data.folders),
+        "ss_reg_dataset_dirs": _folder_table(data.regularisation),
+        "ss_tag_frequency": {folder.name: tag_frequency(folder.captions) for folder in data.folders},
+    }
+
+
+def _buckets(config: Config, data: DatasetFacts) -> dict[str, object]:
+    least, greatest = data.bucket_sides or (None, None)
+    sizes = enumerate(sorted(data.buckets.items()))
+    return {
+        "ss_enable_bucket": config.data.enable_bucket,
+        "ss_bucket_no_upscale": config.data.bucket_no_upscale,
+        "ss_min_bucket_reso": least,
+        "ss_max_bucket_reso": greatest,
+        "ss_bucket_info": {
+            "buckets": {str(number): {"resolution": list(size), "count": count} for number, (size, count) in sizes},
+            "mean_img_ar_error": data.mean_aspect_error,
+        },
+    }
+
+
+def _ours(run: RunFacts, data: DatasetFacts) -> dict[str, object]:
+    values = {"sdlora_modules": run.modules, "sdlora_version": __version__}
+    return values if data.validation_loss is None else values | {"sdlora_validation_loss": data.validation_loss}
+
+
 def _modelspec_values(config: Config, run: RunFacts) -> dict[str, object]:
-    """ModelSpec 1.0.1, less the hash, which is over the final bytes, and the thumbnail, which is made of a sample."""
-    epsilon, output, trigger = run.prediction == "epsilon", config.output, config.data.trigger
-    written = {
+    """ModelSpec 1.0.1 without the hash, which is over the final bytes, and the thumbnail, which is made of a sample."""
+    output, trigger = config.output, config.trigger
+    optional = {
         "author": output.author,
         "license": output.license,
         "description": output.description,
@@ -214,15 +266,18 @@ def _modelspec_values(config: Config, run: RunFacts) -> dict[str, object]:
     }
     return {
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": run.family.modelspec_architecture if epsilon else run.family.modelspec_architecture_v,
-        "modelspec.implementation": run.family.modelspec_implementation,
         "modelspec.title": output.title or run.title,
         "modelspec.resolution": f"{run.resolution}x{run.resolution}",
         "modelspec.date": datetime.fromtimestamp(int(run.finished_at), UTC).isoformat(),
         "modelspec.trigger_phrase": trigger,
-        "modelspec.prediction_type": {"v_prediction": "v"}.get(run.prediction, run.prediction),
-        **{f"modelspec.{key}": value for key, value in written.items() if value},
+        "modelspec.prediction_type": MODELSPEC_PREDICTIONS[run.prediction],
+        **{f"modelspec.{key}": value for key, value in optional.items() if value},
     }
+
+
+def _shown(folders: Sequence[FolderFacts]) -> int:
+    """Number of images in an epoch."""
+    return sum(folder.repeats * len(folder.captions) for folder in folders)
 
 
 def _folder_table(folders: Sequence[FolderFacts]) -> dict[str, dict[str, int]]:
@@ -230,6 +285,6 @@ def _folder_table(folders: Sequence[FolderFacts]) -> dict[str, dict[str, int]]:
 
 
 def tag_frequency(captions: Sequence[str]) -> dict[str, int]:
-    """How often each comma-separated tag occurs, the most frequent first."""
+    """Comma-separated tag -> how often it occurs in ``captions``, the most frequent first."""
     counts = Counter(tag.strip() for caption in captions for tag in caption.split(",") if tag.strip())
     return dict(counts.most_common())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from ..config.sections import OptimizerSection
 
 BETAS = (0.9, 0.99)
-"""Of AdamW: how fast the means of gradients and of their squares forget (Kingma & Ba 2015, algorithm 1)."""
+"""AdamW's decay rates of the means of gradients and of their squares (Kingma & Ba 2015, algorithm 1)."""
 
 
 def rate_factor(step: int, section: OptimizerSection, *, steps: int) -> float:
-    """What the learning rates are multiplied by at ``step`` (from 0) of ``steps``: linear warm-up, then the schedule."""
+    """Factor of the learning rates at ``step`` (from 0) of ``steps``: linear warm-up, then the schedule."""
     if step < section.warmup_steps:
         return (step + 1) / (section.warmup_steps + 1)
     progress = (step - section.warmup_steps) / max(1, steps - section.warmup_steps)
@@ -28,7 +28,8 @@ def rate_factor(step: int, section: OptimizerSection, *, steps: int) -> float:
 class GuardedAdamW:
     """AdamW (Loshchilov & Hutter 2019) over flat parameters, each with its own learning rate.
 
-    A step whose gradients are not finite changes nothing and is counted; nothing here waits for the device.
+    A step whose gradients hold NaN or Inf changes nothing and is counted. Nothing here waits for the device, except
+    ``skipped_steps``.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class GuardedAdamW:
     def step(self, step: int, accelerator: Accelerator | None = None) -> None:
         """Apply the parameters' gradients at the rates of ``step`` (from 0), clipped to ``max_grad_norm`` together.
 
-        Where ``accelerator`` knows of several processes, their gradients are summed first.
+        With several processes, ``accelerator`` first sums their gradients.
         """
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         if accelerator is not None and accelerator.num_processes > 1:
@@ -56,17 +57,17 @@ class GuardedAdamW:
         factor = rate_factor(step, self._section, steps=self._steps)
         for group, rate in zip(self._adam.param_groups, self._rates, strict=True):
             group["lr"].fill_(rate * factor)
-        # The fused kernel leaves parameters and moments alone where found_inf is 1.
+        # The fused kernel leaves parameters and moments unchanged where found_inf is 1.
         setattr(self._adam, "found_inf", (~finite).float())  # noqa: B010
         self._adam.step()
         self._skipped += ~finite
 
     def skipped_steps(self) -> int:
-        """How many steps were left out so far; waits for the device."""
+        """Number of steps skipped so far; waits for the device."""
         return int(self._skipped.item())
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that ``restore`` needs, by name."""
+        """Every tensor that ``restore`` needs, by name; views of the live tensors, on the device."""
         tensors = {"skipped": self._skipped}
         for i, parameter in enumerate(self._parameters):
             tensors[f"parameter.{i}"] = parameter.detach()
@@ -75,7 +76,7 @@ class GuardedAdamW:
         return tensors
 
     @torch.no_grad()
-    def restore(self, tensors: dict[str, Tensor]) -> None:
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """The inverse of ``state``. Raises ``KeyError`` or ``RuntimeError`` where the tensors do not fit."""
         self._skipped.copy_(tensors["skipped"])
         for i, parameter in enumerate(self._parameters):

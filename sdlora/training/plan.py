@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..base.checkpoint import BaseCheckpoint
+from ..config.resolve import resolve_config
 from ..config.sections import Config
 from ..data.buckets import BucketRules, Placement
 from ..data.examine import ExaminedImage, dataset_digest
 from ..data.findings import Finding, findings_from, raise_errors
 from ..data.kept_images import KeptImages
-from ..data.sources import resolve_config
 from ..errors import ConfigError
 from ..lint.dataset import ExaminedDataset
 from ..lint.run import examine_dataset

@@ -1,87 +1,57 @@
-"""The public function ``train``: data examined, base loaded, LoRA trained, samples generated."""
+"""The public function ``train``: examine the images, plan the run, train the LoRA, generate samples."""
 
 from __future__ import annotations
 
-import gc
+import threading
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config.sections import Config
-from ..data.captions import with_trigger
 from ..data.findings import raise_errors
-from ..formats.thumbnail import add_thumbnail
-from ..generation.grid import labelled_grid
-from ..generation.infotext import save_png
 from ..lint.report import LintReport, summary_lines
 from ..lint.run import examine_dataset
-from ..progress import progress_bar
+from ..progress import Progress, Silence, progress_or_bar, raise_if_stopped
 
 if TYPE_CHECKING:
-    from .loop import TrainResult
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainReport:
-    """What ``train`` made: the run's result, and the sample sheet where one was asked for."""
-
-    result: TrainResult
-    samples: Path | None
+    from .loop import TrainReport
 
 
 def train(
     config: Config,
     *,
     restart: bool = False,
-    show_progress: bool = True,
+    progress: Progress | None = None,
+    stop: threading.Event | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> TrainReport:
-    """Train a LoRA, or go on with it, and write the file that ``config.output.path`` names.
+    """Train a LoRA, or resume its training, and write the file ``config.output.path``.
+
+    With several processes, only the main one reports.
 
     Args:
-        say: is told what is worth knowing of the images and captions, a line at a time, before a model is loaded.
+        restart: start over, whatever an earlier run left.
+        progress: receives reports; by default a bar in a terminal.
+        stop: set it, from any thread, to save and stop after the current step, as Ctrl-C does in the main thread.
+        say: called with what is worth knowing about the images and captions, line by line, before a model is loaded.
 
     Raises:
         SdloraError: a fault of the input, found before a model is loaded wherever that is possible.
-        Interrupted: Ctrl-C; the state is saved and the same call goes on from it.
+        Interrupted: Ctrl-C or ``stop``; the state is saved, and the same call resumes from it.
     """
     from accelerate import PartialState
 
-    main = PartialState().is_main_process
-    with progress_bar(show_progress and main) as progress:
-        dataset = examine_dataset(config, progress=progress)
+    is_main = PartialState().is_main_process
+    with progress_or_bar(progress if is_main else Silence()) as reports:
+        dataset = examine_dataset(config, progress=reports)
         raise_errors(dataset.findings)
-        # Imported here since it brings diffusers: what is wrong with the input is reported before.
+        # Imported late since they bring diffusers: faults of the input are reported before.
         from .loop import run_training
         from .plan import plan_run
 
         plan = plan_run(config, dataset)
-        if main:
-            for line in summary_lines(LintReport(dataset=dataset)):
+        if is_main:
+            planned = plan.findings[len(dataset.findings) :]
+            for line in (*summary_lines(LintReport(dataset=dataset)), *map(str, planned)):
                 say(line)
-            for finding in plan.findings[len(dataset.findings) :]:
-                say(str(finding))
-        result = run_training(plan, restart=restart, progress=progress)
-    prompts = config.samples.prompts
-    if prompts is None:
-        sources = [item.source for item in plan.items if item.source.role == "train"]
-        prompts = tuple(dict.fromkeys(source.rules.plain(source.captions) for source in sources))[:4]
-    if not prompts or result.loss is None or not main:
-        return TrainReport(result=result, samples=None)
-    from ..generation.studio import generate
-
-    gc.collect()  # Models hold themselves in cycles: without this the run's base would lie beside the samples' base.
-    images = generate(
-        [with_trigger(prompt, config.data.trigger) for prompt in prompts],
-        base=config.base,
-        loras=[str(result.output)],
-        seed=config.train.seed,
-        show_progress=show_progress,
-    )
-    sheet = labelled_grid([[image.image for image in images]], columns=[""] * len(images))
-    samples = result.output.with_suffix(".samples.png")
-    save_png(sheet, samples, "\n\n".join(image.parameters for image in images))
-    if config.output.thumbnail and config.output.metadata == "full":
-        add_thumbnail(result.output, images[0].image)
-    return TrainReport(result=result, samples=samples)
+        raise_if_stopped(stop, "stopped before the first step; run the same command to start")
+        return run_training(plan, restart=restart, progress=reports, stop=stop)

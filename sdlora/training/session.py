@@ -1,4 +1,4 @@
-"""A loaded run: images in memory, layers in place, and the gradients of a step."""
+"""A run in memory: encoded images, trainable layers, and the gradients of a step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..base.load import Base
+from ..base.base import Base
 from ..cache.store import open_cache
 from ..config.sections import Config
 from ..data.views import View
@@ -39,16 +39,20 @@ class TrainingSession:
 
     @contextmanager
     def attached(self) -> Generator[None]:
-        """Within the block, the trainable layers are in the base."""
-        modules = self.base.modules()
+        """Within the block, the trainable layers are in the base, and the UNet checkpoints gradients if configured."""
+        modules, checkpointing = self.base.modules(), self.plan.config.train.gradient_checkpointing
         self.adapter.attach(modules)
+        if checkpointing:
+            self.base.unet.enable_gradient_checkpointing()
         try:
             yield
         finally:
+            if checkpointing:
+                self.base.unet.disable_gradient_checkpointing()
             self.adapter.detach(modules)
 
     def step(self, step: int) -> Tensor:
-        """Do step ``step`` (from 0); returns this process's share of its mean loss, on the device."""
+        """Do step ``step`` (from 0); returns this process's share of its mean loss, () float32 on the device."""
         self.adapter.begin_step()
         loss = self._backward(step)
         self.adapter.end_backward()
@@ -74,14 +78,16 @@ class TrainingSession:
             )
             for slot in slots
         ]
-        mean, std = self.stacked([p.mean for p in chosen]), self.stacked([p.std for p in chosen])
-        latents = mean + std * self.on_device([d.posterior for d in draws])
-        captions = ["" if d.drop_caption else samples[slot].caption for d, slot in zip(draws, slots, strict=True)]
+        mean, std = self.stacked([image.mean for image in chosen]), self.stacked([image.std for image in chosen])
+        latents = mean + std * self.on_device([drawn.posterior for drawn in draws])
+        captions = [
+            "" if drawn.drop_caption else samples[slot].caption for drawn, slot in zip(draws, slots, strict=True)
+        ]
         losses = denoising_loss(
             self.base,
             latents,
-            self.on_device([d.noise for d in draws]),
-            torch.tensor([d.timestep for d in draws], device=self.base.device),
+            self.on_device([drawn.noise for drawn in draws]),
+            torch.tensor([drawn.timestep for drawn in draws], device=self.base.device),
             self.embeddings.encode(captions),
             [image.framing for image in chosen],
             min_snr_gamma=self.plan.config.objective.min_snr_gamma,
@@ -93,16 +99,19 @@ class TrainingSession:
         return loss.detach()
 
     def masks(self, images: Sequence[EncodedImage]) -> Tensor | None:
-        """(b, 1, h, w), all ones where an image has none; None where none has one."""
+        """Masks at latent size, (b, 1, h, w) float32, all ones for images without one; None if no image has a mask."""
         if all(image.mask is None for image in images):
             return None
-        return self.stacked([p.mean.new_ones(1, *p.mean.shape[1:]) if p.mask is None else p.mask for p in images])
+        return self.stacked(
+            [image.mean.new_ones(1, *image.mean.shape[1:]) if image.mask is None else image.mask for image in images]
+        )
 
     def stacked(self, tensors: Sequence[Tensor]) -> Tensor:
-        """In one, on the device."""
+        """One tensor, (b, ...), on the device."""
         return torch.stack([tensor.to(self.base.device, non_blocking=True) for tensor in tensors])
 
     def on_device(self, arrays: Sequence[np.ndarray]) -> Tensor:
+        """One tensor, (b, ...), on the device."""
         return torch.from_numpy(np.stack(arrays)).to(self.base.device, non_blocking=True)
 
 
@@ -115,8 +124,6 @@ def open_session(plan: RunPlan, base: Base, accelerator: Accelerator, progress: 
     plan.kept.clear()
     embeddings = open_caption_embeddings(base, training.items, config, cache)
     adapter, rates = _new_adapter(base, config)
-    if config.train.gradient_checkpointing:
-        base.unet.enable_gradient_checkpointing()
     return TrainingSession(
         plan=plan,
         base=base,

@@ -1,4 +1,4 @@
-"""How well the base with its LoRA knows images that it was never trained on."""
+"""The loss on images that are not trained on."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from .loss import denoising_loss
 from .session import TrainingSession
 
 TIMESTEPS = 4
-"""Noise levels at which each image is measured: the middles of as many equal parts of the schedule."""
+"""Noise levels at which each image is measured: the middles of this many equal parts of the schedule."""
 
 
 @torch.no_grad()
 def validation_loss(session: TrainingSession, progress: Progress) -> float | None:
-    """Mean loss of the validation images, weighted as in training; None where there are none.
+    """Mean loss of the validation images, weighted as in training; None if there are none.
 
-    Noise depends on the seed, the image and the noise level alone, and the latent is the encoder's mean: the same in
-    every measurement, so that what differs is what was learned. Every process computes its share of the images.
+    Noise depends only on the seed, the image and the noise level, and the latent is the encoder's mean. They are the
+    same in every measurement, so a difference shows what was learned. Every process computes its share of the images.
     """
     plan, base = session.plan, session.base
     views, accelerator = plan.training.validation, session.accelerator
@@ -29,9 +29,9 @@ def validation_loss(session: TrainingSession, progress: Progress) -> float | Non
     levels = len(base.schedule.alphas_cumprod)
     timesteps = [(2 * k + 1) * levels // (2 * TIMESTEPS) for k in range(TIMESTEPS)]
     total = torch.zeros((), device=base.device)
-    own = share(len(views), process=accelerator.process_index, processes=accelerator.num_processes)
-    progress.start("Validation", len(own))
-    for number in own:
+    numbers = share(len(views), process=accelerator.process_index, processes=accelerator.num_processes)
+    progress.start("Validation", len(numbers))
+    for number in numbers:
         view = views[number]
         image, source = session.images[view], plan.training.items[view.item].source
         conditioning = session.embeddings.encode([source.rules.plain(source.captions)])

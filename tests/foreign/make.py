@@ -3,8 +3,8 @@
     python tests/foreign/make.py
 
 Names, shapes and formulas are typed out from the descriptions of the formats, in numpy alone: nothing of sdlora is used, so
-that what is read here was not written by the reader's own tables. ``expected.json`` tells what each file holds;
-``expected.safetensors`` the change of each weight, in float64. The weight W itself is ``weight(shape)``.
+that what is read here was not written by the reader's own tables. ``expected.json`` states what each file holds;
+``expected.safetensors`` holds the change of each weight, in float64. The weight W itself is ``weight(shape)``.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ def alpha(value: float, dtype: type = np.float32) -> ndarray:
 class File:
     """The tensors of one file, and what they are meant to be."""
 
-    def __init__(self, dialect: str, *, metadata: dict[str, str] | None = None):
+    def __init__(self, format: str, *, metadata: dict[str, str] | None = None):
         self.tensors: dict[str, ndarray] = {}
-        self.dialect, self.metadata = dialect, metadata
+        self.format, self.metadata = format, metadata
         self.modules: dict[str, str] = {}
         self.changes: dict[str, ndarray] = {}
         self.embeddings: list[str] = []
@@ -110,7 +110,7 @@ def kohya_sdxl() -> File:
 
 
 def kohya_under_new_transformers() -> File:
-    """The text encoder's paths as they are since transformers 5.6, less ``text_model``."""
+    """The text encoder's paths as they are since transformers 5.6, without ``text_model``."""
     file = File("kohya")
     file.low_rank(f"text_encoder.{TEXT}", "lora_te_encoder_layers_0_self_attn_q_proj", stored_alpha=alpha(1))
     return file
@@ -398,7 +398,7 @@ if __name__ == "__main__":
     expected, changes = {}, {}
     for name, file in FILES.items():
         save_file(file.tensors, HERE / f"{name}.safetensors", file.metadata)
-        expected[name] = {"dialect": file.dialect, "modules": file.modules, "embeddings": file.embeddings}
+        expected[name] = {"format": file.format, "modules": file.modules, "embeddings": file.embeddings}
         changes |= {f"{name}|{module}": change for module, change in file.changes.items()}
     (HERE / "expected.json").write_text(json.dumps(expected, indent=1) + "\n", encoding="utf-8")
     save_file(changes, HERE / "expected.safetensors")

@@ -1,4 +1,4 @@
-"""LoRA files in every dialect: read whole, written and read again without a bit lost, at full size too."""
+"""LoRA files in every format: read whole, written and read again without a bit lost, at full size too."""
 
 from __future__ import annotations
 
@@ -137,11 +137,11 @@ SPELLINGS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("dialect", "key", "down", "up"), SPELLINGS)
-def test_every_spelling_names_its_sdxl_module(dialect: str, key: str, down: str, up: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("format", "key", "down", "up"), SPELLINGS)
+def test_every_spelling_names_its_sdxl_module(format: str, key: str, down: str, up: str, tmp_path: Path) -> None:
     save_file({key + down: torch.randn(2, 6), key + up: torch.randn(5, 2)}, tmp_path / "x.safetensors")
     lora = read_lora(tmp_path / "x.safetensors")
-    assert (lora.dialect, lora.problems) == (dialect, ())
+    assert (lora.format, lora.problems) == (format, ())
     (name,) = resolve(lora.modules, published_modules("sdxl")).matched.values()
     expected = f"unet.{UNET}.to_q" if "attn1" in key else f"text_encoder.text_model.{LAYER}"
     if "te2" in key or "clip_g" in key:
@@ -149,7 +149,7 @@ def test_every_spelling_names_its_sdxl_module(dialect: str, key: str, down: str,
     assert name == expected
 
 
-def test_a_peft_folder_tells_its_alphas(tmp_path: Path) -> None:
+def test_alphas_of_a_peft_folder_are_read(tmp_path: Path) -> None:
     folder, names = tmp_path / "adapter", (f"{UNET}.to_q", f"{UNET}.to_k")
     folder.mkdir()
     tensors = {}
@@ -187,12 +187,12 @@ def test_bundled_embeddings_and_pickles(tmp_path: Path) -> None:
     again = load_file(tmp_path / "kept.safetensors")
     assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
     lost = sdlora.convert(tmp_path / "x.safetensors", tmp_path / "lost.safetensors", to="peft", base="mini")
-    assert lost.left_out == ("embedding zorb: only kohya's dialect can bundle one",)
+    assert lost.left_out == ("embedding zorb: only kohya's format can bundle one",)
     assert len(load_file(tmp_path / "lost.safetensors")) == 2
     torch.save(tensors, tmp_path / "x.pt")
     assert list(read_lora(tmp_path / "x.pt").modules) == [key]
-    told = sdlora.inspect(tmp_path / "x.pt")
-    assert (told.kind, set(told.hashes)) == ("lora", {"sha256", "autov1", "autov2"})
+    pickled = sdlora.inspect(tmp_path / "x.pt")
+    assert (pickled.kind, set(pickled.hashes)) == ("lora", {"sha256", "autov1", "autov2"})
 
 
 def test_mixed_kinds_are_counted_and_cannot_become_peft(tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_mixed_kinds_are_counted_and_cannot_become_peft(tmp_path: Path) -> None:
     write_lora(tmp_path / "x.safetensors", changes, {"ss_base_model_version": "sd_v1"}, dtype=torch.bfloat16)
     report = sdlora.inspect(tmp_path / "x.safetensors")
     assert (report.kinds, report.dtype, report.modules["unet"]) == ({"lora": 1, "full": 1}, "bfloat16", 2)
-    with pytest.raises(LoraFileError, match="peft files hold low-rank changes alone; here are 1 of kind full"):
+    with pytest.raises(LoraFileError, match="peft files hold only low-rank changes; this LoRA has 1 of kind full"):
         sdlora.convert(tmp_path / "x.safetensors", tmp_path / "y.safetensors", to="peft")
     assert not (tmp_path / "y.safetensors").exists()
 
@@ -214,7 +214,7 @@ def test_conversions_that_cannot_be(tmp_path: Path) -> None:
     )
     for options, message in (
         ({"to": "tar"}, "choose one of kohya, diffusers, peft"),
-        ({"to": "peft"}, "its family cannot be told"),
+        ({"to": "peft"}, "do not show its family"),
         ({"to": "peft", "base": "mini"}, "1 of 1 modules are not in Stable Diffusion 1.x, such as lora_unet_x"),
     ):
         with pytest.raises(LoraFileError, match=message):
@@ -229,7 +229,7 @@ def test_a_hundred_thousand_tensors_are_refused(tmp_path: Path) -> None:
     entry = {"dtype": "F16", "shape": [0], "data_offsets": [0, 0]}
     text = json.dumps({f"lora_unet_{i}.lora_down.weight": entry for i in range(100_000)}).encode()
     (tmp_path / "x.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
-    with pytest.raises(LoraFileError, match="no LoRA: it holds 100,000 tensors"):
+    with pytest.raises(LoraFileError, match="not a LoRA: it holds 100,000 tensors"):
         read_lora(tmp_path / "x.safetensors")
 
 
@@ -295,7 +295,7 @@ def test_diffusers_gives_kohya_s_names_the_same_changes(family: str, alphas: str
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_diffusers_draws_the_same_from_a_converted_file_with_mixed_alphas(family: str, tmp_path: Path) -> None:
-    """In its own dialect diffusers reads each alpha from the header; from kohya's names it mixes them up."""
+    """In its own format diffusers reads each alpha from the header; from kohya's names it mixes them up."""
     base = tmp_path / "base.safetensors"
     pipe = write_tiny_ldm(base, family)
     shapes, rng = find_base(str(base)).module_shapes(), random.Random(0)
@@ -323,7 +323,6 @@ def test_diffusers_draws_the_same_from_a_converted_file_with_mixed_alphas(family
         size=(64, 64),
         sampler="euler" if family == "sdxl" else "ddim",
         precision="float32",
-        show_progress=False,
     )[0]
     for to, latents in drawn.items():
         assert (ours.latents - latents).abs().max() < 1e-3, to
@@ -348,7 +347,7 @@ def test_every_module_s_name_is_known_to_the_other_readers(family: str) -> None:
         ("sdxl", "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_out"),
     ],
 )
-def test_names_that_a_reader_drops_are_told(family: str, key: str) -> None:
+def test_names_that_a_reader_drops_are_reported(family: str, key: str) -> None:
     """What transformers >= 5.6 makes of a text encoder, and blocks named by the other convention, among them."""
     assert "kohya" in lost_elsewhere([key], FAMILIES[family])
 

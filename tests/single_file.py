@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..families import Family
-from ..formats.checkpoint_keys import Stored, Table, clip_table_to_open_clip, unet_table_to_ldm, vae_table_to_ldm
+from sdlora.families import Family
+from sdlora.formats.checkpoint_keys import Stored, Table, clip_table_to_open_clip, unet_table_to_ldm, vae_table_to_ldm
 
 _PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model."}
 

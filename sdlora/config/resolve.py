@@ -1,0 +1,35 @@
+"""The configuration as every stage of a run reads it: kohya's dataset configuration read, every set complete."""
+
+from __future__ import annotations
+
+from .kohya_dataset import read_dataset_config
+from .sections import Config, DataSection, SetSection, TrainSection
+
+
+def resolve_config(config: Config) -> Config:
+    """``config`` with resolved ``data`` and ``train``; resolving it again changes nothing.
+
+    Raises:
+        ConfigError: ``data.dataset_config`` is at fault.
+    """
+    data, train = _resolve(config.data, config.train)
+    return config.model_copy(update={"data": data, "train": train})
+
+
+def resolve_data(data: DataSection) -> DataSection:
+    """``data`` with every folder in ``sets``, each of which states all image settings.
+
+    Raises:
+        ConfigError: ``data.dataset_config`` is at fault.
+    """
+    return _resolve(data, TrainSection())[0]
+
+
+def _resolve(data: DataSection, train: TrainSection) -> tuple[DataSection, TrainSection]:
+    if data.dataset_config is not None:
+        data, train = read_dataset_config(data, train)
+    sets = data.sets
+    if data.images is not None:
+        sets = (SetSection(images=data.images, metadata=data.metadata),)
+    complete = tuple(data.complete(section) for section in sets)
+    return data.model_copy(update={"images": None, "metadata": None, "sets": complete}), train

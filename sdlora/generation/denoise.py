@@ -1,0 +1,73 @@
+"""From noise to latents, with classifier-free guidance. Values in, values out."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..base.base import Base
+from ..base.conditioning import Conditioning, Framing
+from ..base.encode import encode_prompts
+from ..base.tokens import padded, tokenize
+from ..progress import Progress, raise_if_stopped
+from .prompts import parse_prompt
+from .request import ImageRequest
+from .samplers import SAMPLERS, make_scheduler
+
+
+def denoise(
+    base: Base, requests: Sequence[ImageRequest], progress: Progress, stop: threading.Event | None = None
+) -> Tensor:
+    """Latents, (b, 4, h/8, w/8) float32, of b requests that differ in nothing but prompts and seeds.
+
+    Guidance is ε = ε₀ + g (ε₁ - ε₀) (Ho & Salimans 2022, eq. 6, with g = 1 + w). Noise is drawn on the CPU, so a seed
+    gives the same image on every device.
+
+    Raises:
+        Interrupted: ``stop`` was set.
+    """
+    first = requests[0]
+    sampler = SAMPLERS[first.sampler]
+    scheduler = make_scheduler(sampler, base.checkpoint.schedule)
+    scheduler.set_timesteps(first.steps, device=base.device)
+    guided = first.cfg != 1.0
+    conditioning = _conditioning(base, requests, guided=guided)
+    width, height = first.size_on(base.checkpoint)
+    framings = [Framing.whole(width, height)] * conditioning.context.shape[0]
+    factor = base.checkpoint.latent_factor
+    shape = (1, base.unet.config["in_channels"], height // factor, width // factor)
+    generators = [torch.Generator("cpu").manual_seed(request.seed) for request in requests]
+    noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
+    latents = noise.to(base.device) * scheduler.init_noise_sigma
+    extra = {"generator": generators} if sampler.adds_noise else {}
+    for timestep in scheduler.timesteps:
+        raise_if_stopped(stop, "stopped while generating")
+        noisy = scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, timestep)
+        predicted = base.predict(noisy, timestep, conditioning, framings)
+        if guided:
+            unconditional, conditional = predicted.chunk(2)
+            predicted = unconditional + first.cfg * (conditional - unconditional)
+        latents = scheduler.step(predicted, timestep, latents, return_dict=False, **extra)[0]
+        progress.advance(len(requests))
+    return latents
+
+
+def _conditioning(base: Base, requests: Sequence[ImageRequest], *, guided: bool) -> Conditioning:
+    """A row for each prompt; where ``guided``, a row for each negative prompt before them."""
+    negatives = [request.negative for request in requests if guided]
+    texts = [*negatives, *(request.prompt for request in requests)]
+    prompts = [tokenize(base, parse_prompt(text)) for text in texts]
+    chunks = max(tokens.chunks for prompt in prompts for tokens in prompt)
+    conditioning = encode_prompts(base, [padded(base, prompt, chunks) for prompt in prompts])
+    if not base.checkpoint.zeros_for_empty_negative:
+        return conditioning
+    rows = [conditioning.row(number) for number in range(len(texts))]
+    return Conditioning.stack(
+        [
+            row.zeros() if number < len(negatives) and not text.strip() else row
+            for number, (row, text) in enumerate(zip(rows, texts, strict=True))
+        ]
+    )

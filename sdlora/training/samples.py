@@ -1,0 +1,55 @@
+"""The sample sheet of a finished run, generated on the base that it was trained on."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+from ..base.base import Base
+from ..data.captions import with_trigger
+from ..formats.thumbnail import add_thumbnail
+from ..generation.grid import labelled_grid
+from ..generation.infotext import save_png
+from ..generation.request import ImageRequest
+from ..generation.studio import Studio
+from ..progress import Progress
+from .plan import RunPlan
+
+CAPTIONS_SHOWN = 4
+
+
+def write_samples(
+    base: Base, plan: RunPlan, output: Path, *, progress: Progress, stop: threading.Event | None
+) -> Path | None:
+    """Write ``NAME.samples.png`` beside the trained file ``output``, and a thumbnail into it if configured.
+
+    The LoRA is read from ``output`` and merged into ``base``, so the images show what the file does. They equal those of
+    ``sdlora.generate`` with the same base, LoRA and seed; if ``train.precision`` is set, with that precision.
+
+    Returns the sheet's path, or None without sample prompts.
+
+    Raises:
+        BaseModelError: the UNet or the VAE produced NaN or Inf.
+        Interrupted: ``stop`` was set; ``output`` is complete.
+    """
+    config = plan.config
+    requests = [ImageRequest(prompt=prompt, seed=config.train.seed) for prompt in sample_prompts(plan)]
+    if not requests:
+        return None
+    images = Studio.on(base, [str(output)]).images(requests, progress=progress, stop=stop)
+    sheet = labelled_grid([[image.image for image in images]], columns=[""] * len(images))
+    file = output.with_suffix(".samples.png")
+    save_png(sheet, file, "\n\n".join(image.parameters for image in images))
+    if config.output.thumbnail and config.output.metadata == "full":
+        add_thumbnail(output, images[0].image)
+    return file
+
+
+def sample_prompts(plan: RunPlan) -> list[str]:
+    """``samples.prompts``, or the first training captions if it is not set; each with the trigger word."""
+    prompts = plan.config.samples.prompts
+    if prompts is None:
+        sources = [item.source for item in plan.items if item.source.role == "train"]
+        captions = dict.fromkeys(source.rules.plain(source.captions) for source in sources)
+        prompts = tuple(captions)[:CAPTIONS_SHOWN]
+    return [with_trigger(prompt, plan.config.trigger) for prompt in prompts]

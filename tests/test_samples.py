@@ -1,0 +1,96 @@
+"""The sample sheet of a run: generated on the base that the run loaded, and equal to what ``generate`` makes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image, ImageChops
+
+import sdlora
+from sdlora.base import load
+from sdlora.base.base import Base
+from sdlora.generation.grid import labelled_grid
+from sdlora.lora.layers import LoraLinear
+from sdlora.training import loop
+from tests.conftest import write_images
+from tests.tiny import tiny_pipeline
+from tests.training_runs import config_for
+
+PROMPTS = ["a red fox", "a tower"]
+
+
+def counted_loads(monkeypatch: pytest.MonkeyPatch) -> list[Base]:
+    """The bases that are loaded from here on, by any module."""
+    loaded: list[Base] = []
+    load_base = load.load_base
+
+    def counting(*given: Any, **named: Any) -> Base:
+        loaded.append(load_base(*given, **named))
+        return loaded[-1]
+
+    monkeypatch.setattr(load, "load_base", counting)
+    monkeypatch.setattr(loop, "load_base", counting)
+    return loaded
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_samples_are_generated_on_the_base_in_memory(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, output = tmp_path / "base", tmp_path / "x.safetensors"
+    tiny_pipeline(family).save_pretrained(base)
+    images = write_images(tmp_path / "images", 2)
+    more = (
+        "samples.prompts=['a red fox', 'a tower']",
+        "train.seed=3",
+        "train.gradient_checkpointing=true",
+        "train.steps=4",
+    )
+    loaded = counted_loads(monkeypatch)
+    report = sdlora.train(config_for(base, images, output, *more, "data.resolution=64"))
+    assert len(loaded) == 1
+    assert not any(isinstance(module, LoraLinear) for module in loaded[0].unet.modules())
+    assert not loaded[0].unet.is_gradient_checkpointing
+
+    prompts = [f"zorb, {prompt}" for prompt in PROMPTS]
+    drawn = sdlora.generate(prompts, base=str(base), loras=[str(output)], seed=3)
+    assert len(loaded) == 2
+    assert report.samples == tmp_path / "x.samples.png"
+    with Image.open(report.samples) as sheet:
+        expected = labelled_grid([[image.image for image in drawn]], columns=["", ""])
+        assert ImageChops.difference(sheet, expected).getbbox() is None
+        recipes = sheet.info["parameters"].split("\n\n")
+    # The thumbnail was added to the file after it was hashed for the sheet; the hash is over the tensors alone.
+    assert recipes == [image.parameters for image in drawn]
+    plain = sdlora.generate(prompts, base=str(base), seed=3)
+    assert not torch.equal(plain[0].latents, drawn[0].latents)
+    assert sdlora.inspect(output).metadata["modelspec.thumbnail"].startswith("data:image/")
+
+
+def test_a_set_precision_is_that_of_the_samples(
+    tiny_base: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = counted_loads(monkeypatch)
+    output = tmp_path / "x.safetensors"
+    more = ("samples.prompts=['a red fox']", "train.precision=bfloat16", "train.steps=2")
+    report = sdlora.train(config_for(tiny_base, images, output, *more))
+    (drawn,) = sdlora.generate("zorb, a red fox", base=str(tiny_base), loras=[str(output)], precision="bfloat16")
+    assert [base.dtype for base in loaded] == [torch.bfloat16] * 2
+    assert report.samples is not None
+    with Image.open(report.samples) as sheet:
+        expected = labelled_grid([[drawn.image]], columns=[""])
+        assert ImageChops.difference(sheet, expected).getbbox() is None
+
+
+def test_captions_are_the_prompts_where_none_are_set(tiny_base: Path, tmp_path: Path) -> None:
+    output = tmp_path / "x.safetensors"
+    config = config_for(tiny_base, write_images(tmp_path / "images", 5), output, "train.steps=2")
+    config = config.model_copy(update={"samples": config.samples.model_copy(update={"prompts": None})})
+    report = sdlora.train(config)
+    assert report.samples is not None
+    with Image.open(report.samples) as sheet:
+        recipes = sheet.info["parameters"].split("\n\n")
+    assert [recipe.partition(" <lora:")[0] for recipe in recipes] == [f"zorb, a thing of kind {i}" for i in range(4)]
