@@ -8,16 +8,15 @@ from __future__ import annotations
 import os
 import re
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, get_args
+from typing import Any, Literal, get_args
 
 from ..config.sections import CacheSection
-from ..files import cache_folder
+from ..files import PARTIAL_SUFFIX, cache_folder, write_whole
 
 Kind = Literal["latents", "text"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -105,7 +104,7 @@ def prune(folder: Path, max_bytes: float) -> tuple[Entry, ...]:
     for kind in KINDS:
         for file in _files(folder / kind):
             with suppress(OSError):
-                if file.name.endswith(".partial") and time.time() - file.stat().st_mtime > _STALE_SECONDS:
+                if file.name.endswith(PARTIAL_SUFFIX) and time.time() - file.stat().st_mtime > _STALE_SECONDS:
                     os.unlink(file.path)
     present = sorted(entries(folder), key=lambda entry: (entry.used, entry.file.name))
     surplus, removed = sum(entry.bytes for entry in present) - max_bytes, []
@@ -143,20 +142,4 @@ def write_entry(file: Path, data: bytes) -> None:
     Raises:
         OSError: the disk is full or read-only; no partial file is left.
     """
-    partial = file.with_name(f".{uuid.uuid4().hex}.partial")
-    try:
-        with _created(partial) as stream:
-            stream.write(data)
-        os.replace(partial, file)
-    except BaseException:
-        with suppress(OSError):
-            partial.unlink()
-        raise
-
-
-def _created(file: Path) -> BinaryIO:
-    try:
-        return file.open("xb")
-    except FileNotFoundError:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        return file.open("xb")
+    write_whole(file, data, durable=False)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import re
 import threading
-import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from ..data.folders import extension_of, stem_of
 from ..data.images import open_image
 from ..data.sources import Listing, Source, find_sources
 from ..errors import CaptionerError, ConfigError, DataError, Interrupted, SdloraError
-from ..files import printable
+from ..files import printable, write_new
 from ..progress import Progress, progress_or_bar
 from .models import Captioner, find_kind, first_line, open_captioner
 
@@ -183,27 +181,7 @@ def _write_new(file: Path, text: str) -> bool:
     Raises:
         DataError: it cannot be written.
     """
-    partial = file.with_name(f".{uuid.uuid4().hex}.partial")
     try:
-        with partial.open("x", encoding="utf-8", newline="\n") as stream:
-            stream.write(text + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        return _move_unless_present(partial, file)
+        return write_new(file, f"{text}\n".encode())
     except OSError as error:
         raise DataError(f"{printable(file)}: cannot be written: {error.strerror or error}") from None
-    finally:
-        with suppress(OSError):
-            partial.unlink()
-
-
-def _move_unless_present(partial: Path, file: Path) -> bool:
-    try:
-        os.link(partial, file)  # Fails if the file exists, unlike a rename.
-    except FileExistsError:
-        return False
-    except OSError:  # The file system has no links.
-        if file.exists():
-            return False
-        os.rename(partial, file)
-    return True

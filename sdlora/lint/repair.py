@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -18,7 +17,7 @@ from ..data.folders import stem_of
 from ..data.images import write_upright
 from ..data.sources import Source
 from ..errors import DataError
-from ..files import printable
+from ..files import printable, whole_folder
 from ..progress import Progress
 from .duplicates import exact_groups
 
@@ -73,27 +72,17 @@ def write_repaired(
     """
     roots = [Path(section.images) for section in data.sets]
     _check_target(out, roots)
+    folders = [PurePosixPath(name) for name in _folder_names(roots)]
+    names = _Names()
+    kept, repairs = _kept(sources, examined)
+    progress.start("Writing the copy", len(kept))
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise DataError(f"{out}: cannot be written: {error.strerror}") from None
-    try:
-        work.chmod(0o755)
-        folders = [PurePosixPath(name) for name in _folder_names(roots)]
-        names = _Names()
-        kept, repairs = _kept(sources, examined)
-        progress.start("Writing the copy", len(kept))
-        for image in kept:
-            repairs += _copy(image, work, folders[image.source.set_number], names, data)
-            progress.advance()
-        if out.is_dir():
-            out.rmdir()
-        work.rename(out)
+        with whole_folder(out) as work:
+            for image in kept:
+                repairs += _copy(image, work, folders[image.source.set_number], names, data)
+                progress.advance()
     except OSError as error:
         raise DataError(f"{out}: cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return RepairReport(folder=out, images=len(kept), repairs=tuple(repairs))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,7 @@ from ..data.examine import ExaminedImage
 from ..data.images import cut_out, open_image, open_mask, scale
 from ..data.views import salient_crop
 from ..errors import DataError
-from ..files import write_whole
+from ..files import write_png
 from ..progress import Progress
 
 SIDE = 192
@@ -134,9 +133,7 @@ def _fitted(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width
 
 
 def _save(sheet: Image.Image, file: Path) -> None:
-    data = io.BytesIO()
-    sheet.save(data, format="PNG")
     try:
-        write_whole(file, data.getvalue())
+        write_png(file, sheet)
     except OSError as error:
         raise DataError(f"{file}: cannot be written: {error.strerror or error}") from None
