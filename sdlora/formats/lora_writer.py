@@ -16,7 +16,7 @@ from ..files import write_whole
 from ..lora.change import Change
 from ..lora.kinds import Decomposed
 from ..lora.low_rank import LowRank
-from .keys import kohya_keys
+from .keys import NESTING, kohya_keys
 from .lora_file import read_lora
 from .metadata_file import with_hashes
 from .readers import lost_elsewhere
@@ -141,11 +141,19 @@ def _low_rank(change: Change) -> LowRank | None:
     return inner if by_output else None
 
 
+def _peft_path(name: str, part: str) -> str:
+    """The end of a module's path that is the same with every version of transformers.
+
+    From 5.6 its text encoders have no ``text_model.``. PEFT matches the ends of paths, so it finds this in all.
+    """
+    return name.removeprefix(f"{part}.").removeprefix(NESTING)
+
+
 def _adapter_metadata(modules: Mapping[str, Change]) -> str:
     """PEFT's configuration of each part, as diffusers keeps it in the header: where alphas and ranks are kept."""
     table: dict[str, object] = {}
     for part in LORA_PARTS:
-        changes = {n.removeprefix(f"{part}."): c for n, c in modules.items() if n.startswith(f"{part}.")}
+        changes = {_peft_path(n, part): c for n, c in modules.items() if n.startswith(f"{part}.")}
         if not changes:
             continue
         ranks = {name: change.rank for name, change in changes.items()}
