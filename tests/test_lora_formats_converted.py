@@ -10,9 +10,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 import sdlora
 from sdlora.base.checkpoint import MINI_FOLDER, find_base
+from sdlora.cli import app
+from sdlora.errors import LoraFileError
 from sdlora.families import FAMILIES, LORA_PARTS, SD1
 from sdlora.formats.keys import resolve
 from sdlora.formats.lora_file import read_lora
@@ -94,3 +98,54 @@ def test_diffusers_draws_on_mini_what_we_draw(to: str, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(3)
     drawn = pipe("a red fox", generator=generator, guidance_scale=5.0, num_inference_steps=4, output_type="latent")
     assert (ours.latents - drawn.images[0]).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("to", ["diffusers", "peft"])
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.float16, 11), (torch.bfloat16, 8), (torch.float32, 24)])
+@pytest.mark.parametrize(("rank", "alpha"), [(4, 2.0), (4, 32.0), (4, 4.0), (3, 2.0), (7, 3.0)])
+def test_a_reader_without_alphas_applies_the_right_strength(
+    rank: int, alpha: float, dtype: torch.dtype, bits: int, to: str, tmp_path: Path
+) -> None:
+    """The product of the stored matrices alone is the change; back in kohya's names it is the same."""
+    name = "unet.mid_block.attentions.0.proj_in"
+    shape = find_base("mini").module_shapes()[name]
+    change = low_rank(shape, rank, alpha)
+    change = LowRank(down=change.down.to(dtype), up=change.up.to(dtype), alpha=alpha)
+    files = {key: tmp_path / f"{key}.safetensors" for key in ("source", "there", "back")}
+    write_lora(files["source"], {name: change}, {}, dtype=dtype)
+    sdlora.convert(files["source"], files["there"], to=to, base="mini")
+    sdlora.convert(files["there"], files["back"], to="kohya", base="mini")
+    matrices = {key.split(".")[-2]: tensor.double() for key, tensor in load_file(files["there"]).items()}
+    down, up = (matrices.get(old, matrices.get(new)) for old, new in (("down", "lora_A"), ("up", "lora_B")))
+    assert down is not None
+    assert up is not None
+    assert torch.equal(down, change.down.double())
+    exact = change.up.double() * alpha / rank
+    # Half a unit of the last place, and a little for numbers below the normal ones.
+    torch.testing.assert_close(up, exact, rtol=0 if rank == 4 else 1.001 * 2.0**-bits, atol=2.0**-25)
+    (there,), (back,) = (read_lora(files[key]).modules.values() for key in ("there", "back"))
+    assert there.alpha == back.alpha == rank
+    weight = torch.zeros(shape, dtype=torch.float64)
+    assert torch.equal(there.delta(weight), back.delta(weight))
+
+
+def test_a_scale_that_overflows_is_refused(tmp_path: Path) -> None:
+    name = "unet.mid_block.attentions.0.proj_in"
+    down, up = torch.ones(1, 128, 1, 1), torch.full((128, 1, 1, 1), 600.0)
+    shape = find_base("mini").module_shapes()[name]
+    change = LowRank(down=down[:, : shape[1]], up=up[: shape[0]], alpha=1000.0)
+    with pytest.raises(LoraFileError, match="alpha / rank = 1000 it is too large for float16; write float32"):
+        write_lora(tmp_path / "x.safetensors", {name: change}, {}, dtype=torch.float16, format="peft")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("to", ["kohya", "peft"])
+def test_convert_says_which_programs_read_the_file(to: str, tmp_path: Path) -> None:
+    name = "unet.mid_block.attentions.0.proj_in"
+    change = low_rank(find_base("mini").module_shapes()[name], 2, 1.0)
+    write_lora(tmp_path / "x.safetensors", {name: change}, {}, dtype=torch.float16)
+    words = ["convert", str(tmp_path / "x.safetensors"), str(tmp_path / "y.safetensors"), "--to", to, "--base", "mini"]
+    said = CliRunner().invoke(app, words).output
+    assert "read by" in said
+    assert "diffusers" in said
+    assert ("ComfyUI leaves out" in said) is (to == "peft")
