@@ -197,6 +197,9 @@ def _tucker(core: Tensor, out: Tensor, inner: Tensor) -> tuple[int, ...]:
 def _low_rank(tensors: Mapping[str, Tensor], alpha: float | None) -> LowRank:
     parts = _required(tensors, "", ("down", "up"))
     down, up, mid = parts["down"], parts["up"], tensors.get("mid")
+    if down.ndim == 4 and up.ndim == 2:
+        # LyCORIS' DyLoRA.
+        up = up[:, :, None, None]
     inner = down.shape[0] if mid is None else mid.shape[1]
     fits = down.ndim == up.ndim and down.ndim in (2, 4) and down.shape[0] == inner and 0 not in (*down.shape, *up.shape)
     if not fits or up.shape[1] != (down if mid is None else mid).shape[0]:
