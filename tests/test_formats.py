@@ -25,6 +25,7 @@ from sdlora.formats.lora_file import read_lora
 from sdlora.formats.lora_tensors import build_change
 from sdlora.formats.lora_writer import write_lora
 from sdlora.formats.metadata import safe_title, trigger_words
+from sdlora.formats.peft_settings import Scale
 from sdlora.formats.safetensors_file import read_header, serialise
 from sdlora.lora.low_rank import LowRank
 from sdlora.training.metadata import DatasetFacts, FolderFacts, RunFacts, tag_frequency, training_metadata
@@ -243,10 +244,10 @@ def test_finite_tensors_are_those_that_torch_finds_finite(values: list[float], d
     tensor = torch.tensor(values).to(getattr(torch, dtype))
     change = {"diff": tensor[None]}
     if tensor.float().isfinite().all():
-        assert build_change(change, alpha=None).kind == "full"
+        assert build_change(change, scale=Scale()).kind == "full"
     else:
         with pytest.raises(ValueError, match="holds NaN or infinity"):
-            build_change(change, alpha=None)
+            build_change(change, scale=Scale())
 
 
 @given(damage=st.binary(min_size=0, max_size=400))

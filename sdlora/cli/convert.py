@@ -35,5 +35,6 @@ def convert(
         emit(report.to_json())
     else:
         typer.echo(f"{report.output}: {report.modules} modules, {report.family}, {report.format} names, {report.dtype}")
+        typer.echo(f"  {report.read_by}")
         for problem in report.left_out:
             typer.echo(f"  left out: {problem}")

@@ -24,7 +24,8 @@ _COMFYUI_PREFIXES = {
     "text_encoder": ("text_encoders.clip_l.transformer", "text_encoders.clip_h.transformer"),
     "text_encoder_2": ("text_encoders.clip_g.transformer",),
 }
-_NESTING = "text_model."
+NESTING = "text_model."
+"""In front of a text encoder's layers, except in transformers from 5.6."""
 
 
 def kohya_keys(names: Iterable[str], family: Family, base_modules: Collection[str]) -> dict[str, str]:
@@ -108,7 +109,7 @@ def _spellings(name: str, sgm: str | None) -> set[str]:
     part, _, path = name.partition(".")
     paths = {path} if sgm is None else {path, sgm}
     if part != "unet":
-        paths.add(path.removeprefix(_NESTING))
+        paths.add(path.removeprefix(NESTING))
     flat = {p.replace(".", "_") for p in paths}
     dotted = {f"{part}.{p}" for p in paths} | {f"{prefix}.{p}" for prefix in _COMFYUI_PREFIXES[part] for p in paths}
     if part != "text_encoder_2":

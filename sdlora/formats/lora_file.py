@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from ..families import Family
 from ..lora.change import Change
 from .lora_family import detect_family
 from .lora_tensors import build_change, group_by_module
+from .peft_settings import Scale, scales_from, scales_in
 from .tensor_files import TensorFile, mapped_tensors, open_tensor_file
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -95,10 +95,10 @@ def read_lora(path: Path) -> LoraFile:
 
 def lora_in(file: TensorFile) -> LoraFile:
     """``read_lora`` for a file that is open already. Raises as it does."""
-    return _read(file, _alphas_in(file.metadata))
+    return _read(file, scales_in(file.path, file.metadata))
 
 
-def _read(file: TensorFile, alpha_of: Callable[[str], float | None]) -> LoraFile:
+def _read(file: TensorFile, scale_of: Callable[[str], Scale]) -> LoraFile:
     path = file.path
     if len(file.tensors) > MAX_TENSORS:
         raise LoraFileError(f"{path}: not a LoRA: it holds {len(file.tensors):,} tensors, the largest hold about 5,000")
@@ -112,7 +112,7 @@ def _read(file: TensorFile, alpha_of: Callable[[str], float | None]) -> LoraFile
     for key, roles in sorted(grouped.items()):
         short = key.removeprefix("base_model.model.")
         try:
-            modules[short] = build_change({r: tensor(n) for r, n in roles.items()}, alpha=alpha_of(short))
+            modules[short] = build_change({r: tensor(n) for r, n in roles.items()}, scale=scale_of(short))
         except (ValueError, RuntimeError) as fault:
             unusable[short] = str(fault)
     embeddings = {name: tensor(name) for name in sorted(bundled)}
@@ -141,49 +141,10 @@ def _read_adapter_folder(folder: Path) -> LoraFile:
         raise LoraFileError(f"{folder}: not the folder of a PEFT adapter: it lacks {' and '.join(missing)}")
     try:
         settings = json.loads(config.read_text(encoding="utf-8"))
-        alpha_of = _alphas_from({"": settings} if isinstance(settings, dict) else {})
     except (OSError, ValueError, RecursionError) as fault:
         raise LoraFileError(f"{config}: cannot be read as JSON: {fault}") from None
-    return replace(_read(open_tensor_file(weights, LoraFileError), alpha_of), path=folder)
-
-
-def _alphas_in(metadata: Mapping[str, str]) -> Callable[[str], float | None]:
-    """From the header of a diffusers file (``lora_adapter_metadata``): keys are a part, a dot, a PEFT setting."""
-    try:
-        flat = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    except ValueError:
-        flat = {}
-    settings: dict[str, dict[str, Any]] = {}
-    for key, value in flat.items() if isinstance(flat, dict) else ():
-        part, _, name = key.partition(".")
-        settings.setdefault(f"{part}.", {})[name] = value
-    return _alphas_from(settings)
-
-
-def _alphas_from(settings: Mapping[str, Mapping[str, Any]]) -> Callable[[str], float | None]:
-    """``settings`` is prefix of the modules -> PEFT's configuration; rsLoRA's alpha is returned times √rank."""
-
-    def alpha_of(key: str) -> float | None:
-        for prefix, setting in settings.items():
-            if not key.startswith(prefix):
-                continue
-            path = key.removeprefix(prefix)
-            alpha = _by_pattern(setting.get("alpha_pattern"), path, setting.get("lora_alpha"))
-            rank = _by_pattern(setting.get("rank_pattern"), path, setting.get("r"))
-            if alpha is None or not setting.get("use_rslora") or not rank:
-                return alpha
-            return alpha * rank**0.5
-        return None
-
-    return alpha_of
-
-
-def _by_pattern(patterns: object, path: str, default: object) -> float | None:
-    if isinstance(patterns, dict):
-        for pattern, value in patterns.items():
-            if path == pattern or path.endswith(f".{pattern}"):
-                default = value
-    return float(default) if isinstance(default, int | float) else None
+    scale_of = scales_from(config, {"": settings} if isinstance(settings, dict) else {})
+    return replace(_read(open_tensor_file(weights, LoraFileError), scale_of), path=folder)
 
 
 _FORMAT_MARKS = {

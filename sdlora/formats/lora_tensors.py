@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from ..lora.change import Change
 from ..lora.kinds import Decomposed, Full, Generalised, Hadamard, Kronecker, Orthogonal, Scaling
 from ..lora.low_rank import LowRank
+from .peft_settings import Scale
 
 _SUFFIXES = {
     # kohya and LyCORIS; PEFT; diffusers now, before, and at first
@@ -79,8 +81,8 @@ def _suffix_of(name: str) -> str:
     return next((suffix for suffix in ("_lora.down.weight", "_lora.up.weight") if name.endswith(suffix)), "")
 
 
-def build_change(tensors: Mapping[str, Tensor], *, alpha: float | None) -> Change:
-    """The change that tensors by role make up. ``alpha`` is the one that the file keeps elsewhere, if any.
+def build_change(tensors: Mapping[str, Tensor], *, scale: Scale) -> Change:
+    """The change that tensors by role make up. ``scale`` is what the file keeps elsewhere, if anything.
 
     Raises:
         ValueError: something is missing, does not fit or is not finite; the text is the end of a sentence on the module.
@@ -93,7 +95,9 @@ def build_change(tensors: Mapping[str, Tensor], *, alpha: float | None) -> Chang
     stored = tensors.get("alpha")
     if stored is not None and stored.numel() != 1:
         raise ValueError(f"has an alpha of shape {tuple(stored.shape)}")
-    change = _kind(tensors, alpha if stored is None else float(stored))
+    change = _kind(tensors, scale.alpha if stored is None else float(stored))
+    if isinstance(change, Kronecker) and change.rank is None and scale.whole_factors and scale.alpha and scale.rank:
+        change = replace(change, w1=_times(change.w1, scale.alpha / scale.rank))
     magnitude = tensors.get("magnitude")
     if "magnitude_vector" in tensors:
         magnitude = tensors["magnitude_vector"].reshape(-1, *[1] * (len(change.weight_shape or (0, 0)) - 1))
@@ -197,6 +201,9 @@ def _tucker(core: Tensor, out: Tensor, inner: Tensor) -> tuple[int, ...]:
 def _low_rank(tensors: Mapping[str, Tensor], alpha: float | None) -> LowRank:
     parts = _required(tensors, "", ("down", "up"))
     down, up, mid = parts["down"], parts["up"], tensors.get("mid")
+    if down.ndim == 4 and up.ndim == 2:
+        # LyCORIS' DyLoRA.
+        up = up[:, :, None, None]
     inner = down.shape[0] if mid is None else mid.shape[1]
     fits = down.ndim == up.ndim and down.ndim in (2, 4) and down.shape[0] == inner and 0 not in (*down.shape, *up.shape)
     if not fits or up.shape[1] != (down if mid is None else mid).shape[0]:
@@ -226,6 +233,15 @@ def _required(tensors: Mapping[str, Tensor], prefix: str, names: tuple[str, ...]
     if flat:
         raise ValueError(f"has an empty {prefix}{flat[0]}")
     return found
+
+
+def _times(tensor: Tensor | None, factor: float) -> Tensor | None:
+    """In the tensor's dtype where that loses nothing, else in float32."""
+    if tensor is None or factor == 1:
+        return tensor
+    wide = (tensor.double() * factor).float()
+    narrow = wide.to(tensor.dtype)
+    return narrow if torch.equal(narrow.double(), tensor.double() * factor) else wide
 
 
 def _or_rank(alpha: float | None, inner: Tensor | None) -> float:

@@ -16,7 +16,7 @@ from ..files import write_whole
 from ..lora.change import Change
 from ..lora.kinds import Decomposed
 from ..lora.low_rank import LowRank
-from .keys import kohya_keys
+from .keys import NESTING, kohya_keys
 from .lora_file import read_lora
 from .metadata_file import with_hashes
 from .readers import lost_elsewhere
@@ -38,6 +38,8 @@ def write_lora(
 ) -> None:
     """Write ``modules`` (canonical name -> change) with their alphas and the hashes of the final bytes.
 
+    In the formats of diffusers and PEFT alpha is the rank, and the scale is in ``up``: exact where it is a power of two.
+
     The same content gives the same bytes.
 
     Args:
@@ -57,7 +59,7 @@ def write_lora(
         modules = _with_whole_attention(modules, family, base_modules or {})
         tensors, described = _kohya(modules, family, base_modules or {}) | dict(bundled or {}), {}
     else:
-        tensors = _peft(modules, format)
+        tensors = _peft(modules, format, dtype)
         described = {"format": "pt", "lora_adapter_metadata": _adapter_metadata(modules)}
     tensors = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     described = {**(metadata or {}), **described}
@@ -109,8 +111,11 @@ def _kohya(
     return tensors
 
 
-def _peft(modules: Mapping[str, Change], format: str) -> dict[str, Tensor]:
-    """PEFT's names, or the older ones that diffusers still writes."""
+def _peft(modules: Mapping[str, Change], format: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """PEFT's names, or the older ones that diffusers still writes; every change at a scale of 1.
+
+    Readers that know nothing of ``lora_adapter_metadata`` apply this scale, so alpha / rank is in ``up``.
+    """
     tensors: dict[str, Tensor] = {}
     foreign = {name: change.kind for name, change in modules.items() if _low_rank(change) is None}
     if foreign:
@@ -126,10 +131,22 @@ def _peft(modules: Mapping[str, Change], format: str) -> dict[str, Tensor]:
         if format == "diffusers":
             infix = "lora" if name.startswith("unet.") else "lora_linear_layer"
             down, up = f"{infix}.down", f"{infix}.up"
-        tensors |= {f"{name}.{down}.weight": low_rank.down, f"{name}.{up}.weight": low_rank.up}
+        scaled = _scaled(low_rank, dtype)
+        if not scaled.isfinite().all():
+            raise LoraFileError(
+                f"{name}: times alpha / rank = {low_rank.scale:g} it is too large for {str(dtype).removeprefix('torch.')}; "
+                "write float32"
+            )
+        tensors |= {f"{name}.{down}.weight": low_rank.down, f"{name}.{up}.weight": scaled}
         if isinstance(change, Decomposed):
             tensors[f"{name}.lora_magnitude_vector.weight"] = change.magnitude.reshape(-1)
     return tensors
+
+
+def _scaled(change: LowRank, dtype: torch.dtype) -> Tensor:
+    """``up`` times alpha / rank in ``dtype``: computed in float32, or in float64 for float32, and rounded once."""
+    wide = torch.float64 if dtype == torch.float32 else torch.float32
+    return (change.up.to(wide) * change.scale).to(dtype)
 
 
 def _low_rank(change: Change) -> LowRank | None:
@@ -141,22 +158,30 @@ def _low_rank(change: Change) -> LowRank | None:
     return inner if by_output else None
 
 
+def _peft_path(name: str, part: str) -> str:
+    """The end of a module's path that is the same with every version of transformers.
+
+    From 5.6 its text encoders have no ``text_model.``. PEFT matches the ends of paths, so it finds this in all.
+    """
+    return name.removeprefix(f"{part}.").removeprefix(NESTING)
+
+
 def _adapter_metadata(modules: Mapping[str, Change]) -> str:
-    """PEFT's configuration of each part, as diffusers keeps it in the header: where alphas and ranks are kept."""
+    """PEFT's configuration of each part, as diffusers keeps it in the header; alpha is the rank, for a scale of 1."""
     table: dict[str, object] = {}
     for part in LORA_PARTS:
-        changes = {n.removeprefix(f"{part}."): c for n, c in modules.items() if n.startswith(f"{part}.")}
+        changes = {_peft_path(n, part): c for n, c in modules.items() if n.startswith(f"{part}.")}
         if not changes:
             continue
         ranks = {name: change.rank for name, change in changes.items()}
-        alphas = {name: change.alpha for name, change in changes.items()}
-        rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+        rank = Counter(ranks.values()).most_common(1)[0][0]
+        others = {name: value for name, value in sorted(ranks.items()) if value != rank}
         settings = {
             "peft_type": "LORA",
             "r": rank,
-            "lora_alpha": alpha,
-            "rank_pattern": {name: value for name, value in sorted(ranks.items()) if value != rank},
-            "alpha_pattern": {name: value for name, value in sorted(alphas.items()) if value != alpha},
+            "lora_alpha": rank,
+            "rank_pattern": others,
+            "alpha_pattern": others,
             "target_modules": sorted(changes),
             "use_dora": any(isinstance(change, Decomposed) for change in changes.values()),
             "use_rslora": False,

@@ -50,3 +50,19 @@ def lost_elsewhere(keys: Iterable[str], family: Family) -> dict[str, tuple[str, 
         if unknown:
             lost[reader] = unknown
     return lost
+
+
+_PEFT_READERS = (
+    "read by diffusers and PEFT; ComfyUI leaves out the UNet's attention in this format; for A1111, Forge, ComfyUI and "
+    "kohya's tools convert to kohya"
+)
+_READ_BY = {
+    "kohya": "read by kohya's tools, ComfyUI, A1111, Forge, LyCORIS and diffusers",
+    "diffusers": _PEFT_READERS,
+    "peft": _PEFT_READERS,
+}
+
+
+def read_by(format: str) -> str:
+    """Which programs read a written format, as a sentence without its end."""
+    return _READ_BY[format]

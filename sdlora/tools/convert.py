@@ -17,6 +17,7 @@ from ..formats.lora_file import LoraFile, read_lora
 from ..formats.lora_writer import WRITTEN_FORMATS, write_lora
 from ..formats.metadata import with_family
 from ..formats.published import published_modules
+from ..formats.readers import read_by
 from ..lora.change import Change
 from ..progress import Progress, progress_or_bar
 
@@ -37,6 +38,8 @@ class Conversion:
     source_format: str
     format: str
     dtype: str
+    read_by: str
+    """Which programs read the format."""
     left_out: tuple[str, ...]
     """What the source holds and cannot be used, as sentences."""
 
@@ -95,6 +98,7 @@ def convert(
         source_format=lora.format,
         format=to,
         dtype=str(dtype).removeprefix("torch."),
+        read_by=read_by(to),
         left_out=(*lora.problems, *lost),
     )
 
