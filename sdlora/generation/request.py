@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,6 +12,10 @@ from .samplers import SAMPLERS
 
 if TYPE_CHECKING:
     from ..base.checkpoint import BaseCheckpoint
+
+MAX_SEED = 2**32 - 1
+RANDOM_SEED = -1
+"""As A1111 writes it; None means the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +36,19 @@ class ImageRequest:
     def size_on(self, base: BaseCheckpoint) -> tuple[int, int]:
         """Width and height in pixels when generated on ``base``."""
         return self.size or (base.resolution, base.resolution)
+
+
+def first_seed(seed: int | None, *, count: int) -> int:
+    """``seed`` itself, or a random one where it is None or -1, so that ``count`` seeds from it on are allowed.
+
+    Raises:
+        SdloraError: any other value that is not a whole number from 0 to ``MAX_SEED``.
+    """
+    if seed is None or (seed == RANDOM_SEED and isinstance(seed, int)):
+        return secrets.randbelow(MAX_SEED - count + 2)
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= MAX_SEED:
+        raise SdloraError(f"seed {seed!r}: expected a whole number from 0 to {MAX_SEED}, or -1 for a random one")
+    return seed
 
 
 def check_requests(requests: Sequence[ImageRequest], base: BaseCheckpoint) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from ..config.sections import BaseSection
 from ..progress import Progress, progress_or_bar
 from .grid import labelled_grid
 from .loras import LoraChoice, WeightedLora, fit_loras
-from .request import ImageRequest, check_requests
+from .request import ImageRequest, check_requests, first_seed
 
 if TYPE_CHECKING:
     from ..base.base import Base
@@ -28,7 +28,7 @@ def generate(
     base: str | BaseSection = "mini",
     loras: Sequence[str | LoraChoice] = (),
     negative: str = ImageRequest.negative,
-    seed: int = ImageRequest.seed,
+    seed: int | None = None,
     count: int = 1,
     steps: int = ImageRequest.steps,
     cfg: float = ImageRequest.cfg,
@@ -37,6 +37,7 @@ def generate(
     precision: str = "auto",
     progress: Progress | None = None,
     stop: threading.Event | None = None,
+    on_image: Callable[[GeneratedImage], None] | None = None,
 ) -> list[GeneratedImage]:
     """Generate ``count`` images of each prompt, with seeds ``seed``, ``seed + 1`` …, under all ``loras`` at once.
 
@@ -44,26 +45,29 @@ def generate(
         prompts: in A1111's syntax, ``(word:1.2)``, ``[word]``, ``BREAK``; of any length.
         base: the value of ``base.path`` in a configuration, or a whole ``[base]`` section.
         loras: ``FILE[:UNET[:TE]]`` or ``LoraChoice``.
+        seed: seed of the first image of each prompt, 0 to 2**32 - 1; None or -1 for a random one.
         cfg: classifier-free guidance scale; 1 switches guidance off.
         size: (width, height) in pixels; by default the base's own square.
         precision: ``auto``, ``float32`` or ``bfloat16``.
         progress: receives reports; by default a bar in a terminal.
         stop: set it, from any thread, to stop after the current step.
+        on_image: called with each image as soon as it is done.
 
     Raises:
         SdloraError: a base, LoRA, size, sampler or precision that cannot be used, found before anything is generated.
         Interrupted: ``stop`` was set.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    first = first_seed(seed, count=count)
     requests = [
         ImageRequest(
-            prompt=text, negative=negative, seed=seed + number, steps=steps, cfg=cfg, size=size, sampler=sampler
+            prompt=text, negative=negative, seed=first + number, steps=steps, cfg=cfg, size=size, sampler=sampler
         )
         for text in texts
         for number in range(count)
     ]
     studio = Studio.open(base, loras, requests=requests, precision=precision)
-    return studio.images(requests, progress=progress, stop=stop)
+    return studio.images(requests, progress=progress, stop=stop, on_image=on_image)
 
 
 def generate_strip(
@@ -74,7 +78,7 @@ def generate_strip(
     strengths: Sequence[float] = (0.0, 0.5, 1.0),
     scale: int = 1,
     negative: str = ImageRequest.negative,
-    seed: int = ImageRequest.seed,
+    seed: int | None = None,
     steps: int = ImageRequest.steps,
     cfg: float = ImageRequest.cfg,
     size: tuple[int, int] | None = ImageRequest.size,
@@ -88,6 +92,7 @@ def generate_strip(
     ``strengths`` multiply the weights of ``loras``; strength 0 is shown once. Each image is enlarged ``scale`` times.
     Everything else is as in ``generate``, which raises the same. Returns the image and the parameters of all its parts.
     """
+    seed = first_seed(seed, count=1)
     requests = [
         ImageRequest(prompt=prompt, negative=negative, seed=seed, steps=steps, cfg=cfg, size=size, sampler=sampler)
         for prompt in prompts
@@ -148,14 +153,19 @@ class Studio:
         return cls(base=load_base(checkpoint, device=device, dtype=dtype), loras=fitted)
 
     def images(
-        self, requests: Sequence[ImageRequest], *, progress: Progress | None = None, stop: threading.Event | None = None
+        self,
+        requests: Sequence[ImageRequest],
+        *,
+        progress: Progress | None = None,
+        stop: threading.Event | None = None,
+        on_image: Callable[[GeneratedImage], None] | None = None,
     ) -> list[GeneratedImage]:
         """Generate ``requests`` under all LoRAs. Raises as ``generate`` does."""
         check_requests(requests, self.base.checkpoint)
         from .images import generate_images
 
         with progress_or_bar(progress) as reports:
-            return generate_images(self.base, requests, self.loras, reports, stop)
+            return generate_images(self.base, requests, self.loras, reports, stop, on_image)
 
 
 def _fitted(checkpoint: BaseCheckpoint, loras: Sequence[str | LoraChoice]) -> tuple[WeightedLora, ...]:
