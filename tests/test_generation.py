@@ -203,8 +203,9 @@ def test_parameters_are_as_a1111_writes_them(tiny_base: Path, loras: tuple[Path,
     image = ours(tiny_base, [f"{loras[0]}:0.7", f"{loras[1]}:0.5:0.25"])
     digests = [sdlora.inspect(file).metadata["sshs_model_hash"][:12] for file in loras]
     assert image.parameters == (
-        "a red fox <lora:one:0.7> <lora:two:0.5:0.25>\nNegative prompt: blue\n"
-        f"Steps: 4, Sampler: DPM++ 2M, CFG scale: 4, Seed: 7, Size: 64x64, Model: tiny, "
+        "a red fox <lora:one:0.7> <lora:two:te=0.25:unet=0.5>\nNegative prompt: blue\n"
+        f"Steps: 4, Sampler: DPM++ 2M, Schedule type: SGM Uniform, CFG scale: 4, Seed: 7, Size: 64x64, "
+        f"Model: tiny, RNG: CPU, "
         f'Lora hashes: "one: {digests[0]}, two: {digests[1]}", '
         f'Hashes: {{"lora:one": "{digests[0]}", "lora:two": "{digests[1]}"}}, Version: sdlora {sdlora.__version__}'
     )

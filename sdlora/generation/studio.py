@@ -15,6 +15,7 @@ from ..config.sections import BaseSection
 from ..progress import Progress, progress_or_bar
 from .grid import labelled_grid
 from .loras import LoraChoice, WeightedLora, fit_loras
+from .prompt_syntax import check_syntax
 from .request import ImageRequest, check_requests, first_seed
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ def generate(
         for text in texts
         for number in range(count)
     ]
+    check_syntax(text for request in requests for text in (request.prompt, request.negative))
     studio = Studio.open(base, loras, requests=requests, precision=precision)
     return studio.images(requests, progress=progress, stop=stop, on_image=on_image)
 
@@ -97,6 +99,7 @@ def generate_strip(
         ImageRequest(prompt=prompt, negative=negative, seed=seed, steps=steps, cfg=cfg, size=size, sampler=sampler)
         for prompt in prompts
     ]
+    check_syntax(text for request in requests for text in (request.prompt, request.negative))
     studio = Studio.open(base, loras, requests=requests, precision=precision)
     columns = _columns(studio.loras, strengths)
     with progress_or_bar(progress) as reports:
