@@ -19,6 +19,7 @@ from .denoise import denoise
 from .infotext import infotext
 from .loras import WeightedLora
 from .request import ImageRequest
+from .saving import encoded
 
 IMAGES_AT_ONCE = 4
 
@@ -31,6 +32,10 @@ class GeneratedImage:
     latents: Tensor
     parameters: str
     request: ImageRequest
+
+    def _repr_png_(self) -> bytes:
+        """The image as PNG with its recipe: notebooks show it."""
+        return encoded(self.image, ".png", self.parameters)
 
 
 @torch.no_grad()

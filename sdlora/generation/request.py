@@ -13,6 +13,7 @@ from .samplers import SAMPLERS
 if TYPE_CHECKING:
     from ..base.checkpoint import BaseCheckpoint
 
+MAX_CFG = 100
 MAX_SEED = 2**32 - 1
 RANDOM_SEED = -1
 """As A1111 writes it; None means the same."""
@@ -65,6 +66,8 @@ def _problems(request: ImageRequest, base: BaseCheckpoint) -> list[str]:
         problems.append(f"size {width}x{height}: width and height must be multiples of {step} pixels on {base.name}")
     if request.sampler not in SAMPLERS:
         problems.append(f"sampler {request.sampler!r} is unknown; choose one of {', '.join(SAMPLERS)}")
+    if not isinstance(request.cfg, int | float) or not 0 <= request.cfg <= MAX_CFG:
+        problems.append(f"cfg {request.cfg}: expected a number from 0 to {MAX_CFG}")
     if request.steps < 1:
         problems.append(f"steps {request.steps}: at least 1 is needed")
     return problems

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image
@@ -13,10 +14,11 @@ from ..base.checkpoint import BaseCheckpoint, find_base
 from ..base.precision import choose_device, choose_precision
 from ..config.sections import BaseSection
 from ..progress import Progress, progress_or_bar
+from .arguments import LoraArgument, base_argument, image_requests, lora_choices
 from .grid import labelled_grid
-from .loras import LoraChoice, WeightedLora, fit_loras
+from .loras import WeightedLora, fit_loras
 from .prompt_syntax import check_syntax
-from .request import ImageRequest, check_requests, first_seed
+from .request import ImageRequest, check_requests
 
 if TYPE_CHECKING:
     from ..base.base import Base
@@ -26,14 +28,14 @@ if TYPE_CHECKING:
 def generate(
     prompts: str | Sequence[str],
     *,
-    base: str | BaseSection = "mini",
-    loras: Sequence[str | LoraChoice] = (),
+    base: str | Path | BaseSection = "mini",
+    loras: LoraArgument | Sequence[LoraArgument] = (),
     negative: str = ImageRequest.negative,
     seed: int | None = None,
     count: int = 1,
     steps: int = ImageRequest.steps,
     cfg: float = ImageRequest.cfg,
-    size: tuple[int, int] | None = ImageRequest.size,
+    size: int | tuple[int, int] | None = ImageRequest.size,
     sampler: str = ImageRequest.sampler,
     precision: str = "auto",
     progress: Progress | None = None,
@@ -45,10 +47,10 @@ def generate(
     Args:
         prompts: in A1111's syntax, ``(word:1.2)``, ``[word]``, ``BREAK``; of any length.
         base: the value of ``base.path`` in a configuration, or a whole ``[base]`` section.
-        loras: ``FILE[:UNET[:TE]]`` or ``LoraChoice``.
+        loras: one or several, each ``FILE[:UNET[:TE]]``, a path or a ``LoraChoice``.
         seed: seed of the first image of each prompt, 0 to 2**32 - 1; None or -1 for a random one.
         cfg: classifier-free guidance scale; 1 switches guidance off.
-        size: (width, height) in pixels; by default the base's own square.
+        size: (width, height) in pixels, or the side of a square; by default the base's own square.
         precision: ``auto``, ``float32`` or ``bfloat16``.
         progress: receives reports; by default a bar in a terminal.
         stop: set it, from any thread, to stop after the current step.
@@ -58,32 +60,26 @@ def generate(
         SdloraError: a base, LoRA, size, sampler or precision that cannot be used, found before anything is generated.
         Interrupted: ``stop`` was set.
     """
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    first = first_seed(seed, count=count)
-    requests = [
-        ImageRequest(
-            prompt=text, negative=negative, seed=first + number, steps=steps, cfg=cfg, size=size, sampler=sampler
-        )
-        for text in texts
-        for number in range(count)
-    ]
+    requests = image_requests(
+        prompts, seed=seed, count=count, size=size, negative=negative, steps=steps, cfg=cfg, sampler=sampler
+    )
     check_syntax(text for request in requests for text in (request.prompt, request.negative))
     studio = Studio.open(base, loras, requests=requests, precision=precision)
     return studio.images(requests, progress=progress, stop=stop, on_image=on_image)
 
 
 def generate_strip(
-    prompts: Sequence[str],
+    prompts: str | Sequence[str],
     *,
-    base: str | BaseSection = "mini",
-    loras: Sequence[str | LoraChoice],
+    base: str | Path | BaseSection = "mini",
+    loras: LoraArgument | Sequence[LoraArgument],
     strengths: Sequence[float] = (0.0, 0.5, 1.0),
     scale: int = 1,
     negative: str = ImageRequest.negative,
     seed: int | None = None,
     steps: int = ImageRequest.steps,
     cfg: float = ImageRequest.cfg,
-    size: tuple[int, int] | None = ImageRequest.size,
+    size: int | tuple[int, int] | None = ImageRequest.size,
     sampler: str = ImageRequest.sampler,
     precision: str = "auto",
     progress: Progress | None = None,
@@ -94,19 +90,17 @@ def generate_strip(
     ``strengths`` multiply the weights of ``loras``; strength 0 is shown once. Each image is enlarged ``scale`` times.
     Everything else is as in ``generate``, which raises the same. Returns the image and the parameters of all its parts.
     """
-    seed = first_seed(seed, count=1)
-    requests = [
-        ImageRequest(prompt=prompt, negative=negative, seed=seed, steps=steps, cfg=cfg, size=size, sampler=sampler)
-        for prompt in prompts
-    ]
+    requests = image_requests(
+        prompts, seed=seed, count=1, size=size, negative=negative, steps=steps, cfg=cfg, sampler=sampler
+    )
     check_syntax(text for request in requests for text in (request.prompt, request.negative))
     studio = Studio.open(base, loras, requests=requests, precision=precision)
     columns = _columns(studio.loras, strengths)
     with progress_or_bar(progress) as reports:
         images = [replace(studio, loras=shown).images(requests, progress=reports, stop=stop) for _, shown in columns]
-    rows = [[column[row].image for column in images] for row in range(len(prompts))]
+    rows = [[column[row].image for column in images] for row in range(len(requests))]
     sheet = labelled_grid(rows, columns=[label for label, _ in columns], scale=scale)
-    return sheet, "\n\n".join(column[row].parameters for row in range(len(prompts)) for column in images)
+    return sheet, "\n\n".join(column[row].parameters for row in range(len(requests)) for column in images)
 
 
 def _columns(loras: tuple[WeightedLora, ...], strengths: Sequence[float]) -> list[tuple[str, tuple[WeightedLora, ...]]]:
@@ -127,15 +121,15 @@ class Studio:
     loras: tuple[WeightedLora, ...]
 
     @classmethod
-    def on(cls, base: Base, loras: Sequence[str | LoraChoice]) -> Studio:
+    def on(cls, base: Base, loras: LoraArgument | Sequence[LoraArgument]) -> Studio:
         """Read ``loras`` for a base that is loaded already; raises ``SdloraError`` where they do not fit."""
         return cls(base=base, loras=_fitted(base.checkpoint, loras))
 
     @classmethod
     def open(
         cls,
-        base: str | BaseSection,
-        loras: Sequence[str | LoraChoice],
+        base: str | Path | BaseSection,
+        loras: LoraArgument | Sequence[LoraArgument],
         *,
         requests: Sequence[ImageRequest],
         precision: str,
@@ -145,7 +139,7 @@ class Studio:
         Raises:
             SdloraError: a request or a LoRA that does not fit the base; nothing has been loaded then.
         """
-        checkpoint = find_base(base)
+        checkpoint = find_base(base_argument(base))
         check_requests(requests, checkpoint)
         fitted = _fitted(checkpoint, loras)
         device = choose_device()
@@ -171,5 +165,5 @@ class Studio:
             return generate_images(self.base, requests, self.loras, reports, stop, on_image)
 
 
-def _fitted(checkpoint: BaseCheckpoint, loras: Sequence[str | LoraChoice]) -> tuple[WeightedLora, ...]:
-    return fit_loras(checkpoint, [LoraChoice.parse(lora) if isinstance(lora, str) else lora for lora in loras])
+def _fitted(checkpoint: BaseCheckpoint, loras: LoraArgument | Sequence[LoraArgument]) -> tuple[WeightedLora, ...]:
+    return fit_loras(checkpoint, lora_choices(loras))
