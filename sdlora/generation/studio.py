@@ -13,6 +13,7 @@ from PIL import Image
 from ..base.checkpoint import BaseCheckpoint, find_base
 from ..base.precision import choose_device, choose_precision
 from ..config.sections import BaseSection
+from ..errors import SdloraError
 from ..progress import Progress, progress_or_bar
 from .arguments import LoraArgument, base_argument, image_requests, lora_choices
 from .grid import labelled_grid
@@ -23,6 +24,9 @@ from .request import ImageRequest, check_requests
 if TYPE_CHECKING:
     from ..base.base import Base
     from .images import GeneratedImage
+
+STRENGTHS = (0.0, 0.5, 1.0)
+"""Columns of a strip by default: what the weights of each LoRA are multiplied by."""
 
 
 def generate(
@@ -60,12 +64,11 @@ def generate(
         SdloraError: a base, LoRA, size, sampler or precision that cannot be used, found before anything is generated.
         Interrupted: ``stop`` was set.
     """
-    requests = image_requests(
-        prompts, seed=seed, count=count, size=size, negative=negative, steps=steps, cfg=cfg, sampler=sampler
-    )
-    check_syntax(text for request in requests for text in (request.prompt, request.negative))
-    studio = Studio.open(base, loras, requests=requests, precision=precision)
-    return studio.images(requests, progress=progress, stop=stop, on_image=on_image)
+    with open(base, precision=precision) as studio:
+        return studio.generate(
+            prompts, loras=loras, negative=negative, seed=seed, count=count, steps=steps, cfg=cfg, size=size,
+            sampler=sampler, progress=progress, stop=stop, on_image=on_image,
+        )  # fmt: skip
 
 
 def generate_strip(
@@ -73,7 +76,7 @@ def generate_strip(
     *,
     base: str | Path | BaseSection = "mini",
     loras: LoraArgument | Sequence[LoraArgument],
-    strengths: Sequence[float] = (0.0, 0.5, 1.0),
+    strengths: Sequence[float] = STRENGTHS,
     scale: int = 1,
     negative: str = ImageRequest.negative,
     seed: int | None = None,
@@ -90,17 +93,126 @@ def generate_strip(
     ``strengths`` multiply the weights of ``loras``; strength 0 is shown once. Each image is enlarged ``scale`` times.
     Everything else is as in ``generate``, which raises the same. Returns the image and the parameters of all its parts.
     """
-    requests = image_requests(
-        prompts, seed=seed, count=1, size=size, negative=negative, steps=steps, cfg=cfg, sampler=sampler
-    )
-    check_syntax(text for request in requests for text in (request.prompt, request.negative))
-    studio = Studio.open(base, loras, requests=requests, precision=precision)
-    columns = _columns(studio.loras, strengths)
-    with progress_or_bar(progress) as reports:
-        images = [replace(studio, loras=shown).images(requests, progress=reports, stop=stop) for _, shown in columns]
-    rows = [[column[row].image for column in images] for row in range(len(requests))]
-    sheet = labelled_grid(rows, columns=[label for label, _ in columns], scale=scale)
-    return sheet, "\n\n".join(column[row].parameters for row in range(len(requests)) for column in images)
+    with open(base, precision=precision) as studio:
+        return studio.generate_strip(
+            prompts, loras=loras, strengths=strengths, scale=scale, negative=negative, seed=seed, steps=steps, cfg=cfg,
+            size=size, sampler=sampler, progress=progress, stop=stop,
+        )  # fmt: skip
+
+
+def open(base: str | Path | BaseSection = "mini", *, precision: str = "auto") -> OpenStudio:
+    """A base that stays loaded between calls. Its weights are read when the first image is generated.
+
+    Args:
+        base: the value of ``base.path`` in a configuration, or a whole ``[base]`` section.
+        precision: ``auto``, ``float32`` or ``bfloat16``.
+
+    Raises:
+        BaseModelError: the base is missing, incomplete, damaged or not supported.
+    """
+    return OpenStudio(find_base(base_argument(base)), precision=precision)
+
+
+class OpenStudio:
+    """Generates on one base under any LoRAs, without loading the base again; ``open`` makes it.
+
+    Usable in a ``with`` statement, which closes it.
+    """
+
+    def __init__(self, checkpoint: BaseCheckpoint, *, precision: str):
+        self._checkpoint = checkpoint
+        self._precision = precision
+        self._base: Base | None = None
+        self._closed = False
+
+    def __enter__(self) -> OpenStudio:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the base's memory back; closing twice is allowed."""
+        self._base, self._closed = None, True
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        loras: LoraArgument | Sequence[LoraArgument] = (),
+        negative: str = ImageRequest.negative,
+        seed: int | None = None,
+        count: int = 1,
+        steps: int = ImageRequest.steps,
+        cfg: float = ImageRequest.cfg,
+        size: int | tuple[int, int] | None = ImageRequest.size,
+        sampler: str = ImageRequest.sampler,
+        progress: Progress | None = None,
+        stop: threading.Event | None = None,
+        on_image: Callable[[GeneratedImage], None] | None = None,
+    ) -> list[GeneratedImage]:
+        """As the function ``generate``, on this base.
+
+        Raises:
+            SdloraError: as ``generate``, or the studio is closed.
+            Interrupted: ``stop`` was set.
+        """
+        requests = image_requests(
+            prompts, seed=seed, count=count, size=size, negative=negative, steps=steps, cfg=cfg, sampler=sampler
+        )
+        check_syntax(text for request in requests for text in (request.prompt, request.negative))
+        studio = self.prepared(requests, loras)
+        return studio.images(requests, progress=progress, stop=stop, on_image=on_image)
+
+    def generate_strip(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        loras: LoraArgument | Sequence[LoraArgument],
+        strengths: Sequence[float] = STRENGTHS,
+        scale: int = 1,
+        negative: str = ImageRequest.negative,
+        seed: int | None = None,
+        steps: int = ImageRequest.steps,
+        cfg: float = ImageRequest.cfg,
+        size: int | tuple[int, int] | None = ImageRequest.size,
+        sampler: str = ImageRequest.sampler,
+        progress: Progress | None = None,
+        stop: threading.Event | None = None,
+    ) -> tuple[Image.Image, str]:
+        """As the function ``generate_strip``, on this base. Raises as ``generate``."""
+        requests = image_requests(
+            prompts, seed=seed, count=1, size=size, negative=negative, steps=steps, cfg=cfg, sampler=sampler
+        )
+        check_syntax(text for request in requests for text in (request.prompt, request.negative))
+        studio = self.prepared(requests, loras)
+        columns = _columns(studio.loras, strengths)
+        with progress_or_bar(progress) as reports:
+            images = [
+                replace(studio, loras=shown).images(requests, progress=reports, stop=stop) for _, shown in columns
+            ]
+        rows = [[column[row].image for column in images] for row in range(len(requests))]
+        sheet = labelled_grid(rows, columns=[label for label, _ in columns], scale=scale)
+        return sheet, "\n\n".join(column[row].parameters for row in range(len(requests)) for column in images)
+
+    def prepared(self, requests: Sequence[ImageRequest], loras: LoraArgument | Sequence[LoraArgument]) -> Studio:
+        """The loaded base with ``loras``; before it is loaded, they and ``requests`` are checked.
+
+        Raises:
+            SdloraError: a request or a LoRA that does not fit the base, or the studio is closed.
+        """
+        if self._closed:
+            raise SdloraError("the studio is closed; open another with sdlora.open")
+        check_requests(requests, self._checkpoint)
+        fitted = _fitted(self._checkpoint, loras)
+        if self._base is None:
+            device = choose_device()
+            dtype = choose_precision(self._precision, device, unet_parameters=self._checkpoint.unet_parameters)
+            # Imported late since it brings diffusers: faults of the input are reported before.
+            from ..base.load import load_base
+
+            self._base = load_base(self._checkpoint, device=device, dtype=dtype)
+        return Studio(base=self._base, loras=fitted)
 
 
 def _columns(loras: tuple[WeightedLora, ...], strengths: Sequence[float]) -> list[tuple[str, tuple[WeightedLora, ...]]]:
@@ -139,15 +251,7 @@ class Studio:
         Raises:
             SdloraError: a request or a LoRA that does not fit the base; nothing has been loaded then.
         """
-        checkpoint = find_base(base_argument(base))
-        check_requests(requests, checkpoint)
-        fitted = _fitted(checkpoint, loras)
-        device = choose_device()
-        dtype = choose_precision(precision, device, unet_parameters=checkpoint.unet_parameters)
-        # Imported late since it brings diffusers: faults of the input are reported before.
-        from ..base.load import load_base
-
-        return cls(base=load_base(checkpoint, device=device, dtype=dtype), loras=fitted)
+        return open(base, precision=precision).prepared(requests, loras)
 
     def images(
         self,
