@@ -11,6 +11,9 @@ import pytest
 import sdlora
 from sdlora.errors import SdloraError
 from sdlora.generation.prompt_syntax import check_syntax
+from tests.conftest import ROOT
+
+FOREIGN = ROOT / "tests" / "foreign" / "kohya-sd1.safetensors"
 
 
 @pytest.mark.parametrize(
@@ -26,10 +29,16 @@ from sdlora.generation.prompt_syntax import check_syntax
 def test_tags_are_refused_with_the_option_to_use(tag: str, instead: str) -> None:
     for options in ({"prompts": f"a fox {tag}"}, {"prompts": "a fox", "negative": tag}):
         with pytest.raises(SdloraError, match=re.escape(tag)) as caught:
-            sdlora.generate(**options, base="nowhere")  # ty: ignore[invalid-argument-type]
+            sdlora.generate(**options)  # ty: ignore[invalid-argument-type]
         assert instead in str(caught.value)
     with pytest.raises(SdloraError):
-        sdlora.generate_strip([tag], base="nowhere", loras=[])
+        sdlora.generate_strip([tag], loras=[])
+
+
+def test_tags_in_prompts_of_previews_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SdloraError, match="a tag loads nothing here"):
+        sdlora.export_civitai(FOREIGN, tmp_path / "up", prompts=["a fox <lora:x:1>"])
+    assert not (tmp_path / "up").exists()
 
 
 @pytest.mark.parametrize(
