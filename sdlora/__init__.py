@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .config.loading import load_config
     from .config.sections import BaseSection, Config
     from .errors import Interrupted, SdloraError
-    from .generation.studio import generate, generate_strip
+    from .generation.studio import generate, generate_strip, open
     from .lint.run import lint_dataset
     from .progress import CallbackProgress, ProgressUpdate
     from .publish.civitai import export_civitai
@@ -38,6 +38,7 @@ _HOMES = {
     "inspect": "tools.inspect",
     "lint_dataset": "lint.run",
     "load_config": "config.loading",
+    "open": "generation.studio",
     "train": "training.run",
 }
 
@@ -57,6 +58,7 @@ __all__ = [
     "inspect",
     "lint_dataset",
     "load_config",
+    "open",
     "train",
 ]
 

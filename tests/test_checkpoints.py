@@ -172,7 +172,7 @@ def test_a_replacement_vae_works_for_every_family(made: Made, tmp_path: Path) ->
     file, _ = made
     other = tiny_pipeline(file.stem, seed=3)
     other.vae.save_pretrained(tmp_path / "vae")
-    options = {"size": (64, 64), "steps": 1, "precision": "float32"}
+    options = {"size": (64, 64), "steps": 1, "precision": "float32", "seed": 0}
     first = sdlora.generate("a fox", base=str(file), **options)[0]  # ty: ignore[invalid-argument-type]
     section = BaseSection(path=str(file), vae=str(tmp_path / "vae"))
     replaced = sdlora.generate("a fox", base=section, **options)[0]  # ty: ignore[invalid-argument-type]

@@ -133,10 +133,13 @@ def test_json_is_one_object_and_the_image_contains_its_recipe(sdlora, tiny_base:
     result = sdlora("generate", "a fox", "--base", tiny_base, "--steps", 2, "--seed", 3, "--count", 2, "--json")
     answer = json.loads(result.stdout)
     assert answer["seed"] == 3
-    assert answer["images"] == ["out/a-fox-3.png", "out/a-fox-4.png"]
+    assert answer["images"] == ["out/00001-3-a-fox.png", "out/00002-4-a-fox.png"]
     with Image.open(tmp_path / answer["images"][1]) as image:
         parameters = image.text["parameters"]  # ty: ignore[unresolved-attribute]
-    assert parameters.startswith("a fox\nSteps: 2, Sampler: DPM++ 2M, CFG scale: 5, Seed: 4, Size: 64x64, Model: tiny")
+    assert parameters.startswith(
+        "a fox\nSteps: 2, Sampler: DPM++ 2M, Schedule type: SGM Uniform, CFG scale: 5, Seed: 4,"
+    )
+    assert "Size: 64x64, Model: tiny, RNG: CPU" in parameters
     assert str(tmp_path) not in parameters
 
 

@@ -194,7 +194,7 @@ def test_guidance_of_one_ignores_the_negative_prompt(tiny_base: Path) -> None:
 
 
 def test_sizes_and_seeds(tiny_base: Path) -> None:
-    wide = sdlora.generate(["x", "y"], base=str(tiny_base), size=(96, 64), count=2, steps=2)
+    wide = sdlora.generate(["x", "y"], base=str(tiny_base), size=(96, 64), count=2, steps=2, seed=0)
     assert [p.image.size for p in wide] == [(96, 64)] * 4
     assert [p.request.seed for p in wide] == [0, 1, 0, 1]
     assert not torch.equal(wide[0].latents, wide[1].latents)
@@ -204,8 +204,9 @@ def test_parameters_are_as_a1111_writes_them(tiny_base: Path, loras: tuple[Path,
     image = ours(tiny_base, [f"{loras[0]}:0.7", f"{loras[1]}:0.5:0.25"])
     digests = [sdlora.inspect(file).metadata["sshs_model_hash"][:12] for file in loras]
     assert image.parameters == (
-        "a red fox <lora:one:0.7> <lora:two:0.5:0.25>\nNegative prompt: blue\n"
-        f"Steps: 4, Sampler: DPM++ 2M, CFG scale: 4, Seed: 7, Size: 64x64, Model: tiny, "
+        "a red fox <lora:one:0.7> <lora:two:te=0.25:unet=0.5>\nNegative prompt: blue\n"
+        f"Steps: 4, Sampler: DPM++ 2M, Schedule type: SGM Uniform, CFG scale: 4, Seed: 7, Size: 64x64, "
+        f"Model: tiny, RNG: CPU, "
         f'Lora hashes: "one: {digests[0]}, two: {digests[1]}", '
         f'Hashes: {{"lora:one": "{digests[0]}", "lora:two": "{digests[1]}"}}, Version: sdlora {sdlora.__version__}'
     )

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..generation.request import ImageRequest
+from ..errors import Interrupted
+from ..generation.request import MAX_SEED, RANDOM_SEED, ImageRequest, first_seed
 from ..generation.samplers import SAMPLERS
+from ..generation.saving import FORMATS, ImageTarget
 from .app import BaseOption, JsonOption, app, emit, guard, parse_size
+
+if TYPE_CHECKING:
+    from ..generation.images import GeneratedImage
 
 
 @app.command()
@@ -23,7 +28,12 @@ def generate(
         typer.Option(metavar="FILE[:UNET[:TE]]", help="A LoRA with its weight (default 1); may be repeated."),
     ] = None,
     negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the first image.")] = ImageRequest.seed,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            min=RANDOM_SEED, max=MAX_SEED, help="Seed of the first image; by default, and by -1, a random one."
+        ),
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps.")] = ImageRequest.steps,
     cfg: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is off.")] = ImageRequest.cfg,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels; default: the base's own.")] = None,
@@ -44,11 +54,12 @@ def generate(
     prediction: Annotated[str, typer.Option(help="What the base predicts: auto, epsilon or v_prediction.")] = "auto",
     attention: Annotated[str, typer.Option(help="Implementation of attention: auto, sdpa or xformers.")] = "auto",
     out: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="File (.png) or folder to write; default: out/.")
-    ] = None,
+        str,
+        typer.Option(metavar="PATH", help=f"File ({', '.join(FORMATS)}) to write, or folder, whose names count up."),
+    ] = "out/",
     as_json: JsonOption = False,
 ) -> None:
-    """Generate images with any number of weighted LoRAs; each PNG contains its recipe."""
+    """Generate images with any number of weighted LoRAs; each file contains its recipe."""
     shape = parse_size(size)
     if strip and count > 1:
         raise typer.BadParameter("a strip shows one seed; remove --count", param_hint="--strip")
@@ -66,45 +77,45 @@ def generate(
         clip_skip=clip_skip,
         attention=attention,
     )
-    options: dict[str, Any] = {"negative": negative, "seed": seed, "steps": steps, "cfg": cfg}
+    target = ImageTarget.parse(out)
+    first = first_seed(seed, count=count)
+    options: dict[str, Any] = {"negative": negative, "seed": first, "steps": steps, "cfg": cfg}
     options |= {"size": shape, "sampler": sampler, "precision": precision, "base": section, "loras": lora or ()}
-    target = out or Path("out")
     files = _write_strip(prompt, target, options) if strip else _write_images(prompt, count, target, options)
     if as_json:
-        emit({"images": [str(file) for file in files], "seed": seed, "prompts": prompt, "loras": list(lora or ())})
-    else:
-        for file in files:
-            typer.echo(str(file))
+        emit({"images": [str(file) for file in files], "seed": first, "prompts": prompt, "loras": list(lora or ())})
+        return
+    if seed != first:
+        typer.echo(f"seed {first}", err=True)
+    for file in files:
+        typer.echo(str(file))
 
 
-def _write_strip(prompts: list[str], target: Path, options: dict[str, Any]) -> list[Path]:
-    from ..generation.infotext import save_png
+def _write_strip(prompts: list[str], target: ImageTarget, options: dict[str, Any]) -> list[Path]:
     from ..generation.studio import generate_strip
 
     image, parameters = generate_strip(prompts, scale=2, **options)
-    file = target if target.suffix == ".png" else target / f"{_slug(prompts[0])}-strip.png"
-    save_png(image, file, parameters)
-    return [file]
+    title = f"{_slug(prompts[0])}-strip"
+    return [target.save(image, parameters, seed=options["seed"], title=title, alone=True)]
 
 
-def _write_images(prompts: list[str], count: int, target: Path, options: dict[str, Any]) -> list[Path]:
-    from ..generation.infotext import save_png
+def _write_images(prompts: list[str], count: int, target: ImageTarget, options: dict[str, Any]) -> list[Path]:
     from ..generation.studio import generate
 
-    images = generate(prompts, count=count, **options)
-    files = _files(target, [f"{_slug(image.request.prompt)}-{image.request.seed}" for image in images])
-    for image, file in zip(images, files, strict=True):
-        save_png(image.image, file, image.parameters)
+    files: list[Path] = []
+    total = len(prompts) * count
+
+    def write(image: GeneratedImage) -> None:
+        request = image.request
+        names = {"seed": request.seed, "title": _slug(request.prompt)}
+        files.append(target.save(image.image, image.parameters, **names, alone=total == 1))
+
+    try:
+        generate(prompts, count=count, on_image=write, **options)
+    except (Interrupted, KeyboardInterrupt):
+        done = f", the last is {files[-1]}" if files else ""
+        raise Interrupted(f"interrupted: {len(files)} of {total} images are written{done}") from None
     return files
-
-
-def _files(target: Path, names: list[str]) -> list[Path]:
-    """A file for each image: in the folder ``target`` by its name, or ``target`` itself, numbered if they are several."""
-    if target.suffix != ".png":
-        return [target / f"{name}.png" for name in names]
-    if len(names) == 1:
-        return [target]
-    return [target.with_name(f"{target.stem}-{number}.png") for number in range(len(names))]
 
 
 def _slug(prompt: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +19,7 @@ from .denoise import denoise
 from .infotext import infotext
 from .loras import WeightedLora
 from .request import ImageRequest
+from .saving import encoded
 
 IMAGES_AT_ONCE = 4
 
@@ -32,6 +33,10 @@ class GeneratedImage:
     parameters: str
     request: ImageRequest
 
+    def _repr_png_(self) -> bytes:
+        """The image as PNG with its recipe: notebooks show it."""
+        return encoded(self.image, ".png", self.parameters)
+
 
 @torch.no_grad()
 def generate_images(
@@ -40,8 +45,11 @@ def generate_images(
     loras: Sequence[WeightedLora],
     progress: Progress,
     stop: threading.Event | None = None,
+    on_image: Callable[[GeneratedImage], None] | None = None,
 ) -> list[GeneratedImage]:
     """Generate every request under the same LoRAs, which are merged into ``base`` for as long as this takes.
+
+    ``on_image`` is called with each image as soon as it is done, in the order of ``requests``.
 
     Raises:
         BaseModelError: the UNet or the VAE produced NaN or Inf.
@@ -58,15 +66,16 @@ def generate_images(
             latents = denoise(base, batch, progress, stop)
             raise_if_stopped(stop, "stopped while generating")
             pixels = decode_latents(base, latents).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-            images += [
-                GeneratedImage(
+            for request, latent, array in zip(batch, latents, pixels, strict=True):
+                image = GeneratedImage(
                     image=Image.fromarray(array),
                     latents=latent.float().cpu(),
                     parameters=infotext(request, base=checkpoint, base_autov2=base_autov2, loras=loras),
                     request=request,
                 )
-                for request, latent, array in zip(batch, latents, pixels, strict=True)
-            ]
+                images.append(image)
+                if on_image:
+                    on_image(image)
     return images
 
 

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING
 from .._version import __version__
 from ..base.checkpoint import BaseCheckpoint
 from ..files import write_png
-from ..formats.metadata import safe_title
 from .loras import LoraChoice, WeightedLora
 from .request import ImageRequest
-from .samplers import SAMPLERS
+from .samplers import SAMPLERS, a1111_schedule
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -32,26 +31,28 @@ def infotext(
     fields = {
         "Steps": request.steps,
         "Sampler": SAMPLERS[request.sampler].a1111_name,
+        "Schedule type": a1111_schedule(SAMPLERS[request.sampler], base.schedule, request.steps),
         "CFG scale": f"{request.cfg:g}",
         "Seed": request.seed,
         "Size": f"{width}x{height}",
     }
     if base_autov2:
         fields["Model hash"] = base_autov2
-    fields["Model"] = base.name
+    fields["Model"] = re.sub(r"[\",:\s]+", " ", base.name).strip()
     if base.clip_skip != base.family.clip_skip:
         fields["Clip skip"] = base.clip_skip
-    lora_hashes = {safe_title(lora.choice.name): lora.fitted.autov3 for lora in loras if lora.fitted.autov3}
+    fields["RNG"] = "CPU"
+    lora_hashes = {lora.tag_name: lora.fitted.autov3 for lora in loras if lora.fitted.autov3}
     if lora_hashes:
         fields["Lora hashes"] = ", ".join(f"{name}: {digest}" for name, digest in lora_hashes.items())
-    line = ", ".join(f"{key}: {_quoted(str(value))}" for key, value in fields.items())
+    line = ", ".join(f"{key}: {_quoted(str(value))}" for key, value in fields.items() if value is not None)
     all_hashes = {"model": base_autov2} if base_autov2 else {}
     all_hashes |= {f"lora:{name}": digest for name, digest in lora_hashes.items()}
     if all_hashes:
         # JSON without quotes around it, as Civitai's own extension writes it and its pattern reads it.
         line += f", Hashes: {json.dumps(all_hashes)}"
     line += f", Version: sdlora {__version__}"
-    tags = "".join(f" <lora:{safe_title(lora.choice.name)}:{_weights(lora.choice)}>" for lora in loras)
+    tags = "".join(f" <lora:{lora.tag_name}:{_weights(lora.choice)}>" for lora in loras)
     negative = f"\nNegative prompt: {request.negative}" if request.negative else ""
     return f"{request.prompt}{tags}{negative}\n{line}"
 
@@ -63,7 +64,7 @@ def save_png(image: Image.Image, file: Path, parameters: str) -> None:
 
 def _weights(choice: LoraChoice) -> str:
     same = choice.unet == choice.text_encoder
-    return f"{choice.unet:g}" if same else f"{choice.unet:g}:{choice.text_encoder:g}"
+    return f"{choice.unet:g}" if same else f"te={choice.text_encoder:g}:unet={choice.unet:g}"
 
 
 def _quoted(value: str) -> str:

@@ -13,6 +13,7 @@ from ..errors import CompatibilityError, LoraFileError
 from ..formats.hashes import file_hashes
 from ..formats.keys import part_of, resolve
 from ..formats.lora_file import LoraFile, read_lora
+from ..formats.metadata import safe_title
 from ..formats.tensor_files import PICKLES
 from ..lora.change import Change
 
@@ -78,6 +79,16 @@ class WeightedLora:
 
     fitted: FittedLora
     choice: LoraChoice
+
+    @property
+    def tag_name(self) -> str:
+        """What ``<lora:NAME:1>`` calls it: the file's name, or the name in its metadata, by which A1111 finds it too.
+
+        Where neither can be written in a tag, the file's name with other characters replaced; A1111 and Civitai find it
+        by its hash then.
+        """
+        names = (self.choice.name, self.fitted.file.metadata.get("ss_output_name", ""))
+        return next((name for name in names if name and safe_title(name) == name), safe_title(names[0]))
 
     def times(self, factor: float) -> WeightedLora:
         """The same LoRA at ``factor`` times its weights."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,6 +12,11 @@ from .samplers import SAMPLERS
 
 if TYPE_CHECKING:
     from ..base.checkpoint import BaseCheckpoint
+
+MAX_CFG = 100
+MAX_SEED = 2**32 - 1
+RANDOM_SEED = -1
+"""As A1111 writes it; None means the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +39,19 @@ class ImageRequest:
         return self.size or (base.resolution, base.resolution)
 
 
+def first_seed(seed: int | None, *, count: int) -> int:
+    """``seed`` itself, or a random one where it is None or -1, so that ``count`` seeds from it on are allowed.
+
+    Raises:
+        SdloraError: any other value that is not a whole number from 0 to ``MAX_SEED``.
+    """
+    if seed is None or (seed == RANDOM_SEED and isinstance(seed, int)):
+        return secrets.randbelow(MAX_SEED - count + 2)
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= MAX_SEED:
+        raise SdloraError(f"seed {seed!r}: expected a whole number from 0 to {MAX_SEED}, or -1 for a random one")
+    return seed
+
+
 def check_requests(requests: Sequence[ImageRequest], base: BaseCheckpoint) -> None:
     """Raise ``SdloraError`` with one line for each value that does not work on ``base``."""
     problems = [problem for request in requests for problem in _problems(request, base)]
@@ -47,6 +66,8 @@ def _problems(request: ImageRequest, base: BaseCheckpoint) -> list[str]:
         problems.append(f"size {width}x{height}: width and height must be multiples of {step} pixels on {base.name}")
     if request.sampler not in SAMPLERS:
         problems.append(f"sampler {request.sampler!r} is unknown; choose one of {', '.join(SAMPLERS)}")
+    if not isinstance(request.cfg, int | float) or not 0 <= request.cfg <= MAX_CFG:
+        problems.append(f"cfg {request.cfg}: expected a number from 0 to {MAX_CFG}")
     if request.steps < 1:
         problems.append(f"steps {request.steps}: at least 1 is needed")
     return problems

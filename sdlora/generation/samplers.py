@@ -22,16 +22,36 @@ class Sampler:
     """Name of the class in diffusers."""
     options: Mapping[str, bool] = field(default_factory=dict)
     """Arguments of the class that differ from its defaults."""
+    a1111_schedules: Mapping[str | None, str] = field(default_factory=dict)
+    """Spacing of the steps -> A1111's schedule type with the same noise levels; where it has none, nothing."""
     adds_noise: bool = False
     """Whether each step draws new noise, from the image's generator."""
 
 
+_EULER_SCHEDULES = {None: "Uniform", "linspace": "Uniform", "leading": "DDIM"}
+
 SAMPLERS: Mapping[str, Sampler] = {
     sampler.name: sampler
     for sampler in (
-        Sampler(name="dpm++2m", a1111_name="DPM++ 2M", scheduler="DPMSolverMultistepScheduler"),
-        Sampler(name="euler", a1111_name="Euler", scheduler="EulerDiscreteScheduler"),
-        Sampler(name="euler-a", a1111_name="Euler a", scheduler="EulerAncestralDiscreteScheduler", adds_noise=True),
+        Sampler(
+            name="dpm++2m",
+            a1111_name="DPM++ 2M",
+            scheduler="DPMSolverMultistepScheduler",
+            a1111_schedules={None: "SGM Uniform", "linspace": "SGM Uniform"},
+        ),
+        Sampler(
+            name="euler",
+            a1111_name="Euler",
+            scheduler="EulerDiscreteScheduler",
+            a1111_schedules=_EULER_SCHEDULES,
+        ),
+        Sampler(
+            name="euler-a",
+            a1111_name="Euler a",
+            scheduler="EulerAncestralDiscreteScheduler",
+            a1111_schedules=_EULER_SCHEDULES,
+            adds_noise=True,
+        ),
         Sampler(
             name="ddim",
             a1111_name="DDIM",
@@ -41,6 +61,23 @@ SAMPLERS: Mapping[str, Sampler] = {
     )
 }
 """Name -> sampler."""
+
+
+def a1111_schedule(sampler: Sampler, schedule: ScheduleFacts, steps: int) -> str | None:
+    """A1111's schedule type with the noise levels of ``make_scheduler``; None where it has none, and DDIM needs none.
+
+    DPM++ 2M rounds timesteps to whole numbers, as diffusers does; A1111's SGM Uniform does not. A1111 takes another
+    schedule for most samplers where none is stated.
+    """
+    if schedule.zero_terminal_snr or steps < 2:
+        return None
+    name = sampler.a1111_schedules.get(schedule.timestep_spacing)
+    if name == "DDIM":
+        # From timestep 1 on in whole strides: A1111 makes a step more where the strides leave room for one.
+        stride = schedule.timesteps // steps
+        same = schedule.steps_offset == 1 and stride > 0 and len(range(1, schedule.timesteps, stride)) == steps
+        return name if same else None
+    return name
 
 
 def make_scheduler(sampler: Sampler, schedule: ScheduleFacts) -> Any:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image
@@ -12,72 +13,76 @@ from PIL import Image
 from ..base.checkpoint import BaseCheckpoint, find_base
 from ..base.precision import choose_device, choose_precision
 from ..config.sections import BaseSection
+from ..errors import SdloraError
 from ..progress import Progress, progress_or_bar
+from .arguments import LoraArgument, base_argument, image_requests, lora_choices
 from .grid import labelled_grid
-from .loras import LoraChoice, WeightedLora, fit_loras
+from .loras import WeightedLora, fit_loras
+from .prompt_syntax import check_syntax
 from .request import ImageRequest, check_requests
 
 if TYPE_CHECKING:
     from ..base.base import Base
     from .images import GeneratedImage
 
+STRENGTHS = (0.0, 0.5, 1.0)
+"""Columns of a strip by default: what the weights of each LoRA are multiplied by."""
+
 
 def generate(
     prompts: str | Sequence[str],
     *,
-    base: str | BaseSection = "mini",
-    loras: Sequence[str | LoraChoice] = (),
+    base: str | Path | BaseSection = "mini",
+    loras: LoraArgument | Sequence[LoraArgument] = (),
     negative: str = ImageRequest.negative,
-    seed: int = ImageRequest.seed,
+    seed: int | None = None,
     count: int = 1,
     steps: int = ImageRequest.steps,
     cfg: float = ImageRequest.cfg,
-    size: tuple[int, int] | None = ImageRequest.size,
+    size: int | tuple[int, int] | None = ImageRequest.size,
     sampler: str = ImageRequest.sampler,
     precision: str = "auto",
     progress: Progress | None = None,
     stop: threading.Event | None = None,
+    on_image: Callable[[GeneratedImage], None] | None = None,
 ) -> list[GeneratedImage]:
     """Generate ``count`` images of each prompt, with seeds ``seed``, ``seed + 1`` …, under all ``loras`` at once.
 
     Args:
         prompts: in A1111's syntax, ``(word:1.2)``, ``[word]``, ``BREAK``; of any length.
         base: the value of ``base.path`` in a configuration, or a whole ``[base]`` section.
-        loras: ``FILE[:UNET[:TE]]`` or ``LoraChoice``.
+        loras: one or several, each ``FILE[:UNET[:TE]]``, a path or a ``LoraChoice``.
+        seed: seed of the first image of each prompt, 0 to 2**32 - 1; None or -1 for a random one.
         cfg: classifier-free guidance scale; 1 switches guidance off.
-        size: (width, height) in pixels; by default the base's own square.
+        size: (width, height) in pixels, or the side of a square; by default the base's own square.
         precision: ``auto``, ``float32`` or ``bfloat16``.
         progress: receives reports; by default a bar in a terminal.
         stop: set it, from any thread, to stop after the current step.
+        on_image: called with each image as soon as it is done.
 
     Raises:
         SdloraError: a base, LoRA, size, sampler or precision that cannot be used, found before anything is generated.
         Interrupted: ``stop`` was set.
     """
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    requests = [
-        ImageRequest(
-            prompt=text, negative=negative, seed=seed + number, steps=steps, cfg=cfg, size=size, sampler=sampler
-        )
-        for text in texts
-        for number in range(count)
-    ]
-    studio = Studio.open(base, loras, requests=requests, precision=precision)
-    return studio.images(requests, progress=progress, stop=stop)
+    with open(base, precision=precision) as studio:
+        return studio.generate(
+            prompts, loras=loras, negative=negative, seed=seed, count=count, steps=steps, cfg=cfg, size=size,
+            sampler=sampler, progress=progress, stop=stop, on_image=on_image,
+        )  # fmt: skip
 
 
 def generate_strip(
-    prompts: Sequence[str],
+    prompts: str | Sequence[str],
     *,
-    base: str | BaseSection = "mini",
-    loras: Sequence[str | LoraChoice],
-    strengths: Sequence[float] = (0.0, 0.5, 1.0),
+    base: str | Path | BaseSection = "mini",
+    loras: LoraArgument | Sequence[LoraArgument],
+    strengths: Sequence[float] = STRENGTHS,
     scale: int = 1,
     negative: str = ImageRequest.negative,
-    seed: int = ImageRequest.seed,
+    seed: int | None = None,
     steps: int = ImageRequest.steps,
     cfg: float = ImageRequest.cfg,
-    size: tuple[int, int] | None = ImageRequest.size,
+    size: int | tuple[int, int] | None = ImageRequest.size,
     sampler: str = ImageRequest.sampler,
     precision: str = "auto",
     progress: Progress | None = None,
@@ -88,17 +93,126 @@ def generate_strip(
     ``strengths`` multiply the weights of ``loras``; strength 0 is shown once. Each image is enlarged ``scale`` times.
     Everything else is as in ``generate``, which raises the same. Returns the image and the parameters of all its parts.
     """
-    requests = [
-        ImageRequest(prompt=prompt, negative=negative, seed=seed, steps=steps, cfg=cfg, size=size, sampler=sampler)
-        for prompt in prompts
-    ]
-    studio = Studio.open(base, loras, requests=requests, precision=precision)
-    columns = _columns(studio.loras, strengths)
-    with progress_or_bar(progress) as reports:
-        images = [replace(studio, loras=shown).images(requests, progress=reports, stop=stop) for _, shown in columns]
-    rows = [[column[row].image for column in images] for row in range(len(prompts))]
-    sheet = labelled_grid(rows, columns=[label for label, _ in columns], scale=scale)
-    return sheet, "\n\n".join(column[row].parameters for row in range(len(prompts)) for column in images)
+    with open(base, precision=precision) as studio:
+        return studio.generate_strip(
+            prompts, loras=loras, strengths=strengths, scale=scale, negative=negative, seed=seed, steps=steps, cfg=cfg,
+            size=size, sampler=sampler, progress=progress, stop=stop,
+        )  # fmt: skip
+
+
+def open(base: str | Path | BaseSection = "mini", *, precision: str = "auto") -> OpenStudio:
+    """A base that stays loaded between calls. Its weights are read when the first image is generated.
+
+    Args:
+        base: the value of ``base.path`` in a configuration, or a whole ``[base]`` section.
+        precision: ``auto``, ``float32`` or ``bfloat16``.
+
+    Raises:
+        BaseModelError: the base is missing, incomplete, damaged or not supported.
+    """
+    return OpenStudio(find_base(base_argument(base)), precision=precision)
+
+
+class OpenStudio:
+    """Generates on one base under any LoRAs, without loading the base again; ``open`` makes it.
+
+    Usable in a ``with`` statement, which closes it.
+    """
+
+    def __init__(self, checkpoint: BaseCheckpoint, *, precision: str):
+        self._checkpoint = checkpoint
+        self._precision = precision
+        self._base: Base | None = None
+        self._closed = False
+
+    def __enter__(self) -> OpenStudio:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the base's memory back; closing twice is allowed."""
+        self._base, self._closed = None, True
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        loras: LoraArgument | Sequence[LoraArgument] = (),
+        negative: str = ImageRequest.negative,
+        seed: int | None = None,
+        count: int = 1,
+        steps: int = ImageRequest.steps,
+        cfg: float = ImageRequest.cfg,
+        size: int | tuple[int, int] | None = ImageRequest.size,
+        sampler: str = ImageRequest.sampler,
+        progress: Progress | None = None,
+        stop: threading.Event | None = None,
+        on_image: Callable[[GeneratedImage], None] | None = None,
+    ) -> list[GeneratedImage]:
+        """As the function ``generate``, on this base.
+
+        Raises:
+            SdloraError: as ``generate``, or the studio is closed.
+            Interrupted: ``stop`` was set.
+        """
+        requests = image_requests(
+            prompts, seed=seed, count=count, size=size, negative=negative, steps=steps, cfg=cfg, sampler=sampler
+        )
+        check_syntax(text for request in requests for text in (request.prompt, request.negative))
+        studio = self.prepared(requests, loras)
+        return studio.images(requests, progress=progress, stop=stop, on_image=on_image)
+
+    def generate_strip(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        loras: LoraArgument | Sequence[LoraArgument],
+        strengths: Sequence[float] = STRENGTHS,
+        scale: int = 1,
+        negative: str = ImageRequest.negative,
+        seed: int | None = None,
+        steps: int = ImageRequest.steps,
+        cfg: float = ImageRequest.cfg,
+        size: int | tuple[int, int] | None = ImageRequest.size,
+        sampler: str = ImageRequest.sampler,
+        progress: Progress | None = None,
+        stop: threading.Event | None = None,
+    ) -> tuple[Image.Image, str]:
+        """As the function ``generate_strip``, on this base. Raises as ``generate``."""
+        requests = image_requests(
+            prompts, seed=seed, count=1, size=size, negative=negative, steps=steps, cfg=cfg, sampler=sampler
+        )
+        check_syntax(text for request in requests for text in (request.prompt, request.negative))
+        studio = self.prepared(requests, loras)
+        columns = _columns(studio.loras, strengths)
+        with progress_or_bar(progress) as reports:
+            images = [
+                replace(studio, loras=shown).images(requests, progress=reports, stop=stop) for _, shown in columns
+            ]
+        rows = [[column[row].image for column in images] for row in range(len(requests))]
+        sheet = labelled_grid(rows, columns=[label for label, _ in columns], scale=scale)
+        return sheet, "\n\n".join(column[row].parameters for row in range(len(requests)) for column in images)
+
+    def prepared(self, requests: Sequence[ImageRequest], loras: LoraArgument | Sequence[LoraArgument]) -> Studio:
+        """The loaded base with ``loras``; before it is loaded, they and ``requests`` are checked.
+
+        Raises:
+            SdloraError: a request or a LoRA that does not fit the base, or the studio is closed.
+        """
+        if self._closed:
+            raise SdloraError("the studio is closed; open another with sdlora.open")
+        check_requests(requests, self._checkpoint)
+        fitted = _fitted(self._checkpoint, loras)
+        if self._base is None:
+            device = choose_device()
+            dtype = choose_precision(self._precision, device, unet_parameters=self._checkpoint.unet_parameters)
+            # Imported late since it brings diffusers: faults of the input are reported before.
+            from ..base.load import load_base
+
+            self._base = load_base(self._checkpoint, device=device, dtype=dtype)
+        return Studio(base=self._base, loras=fitted)
 
 
 def _columns(loras: tuple[WeightedLora, ...], strengths: Sequence[float]) -> list[tuple[str, tuple[WeightedLora, ...]]]:
@@ -119,15 +233,15 @@ class Studio:
     loras: tuple[WeightedLora, ...]
 
     @classmethod
-    def on(cls, base: Base, loras: Sequence[str | LoraChoice]) -> Studio:
+    def on(cls, base: Base, loras: LoraArgument | Sequence[LoraArgument]) -> Studio:
         """Read ``loras`` for a base that is loaded already; raises ``SdloraError`` where they do not fit."""
         return cls(base=base, loras=_fitted(base.checkpoint, loras))
 
     @classmethod
     def open(
         cls,
-        base: str | BaseSection,
-        loras: Sequence[str | LoraChoice],
+        base: str | Path | BaseSection,
+        loras: LoraArgument | Sequence[LoraArgument],
         *,
         requests: Sequence[ImageRequest],
         precision: str,
@@ -137,26 +251,23 @@ class Studio:
         Raises:
             SdloraError: a request or a LoRA that does not fit the base; nothing has been loaded then.
         """
-        checkpoint = find_base(base)
-        check_requests(requests, checkpoint)
-        fitted = _fitted(checkpoint, loras)
-        device = choose_device()
-        dtype = choose_precision(precision, device, unet_parameters=checkpoint.unet_parameters)
-        # Imported late since it brings diffusers: faults of the input are reported before.
-        from ..base.load import load_base
-
-        return cls(base=load_base(checkpoint, device=device, dtype=dtype), loras=fitted)
+        return open(base, precision=precision).prepared(requests, loras)
 
     def images(
-        self, requests: Sequence[ImageRequest], *, progress: Progress | None = None, stop: threading.Event | None = None
+        self,
+        requests: Sequence[ImageRequest],
+        *,
+        progress: Progress | None = None,
+        stop: threading.Event | None = None,
+        on_image: Callable[[GeneratedImage], None] | None = None,
     ) -> list[GeneratedImage]:
         """Generate ``requests`` under all LoRAs. Raises as ``generate`` does."""
         check_requests(requests, self.base.checkpoint)
         from .images import generate_images
 
         with progress_or_bar(progress) as reports:
-            return generate_images(self.base, requests, self.loras, reports, stop)
+            return generate_images(self.base, requests, self.loras, reports, stop, on_image)
 
 
-def _fitted(checkpoint: BaseCheckpoint, loras: Sequence[str | LoraChoice]) -> tuple[WeightedLora, ...]:
-    return fit_loras(checkpoint, [LoraChoice.parse(lora) if isinstance(lora, str) else lora for lora in loras])
+def _fitted(checkpoint: BaseCheckpoint, loras: LoraArgument | Sequence[LoraArgument]) -> tuple[WeightedLora, ...]:
+    return fit_loras(checkpoint, lora_choices(loras))

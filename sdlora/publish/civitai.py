@@ -20,6 +20,7 @@ from ..formats.metadata_file import read_metadata, redacted, write_metadata
 from ..formats.readers import lost_elsewhere
 from ..generation.infotext import save_png
 from ..generation.loras import LoraChoice
+from ..generation.prompt_syntax import check_syntax
 from ..generation.request import ImageRequest
 from ..generation.studio import Studio
 from ..progress import Progress, progress_or_bar
@@ -97,6 +98,7 @@ def export_civitai(
         ImageRequest(prompt=prompt, negative=negative, seed=seed, steps=steps, cfg=cfg, size=size)
         for prompt in shown.prompts
     ]
+    check_syntax((*(prompts or ()), negative))
     with progress_or_bar(progress) as reporting, whole_folder(target) as partial:
         packed = partial / f"{shown.name}.safetensors"
         changed = _pack(file, family, packed, base if requests else None, reporting)

@@ -1,0 +1,44 @@
+"""What other programs read in a prompt and this one does not."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable
+
+from ..errors import SdloraError
+
+logger = logging.getLogger(__name__)
+
+_TAG = re.compile(r"<(lora|lyco|hypernet):([^<>]*)>")
+_UNSUPPORTED = (
+    ("wildcards are", re.compile(r"__[\w./*-]+__")),
+    ("alternatives are", re.compile(r"\{[^{}]*\|[^{}]*\}|(?<!\\)\[[^\[\]]*\|[^\[\]]*\]")),
+    ("several prompts joined by AND are", re.compile(r"\bAND\b")),
+    ("editing during sampling is", re.compile(r"(?<!\\)\[[^\[\]]*:\s*[\d.]+\s*\]")),
+    ("textual inversion is", re.compile(r"\bembedding:[^\s,()\[\]]+")),
+)
+"""What it is -> how A1111, ComfyUI or an extension writes it."""
+
+
+def check_syntax(prompts: Iterable[str]) -> None:
+    """Log one warning for each construct that is read as text.
+
+    Raises:
+        SdloraError: a tag such as ``<lora:name:1>``, which would load nothing here; with the option to use instead.
+    """
+    texts = list(dict.fromkeys(prompts))
+    problems = dict.fromkeys(_refusal(match) for text in texts for match in _TAG.finditer(text))
+    if problems:
+        raise SdloraError(list(problems))
+    found = [(match[0], title) for text in texts for title, pattern in _UNSUPPORTED for match in pattern.finditer(text)]
+    for written, title in dict.fromkeys(found):
+        logger.warning("prompt: %s: %s not supported; it is read as text", written, title)
+
+
+def _refusal(match: re.Match[str]) -> str:
+    if match[1] == "hypernet":
+        return f"prompt: {match[0]}: hypernetworks are not supported; remove the tag"
+    name, *weights = match[2].split(":")
+    file = f"{name}.safetensors:{weights[0]}" if weights and "=" not in weights[0] else f"{name}.safetensors"
+    return f"prompt: {match[0]}: a tag loads nothing here; remove it and use --lora {file} (in Python loras=['{file}'])"

@@ -1,0 +1,101 @@
+"""The noise levels of every sampler against A1111's and k-diffusion's formulas, written down here in float64."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from sdlora.base.schedule import ScheduleFacts
+from sdlora.generation.samplers import SAMPLERS, a1111_schedule, make_scheduler
+
+BETAS = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+SIGMAS = ((1 - np.cumprod(1 - BETAS)) / np.cumprod(1 - BETAS)) ** 0.5
+
+
+def t_to_sigma(t: np.ndarray) -> np.ndarray:
+    """k-diffusion's DiscreteSchedule.t_to_sigma: linear between the logarithms of neighbours."""
+    return np.exp(np.interp(t, np.arange(1000), np.log(SIGMAS)))
+
+
+def uniform(steps: int) -> np.ndarray:
+    """k-diffusion's get_sigmas: A1111's Uniform."""
+    return np.append(t_to_sigma(np.linspace(999, 0, steps)), 0)
+
+
+def sgm_uniform(steps: int) -> np.ndarray:
+    """A1111's sgm_uniform."""
+    return np.append(t_to_sigma(np.linspace(999, 0, steps + 1)[:-1]), 0)
+
+
+def ddim(steps: int) -> np.ndarray:
+    """A1111's ddim_scheduler."""
+    return np.append(SIGMAS[1 :: max(1000 // steps, 1)][::-1], 0)
+
+
+def karras(steps: int, rho: float = 7.0) -> np.ndarray:
+    """k-diffusion's get_sigmas_karras, which A1111 takes for DPM++ 2M where no schedule is stated."""
+    ramp, low, high = np.linspace(0, 1, steps), SIGMAS[0] ** (1 / rho), SIGMAS[-1] ** (1 / rho)
+    return np.append((high + ramp * (low - high)) ** rho, 0)
+
+
+FORMULAS = {"Uniform": uniform, "SGM Uniform": sgm_uniform, "DDIM": ddim, "Karras": karras}
+PAIRS = [
+    *(("dpm++2m", None, steps, "SGM Uniform") for steps in (2, 10, 20, 27, 50)),
+    *(("dpm++2m", "linspace", steps, "SGM Uniform") for steps in (9, 37)),
+    *((name, None, steps, "Uniform") for name in ("euler", "euler-a") for steps in (2, 10, 20, 27, 50)),
+    *((name, "leading", steps, "DDIM") for name in ("euler", "euler-a") for steps in (5, 10, 20, 25, 50)),
+]
+
+
+def levels(sampler: str, spacing: str | None, steps: int) -> np.ndarray:
+    scheduler = make_scheduler(SAMPLERS[sampler], ScheduleFacts(timestep_spacing=spacing))
+    scheduler.set_timesteps(steps)
+    return scheduler.sigmas.double().numpy()
+
+
+@pytest.mark.parametrize(("sampler", "spacing", "steps", "name"), PAIRS)
+def test_the_stated_schedule_has_our_noise_levels(sampler: str, spacing: str | None, steps: int, name: str) -> None:
+    assert a1111_schedule(SAMPLERS[sampler], ScheduleFacts(timestep_spacing=spacing), steps) == name
+    ours, expected = levels(sampler, spacing, steps), FORMULAS[name](steps)
+    assert ours.shape == expected.shape
+    assert (ours[-1], expected[-1]) == (0, 0)
+    if name == "SGM Uniform":  # diffusers rounds each timestep to a whole one.
+        exact = np.linspace(999, 0, steps + 1)[:-1]
+        np.testing.assert_allclose(ours[:-1], t_to_sigma(np.round(exact)), rtol=2e-5)
+        np.testing.assert_allclose(np.interp(ours[:-1], SIGMAS, np.arange(1000)), exact, atol=0.51)
+    else:
+        np.testing.assert_allclose(ours, expected, rtol=2e-4)
+    assert not np.allclose(ours, karras(steps), rtol=0.02) or steps == 2
+
+
+def test_ddim_visits_the_timesteps_of_a1111() -> None:
+    for steps in (5, 10, 20, 25, 50):
+        scheduler = make_scheduler(SAMPLERS["ddim"], ScheduleFacts())
+        scheduler.set_timesteps(steps)
+        assert scheduler.timesteps.tolist() == [t + 1 for t in range(0, 1000, 1000 // steps)][::-1]
+        assert a1111_schedule(SAMPLERS["ddim"], ScheduleFacts(), steps) is None
+
+
+@pytest.mark.parametrize(
+    ("sampler", "facts", "steps"),
+    [
+        ("euler", {"timestep_spacing": "leading"}, 30),
+        ("euler", {"timestep_spacing": "leading", "steps_offset": 0}, 20),
+        ("euler", {"timestep_spacing": "trailing"}, 20),
+        ("dpm++2m", {"timestep_spacing": "leading"}, 20),
+        ("dpm++2m", {"zero_terminal_snr": True}, 20),
+        ("euler", {}, 1),
+    ],
+)
+def test_what_a1111_has_no_name_for_is_left_out(sampler: str, facts: dict[str, object], steps: int) -> None:
+    schedule = ScheduleFacts(**facts)  # ty: ignore[invalid-argument-type]
+    assert a1111_schedule(SAMPLERS[sampler], schedule, steps) is None
+    scheduler = make_scheduler(SAMPLERS[sampler], schedule)
+    scheduler.set_timesteps(steps)
+    ours = scheduler.sigmas.double().numpy()
+    assert all(high > low for high, low in pairwise(ours))
+    for formula in FORMULAS.values():
+        expected = formula(steps)
+        assert ours.shape != expected.shape or not np.allclose(ours, expected, rtol=1e-3)
