@@ -7,6 +7,7 @@ SdloraError              the input is at fault; the message says which, what was
 ├── LoraFileError        a LoRA file
 ├── CompatibilityError   a LoRA and a base that do not belong together
 ├── ResumeError          a half-done or finished run that does not fit the command
+├── TargetError          a place that cannot be written to
 ├── CaptionerError       a captioning model
 └── TrainingError        a run that went numerically wrong
 Interrupted              stopped by the user, after a safe save
@@ -47,6 +48,10 @@ class CompatibilityError(SdloraError):
 
 class ResumeError(SdloraError):
     """A half-done or finished run that does not match the command."""
+
+
+class TargetError(SdloraError):
+    """A file or folder that cannot be written."""
 
 
 class CaptionerError(SdloraError):

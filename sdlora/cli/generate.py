@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..files import check_target
 from ..generation.request import ImageRequest
 from ..generation.samplers import SAMPLERS
 from .app import BaseOption, JsonOption, app, emit, guard, parse_size
@@ -69,6 +70,7 @@ def generate(
     options: dict[str, Any] = {"negative": negative, "seed": seed, "steps": steps, "cfg": cfg}
     options |= {"size": shape, "sampler": sampler, "precision": precision, "base": section, "loras": lora or ()}
     target = out or Path("out")
+    check_target(target, "file" if target.suffix == ".png" else "folder")
     files = _write_strip(prompt, target, options) if strip else _write_images(prompt, count, target, options)
     if as_json:
         emit({"images": [str(file) for file in files], "seed": seed, "prompts": prompt, "loras": list(lora or ())})

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config.sections import Config
 from ..data.findings import raise_errors
+from ..files import check_target
 from ..lint.report import LintReport, summary_lines
 from ..lint.run import examine_dataset
 from ..progress import Progress, Silence, progress_or_bar, raise_if_stopped
@@ -40,6 +42,7 @@ def train(
     """
     from accelerate import PartialState
 
+    check_target(Path(config.output.path))
     is_main = PartialState().is_main_process
     with progress_or_bar(progress if is_main else Silence()) as reports:
         dataset = examine_dataset(config, progress=reports)
