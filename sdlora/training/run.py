@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,6 +49,7 @@ def train(
         dataset = examine_dataset(config, progress=reports)
         raise_errors(dataset.findings)
         # Imported late since they bring diffusers: faults of the input are reported before.
+        from .lock import locked
         from .loop import run_training
         from .plan import plan_run
 
@@ -57,4 +59,5 @@ def train(
             for line in (*summary_lines(LintReport(dataset=dataset)), *map(str, planned)):
                 say(line)
         raise_if_stopped(stop, "stopped before the first step; run the same command to start")
-        return run_training(plan, restart=restart, progress=reports, stop=stop)
+        with locked(Path(config.output.path)) if is_main else nullcontext():
+            return run_training(plan, restart=restart, progress=reports, stop=stop)
