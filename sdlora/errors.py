@@ -64,3 +64,8 @@ class TrainingError(SdloraError):
 
 class Interrupted(Exception):
     """Stopped by the user; the work so far is saved, and the same command resumes."""
+
+    def __init__(self, message: str = "", *, terminated: bool = False):
+        """``terminated``: by SIGTERM."""
+        self.terminated = terminated
+        super().__init__(message)

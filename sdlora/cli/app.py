@@ -35,7 +35,8 @@ P = ParamSpec("P")
 
 def guard(verb: Callable[P, None]) -> Callable[P, None]:
     """Decorate a verb: an error of its input is printed as one line for each fault, with exit code 1, and so is a file
-    that cannot be read or written; an interruption exits with 130."""
+    that cannot be read or written; Ctrl-C exits with 130, SIGTERM
+    with 143."""
 
     @functools.wraps(verb)  # Typer reads the parameters of the verb through it.
     def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -54,7 +55,7 @@ def guard(verb: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(1) from None
         except (Interrupted, KeyboardInterrupt) as error:
             typer.echo(str(error) or "interrupted", err=True)
-            raise typer.Exit(130) from None
+            raise typer.Exit(143 if getattr(error, "terminated", False) else 130) from None
 
     return guarded
 

@@ -78,7 +78,7 @@ def run_training(plan: RunPlan, *, restart: bool, progress: Progress, stop: thre
         ResumeError: output or checkpoints of another run are in the way.
         TrainingError: half of the steps produced gradients with NaN or Inf.
         TargetError: the file cannot be written; the message names the checkpoint that has the weights.
-        Interrupted: Ctrl-C or ``stop``; the state is saved.
+        Interrupted: Ctrl-C, SIGTERM or ``stop``; the state is saved.
     """
     began, config = time.time(), plan.config
     output = Path(config.output.path)
@@ -194,7 +194,8 @@ def train_steps(
                 save(done)
             if interrupted.is_set() and done < steps:
                 unsaved = save(done)
-                raise Interrupted(f"stopped after step {done} of {steps}{unsaved}; run the same command to resume")
+                text = f"stopped after step {done} of {steps}{unsaved}; run the same command to resume"
+                raise Interrupted(text, terminated=interrupted.terminated)
     _check_skipped(session, steps)
     if first == steps:
         return None
@@ -203,12 +204,16 @@ def train_steps(
 
 
 class InterruptFlag:
-    """Set by Ctrl-C or by the caller's event, which Ctrl-C leaves alone."""
+    """Set by Ctrl-C, by SIGTERM, or by the caller's event, which these leave alone."""
+
+    terminated = False
+    """Whether SIGTERM set it."""
 
     def __init__(self, stop: threading.Event | None):
         self._pressed, self._stop = threading.Event(), stop
 
-    def set(self) -> None:
+    def set(self, number: int = signal.SIGINT) -> None:
+        self.terminated |= number == signal.SIGTERM
         self._pressed.set()
 
     def is_set(self) -> bool:
@@ -217,22 +222,24 @@ class InterruptFlag:
 
 @contextmanager
 def interrupt_flag(stop: threading.Event | None = None) -> Generator[InterruptFlag]:
-    """A flag that ``stop`` sets and, in the main thread, the first Ctrl-C; a second Ctrl-C interrupts at once."""
+    """A flag that ``stop`` sets and, in the main thread, the first Ctrl-C or SIGTERM; a second ends at once."""
     flag = InterruptFlag(stop)
     if threading.current_thread() is not threading.main_thread():
         yield flag
         return
-    previous = signal.getsignal(signal.SIGINT)
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def on_interrupt(*_: object) -> None:
-        flag.set()
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    def on_interrupt(number: int, _: object) -> None:
+        flag.set(number)
+        signal.signal(number, signal.SIG_DFL)
 
-    signal.signal(signal.SIGINT, on_interrupt)
+    for number in previous:
+        signal.signal(number, on_interrupt)
     try:
         yield flag
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _write_output(plan: RunPlan, base: Base, trained: TrainedLora, progress: Progress) -> None:
