@@ -7,6 +7,7 @@ SdloraError              the input is at fault; the message says which, what was
 ├── LoraFileError        a LoRA file
 ├── CompatibilityError   a LoRA and a base that do not belong together
 ├── ResumeError          a half-done or finished run that does not fit the command
+├── TargetError          a place that cannot be written to
 ├── CaptionerError       a captioning model
 └── TrainingError        a run that went numerically wrong
 Interrupted              stopped by the user, after a safe save
@@ -49,6 +50,10 @@ class ResumeError(SdloraError):
     """A half-done or finished run that does not match the command."""
 
 
+class TargetError(SdloraError):
+    """A file or folder that cannot be written."""
+
+
 class CaptionerError(SdloraError):
     """A captioning model."""
 
@@ -59,3 +64,8 @@ class TrainingError(SdloraError):
 
 class Interrupted(Exception):
     """Stopped by the user; the work so far is saved, and the same command resumes."""
+
+    def __init__(self, message: str = "", *, terminated: bool = False):
+        """``terminated``: by SIGTERM."""
+        self.terminated = terminated
+        super().__init__(message)

@@ -9,7 +9,9 @@ from collections.abc import Generator, Iterable
 from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
+
+from .errors import TargetError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,6 +28,35 @@ def cache_folder() -> Path:
 def printable(path: Path) -> str:
     """``path`` as text that any terminal and any file can hold; bytes that are not UTF-8 become escapes."""
     return str(path).encode("utf-8", "backslashreplace").decode()
+
+
+def check_target(target: Path, kind: Literal["file", "folder", "new folder"] = "file") -> None:
+    """Find out before the work whether its result can be written, by creating and removing a small file.
+
+    Args:
+        kind: ``folder`` is one that files are written into; ``new folder`` is made whole, as ``whole_folder`` does.
+
+    Raises:
+        TargetError: ``target`` is a folder where a file is meant or the reverse, or its place cannot be written to.
+    """
+    try:
+        if kind == "file" and target.is_dir():
+            raise TargetError(f"{printable(target)}: is a folder; name a file to write, for example one in it")
+        if kind != "file" and target.exists() and not target.is_dir():
+            raise TargetError(f"{printable(target)}: is a file; name a folder to write into")
+        place = target if kind == "folder" else target.parent
+        while not place.exists() and place != place.parent:
+            place = place.parent
+        if not place.is_dir():
+            raise TargetError(f"{printable(target)}: {printable(place)} is a file; choose a name within a folder")
+        probe = _partial_name(place / "probe")
+        try:
+            probe.write_bytes(b"probe")
+        finally:
+            probe.unlink(missing_ok=True)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise TargetError(f"{printable(target)}: cannot be written ({reason}); choose another place") from None
 
 
 def write_whole(path: Path, *chunks: bytes, durable: bool = True) -> None:
@@ -97,7 +128,10 @@ def whole_folder(target: Path) -> Generator[Path]:
 
 @contextmanager
 def _written_beside(path: Path, chunks: Iterable[bytes], *, durable: bool) -> Generator[Path]:
-    """A file beside ``path`` that holds ``chunks``; it is removed after the block if it is still there."""
+    """A file beside ``path`` that holds ``chunks``; it is removed after the block if it is still there.
+
+    An ``OSError``, also one of the block, names ``path``.
+    """
     partial = _partial_name(path)
     try:
         with partial.open("xb") as file:
@@ -107,6 +141,8 @@ def _written_beside(path: Path, chunks: Iterable[bytes], *, durable: bool) -> Ge
                 file.flush()
                 os.fsync(file.fileno())
         yield partial
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         with suppress(OSError):
             partial.unlink()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import logging
@@ -33,8 +34,9 @@ P = ParamSpec("P")
 
 
 def guard(verb: Callable[P, None]) -> Callable[P, None]:
-    """Decorate a verb: an error of its input is printed as one line for each fault, with exit code 1; an interruption
-    exits with 130."""
+    """Decorate a verb: an error of its input is printed as one line for each fault, with exit code 1, and so is a file
+    that cannot be read or written; Ctrl-C exits with 130, SIGTERM
+    with 143."""
 
     @functools.wraps(verb)  # Typer reads the parameters of the verb through it.
     def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -45,9 +47,15 @@ def guard(verb: Callable[P, None]) -> Callable[P, None]:
             for problem in error.problems:
                 typer.echo(f"error: {problem}", err=True)
             raise typer.Exit(1) from None
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # The reader of a pipe is gone; click ends quietly.
+                raise
+            place = f"{error.filename}: " if error.filename is not None else ""
+            typer.echo(f"error: {place}{error.strerror or error}", err=True)
+            raise typer.Exit(1) from None
         except (Interrupted, KeyboardInterrupt) as error:
             typer.echo(str(error) or "interrupted", err=True)
-            raise typer.Exit(130) from None
+            raise typer.Exit(143 if getattr(error, "terminated", False) else 130) from None
 
     return guarded
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import Interrupted
+from ..files import check_target
 from ..generation.request import MAX_SEED, RANDOM_SEED, ImageRequest, first_seed
 from ..generation.samplers import SAMPLERS
 from ..generation.saving import FORMATS, ImageTarget
@@ -81,6 +82,7 @@ def generate(
     first = first_seed(seed, count=count)
     options: dict[str, Any] = {"negative": negative, "seed": first, "steps": steps, "cfg": cfg}
     options |= {"size": shape, "sampler": sampler, "precision": precision, "base": section, "loras": lora or ()}
+    check_target(target.path, "folder" if target.is_folder else "file")
     files = _write_strip(prompt, target, options) if strip else _write_images(prompt, count, target, options)
     if as_json:
         emit({"images": [str(file) for file in files], "seed": first, "prompts": prompt, "loras": list(lora or ())})

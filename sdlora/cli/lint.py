@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..files import check_target
 from .app import JsonOption, app, emit, guard
 
 if TYPE_CHECKING:
@@ -49,6 +50,10 @@ def lint_(
         raise typer.BadParameter("--fix and --out COPY go together", param_hint="--fix")
     if sheet is not None and sheet.suffix.lower() != ".png":
         raise typer.BadParameter(f"{sheet} does not end in .png", param_hint="--sheet")
+    if sheet is not None:
+        check_target(sheet)
+    if out is not None:
+        check_target(out, "new folder")
     from ..lint.run import lint_data, linted_sections
     from ..progress import progress_bar
 

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from ..errors import DataError
+from ..files import check_target
 from .app import JsonOption, app, emit, guard
 
 FOLDER = Path("out/quickstart")
@@ -29,6 +30,7 @@ def quickstart(
     """Train two styles, generate images with both, inspect the files; each step is shown as a command."""
     if missing := [str(config) for config in CONFIGS if not config.is_file()]:
         raise DataError([f"{config}: not here; run quickstart in a clone of the repository" for config in missing])
+    check_target(out, "folder")
     loras = [out / f"{config.stem.removeprefix('quickstart-')}.safetensors" for config in CONFIGS]
     strip = out / "strip.png"
     commands = [

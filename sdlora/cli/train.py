@@ -56,14 +56,15 @@ def train(
 
 
 def _summary(result: TrainResult) -> str:
-    if result.loss is None:
+    if result.loss is None and not result.resumed_from:
         return "this run is complete already; --restart starts over"
     parts = [
         f"{result.output.stat().st_size / 1e6:.1f} MB",
         f"{result.steps} steps",
-        f"loss {result.loss:.4f} (mean of the last 10 %)",
         f"{result.seconds:.0f} s",
     ]
+    if result.loss is not None:
+        parts.insert(2, f"loss {result.loss:.4f} (mean of the last 10 %)")
     if result.validation_loss is not None:
         parts.append(f"validation loss {result.validation_loss:.4f}")
     if result.resumed_from:

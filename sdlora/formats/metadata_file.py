@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LoraFileError
-from ..files import write_whole
+from ..files import check_target, write_whole
 from .hashes import legacy_hash
 from .safetensors_file import TensorInfo, encode_header, read_header
 from .safetensors_file import read_metadata as safetensors_metadata
@@ -50,7 +50,9 @@ def write_metadata(source: Path, target: Path, metadata: Mapping[str, str], *, h
 
     Raises:
         LoraFileError: ``source`` is missing, damaged or not safetensors.
+        TargetError: ``target`` cannot be written.
     """
+    check_target(target)
     header = read_header(source, LoraFileError)
     payload = source.read_bytes()[header.payload_start :]
     metadata = dict(metadata)

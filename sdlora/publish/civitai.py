@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import LoraFileError
 from ..families import Family
-from ..files import whole_folder
+from ..files import check_target, whole_folder
 from ..formats.hashes import FileHashes, file_hashes
 from ..formats.lora_file import LoraFile, read_lora
 from ..formats.metadata import safe_title, stated_tags, trigger_words, with_family
@@ -80,9 +80,11 @@ def export_civitai(
         LoraFileError: the file cannot be read, its family is unknown, ``folder`` is in use, or there is neither a trigger
             word nor a prompt.
         BaseModelError, CompatibilityError: the previews cannot be drawn on ``base``.
+        TargetError: ``folder`` cannot be made where it is.
         Interrupted: by ``stop``.
     """
     source, target = Path(lora), Path(folder)
+    check_target(target, "new folder")
     file = read_lora(source)
     family = _check(file, target, weight)
     trigger = trigger_words(file.metadata)

@@ -12,6 +12,7 @@ import torch
 from ..base.checkpoint import find_base
 from ..errors import LoraFileError
 from ..families import Family
+from ..files import check_target
 from ..formats.keys import resolve
 from ..formats.lora_file import LoraFile, read_lora
 from ..formats.lora_writer import WRITTEN_FORMATS, write_lora
@@ -110,6 +111,7 @@ def _check_target(target: Path, to: str) -> None:
         raise LoraFileError(f"{target}: the name of the file to write must end in .safetensors")
     if target.exists():
         raise LoraFileError(f"{target}: exists already; choose another name")
+    check_target(target)
 
 
 def _family_and_modules(lora: LoraFile, base: str | None) -> tuple[Family, Mapping[str, tuple[int, ...]]]:

@@ -182,6 +182,11 @@ class RunFolder:
         for old in self._files()[:-KEPT]:
             old.unlink(missing_ok=True)
 
+    def place(self) -> str:
+        """Where the newest checkpoint is, as text; it may be that there is none."""
+        files = self._files()
+        return str(files[-1]) if files else "no checkpoint"
+
     def remove(self) -> None:
         """Remove the folder with every checkpoint."""
         shutil.rmtree(self._folder, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 import time
@@ -16,7 +17,7 @@ from accelerate import Accelerator
 from ..base.base import Base
 from ..base.load import load_base
 from ..base.precision import choose_precision
-from ..errors import Interrupted, TrainingError
+from ..errors import Interrupted, TargetError, TrainingError
 from ..families import WORDS_IN_CHUNK
 from ..formats.lora_writer import write_lora
 from ..lora.low_rank import LowRank
@@ -31,6 +32,7 @@ from .validation import validation_loss
 REPORT_EVERY = 10
 """Steps between readings of the loss: each reading waits for the device."""
 MAX_SKIPPED_SHARE = 0.5
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +42,7 @@ class TrainResult:
     seconds: float
     """Time that this call spent on loading, encoding and training."""
     loss: float | None
-    """Mean over the last 10 % of the steps; None where the run was complete already."""
+    """Mean over the last 10 % of the steps; None where this call did no step."""
     validation_loss: float | None
     """Mean over the validation images after the last step; None without such images, or where the run was complete."""
     resumed_from: int
@@ -65,7 +67,7 @@ class TrainedLora:
     started_at: float
     """Seconds since 1970 when the first of all calls started."""
     resumed_from: int
-    loss: float
+    loss: float | None
     validation_loss: float | None
 
 
@@ -75,7 +77,8 @@ def run_training(plan: RunPlan, *, restart: bool, progress: Progress, stop: thre
     Raises:
         ResumeError: output or checkpoints of another run are in the way.
         TrainingError: half of the steps produced gradients with NaN or Inf.
-        Interrupted: Ctrl-C or ``stop``; the state is saved.
+        TargetError: the file cannot be written; the message names the checkpoint that has the weights.
+        Interrupted: Ctrl-C, SIGTERM or ``stop``; the state is saved.
     """
     began, config = time.time(), plan.config
     output = Path(config.output.path)
@@ -95,7 +98,13 @@ def run_training(plan: RunPlan, *, restart: bool, progress: Progress, stop: thre
     base = load_base(plan.base, device=accelerator.device, dtype=dtype)
     trained = train_lora(plan, base, accelerator, folder, start, progress, stop)
     if accelerator.is_main_process:
-        _write_output(plan, base, trained, progress)
+        try:
+            _write_output(plan, base, trained, progress)
+        except OSError as error:
+            raise TargetError(
+                f"{output}: cannot be written ({error.strerror or error}); the newest checkpoint is kept: "
+                f"{folder.place()}; make space, then run the same command to resume from it"
+            ) from None
         folder.remove()
     accelerator.wait_for_everyone()
     result = TrainResult(
@@ -147,17 +156,28 @@ def train_steps(
     folder: RunFolder,
     progress: Progress,
     stop: threading.Event | None = None,
-) -> float:
-    """Do every step after ``start``; returns the mean loss over the last 10 % of the steps (of those done here)."""
+) -> float | None:
+    """Do every step after ``start``; returns the mean loss over the last 10 % of the steps (of those done here).
+
+    The state after the last step is saved too, so nothing is lost if the file cannot be written. A checkpoint that cannot
+    be written is a warning.
+    """
     train, first = session.plan.config.train, start.step
     steps, tail = train.steps, max(1, train.steps // 10)
     recent, tail_loss = torch.zeros(2, device=session.base.device)
     progress.start("Training", steps, first)
     reported = first
 
-    def save(done: int) -> None:
+    def save(done: int) -> str:
+        """What to say of the step when stopping there."""
         if session.accelerator.is_main_process:
-            folder.save(Checkpoint(step=done, started_at=start.started_at, tensors=session.optimizer.state()))
+            try:
+                folder.save(Checkpoint(step=done, started_at=start.started_at, tensors=session.optimizer.state()))
+            except OSError as error:
+                failed = f"step {done} cannot be saved ({error.strerror or error}); kept: {folder.place()}"
+                logger.warning("%s", failed)
+                return f", but {failed}"
+        return ""
 
     with interrupt_flag(stop) as interrupted:
         for step in range(first, steps):
@@ -173,19 +193,27 @@ def train_steps(
                 _check_skipped(session, done)
                 save(done)
             if interrupted.is_set() and done < steps:
-                save(done)
-                raise Interrupted(f"stopped after step {done} of {steps}; run the same command to resume")
+                unsaved = save(done)
+                text = f"stopped after step {done} of {steps}{unsaved}; run the same command to resume"
+                raise Interrupted(text, terminated=interrupted.terminated)
     _check_skipped(session, steps)
-    return tail_loss.item() / max(1, min(tail, steps - first))
+    if first == steps:
+        return None
+    save(steps)
+    return tail_loss.item() / min(tail, steps - first)
 
 
 class InterruptFlag:
-    """Set by Ctrl-C or by the caller's event, which Ctrl-C leaves alone."""
+    """Set by Ctrl-C, by SIGTERM, or by the caller's event, which these leave alone."""
+
+    terminated = False
+    """Whether SIGTERM set it."""
 
     def __init__(self, stop: threading.Event | None):
         self._pressed, self._stop = threading.Event(), stop
 
-    def set(self) -> None:
+    def set(self, number: int = signal.SIGINT) -> None:
+        self.terminated |= number == signal.SIGTERM
         self._pressed.set()
 
     def is_set(self) -> bool:
@@ -194,22 +222,24 @@ class InterruptFlag:
 
 @contextmanager
 def interrupt_flag(stop: threading.Event | None = None) -> Generator[InterruptFlag]:
-    """A flag that ``stop`` sets and, in the main thread, the first Ctrl-C; a second Ctrl-C interrupts at once."""
+    """A flag that ``stop`` sets and, in the main thread, the first Ctrl-C or SIGTERM; a second ends at once."""
     flag = InterruptFlag(stop)
     if threading.current_thread() is not threading.main_thread():
         yield flag
         return
-    previous = signal.getsignal(signal.SIGINT)
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def on_interrupt(*_: object) -> None:
-        flag.set()
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    def on_interrupt(number: int, _: object) -> None:
+        flag.set(number)
+        signal.signal(number, signal.SIG_DFL)
 
-    signal.signal(signal.SIGINT, on_interrupt)
+    for number in previous:
+        signal.signal(number, on_interrupt)
     try:
         yield flag
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _write_output(plan: RunPlan, base: Base, trained: TrainedLora, progress: Progress) -> None:

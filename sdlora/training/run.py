@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config.sections import Config
 from ..data.findings import raise_errors
+from ..files import check_target
 from ..lint.report import LintReport, summary_lines
 from ..lint.run import examine_dataset
 from ..progress import Progress, Silence, progress_or_bar, raise_if_stopped
@@ -40,11 +43,13 @@ def train(
     """
     from accelerate import PartialState
 
+    check_target(Path(config.output.path))
     is_main = PartialState().is_main_process
     with progress_or_bar(progress if is_main else Silence()) as reports:
         dataset = examine_dataset(config, progress=reports)
         raise_errors(dataset.findings)
         # Imported late since they bring diffusers: faults of the input are reported before.
+        from .lock import locked
         from .loop import run_training
         from .plan import plan_run
 
@@ -54,4 +59,5 @@ def train(
             for line in (*summary_lines(LintReport(dataset=dataset)), *map(str, planned)):
                 say(line)
         raise_if_stopped(stop, "stopped before the first step; run the same command to start")
-        return run_training(plan, restart=restart, progress=reports, stop=stop)
+        with locked(Path(config.output.path)) if is_main else nullcontext():
+            return run_training(plan, restart=restart, progress=reports, stop=stop)
