@@ -156,7 +156,7 @@ class Lines:
     """Plain lines on standard error, for a log: at the start and the end of each task, and between every tenth of it or
     every 30 s.
 
-    A task that takes less than five seconds at the beginning is not reported: a mistake is reported in one line. What
+    A task that takes less than ten seconds at the beginning is not reported: a mistake is reported in one line. What
     follows the first ``say`` always is.
     """
 
@@ -270,7 +270,7 @@ _REDRAWN = 0.2
 """Seconds between two states of a bar in a notebook."""
 _LINE_EVERY, _LINE_SHARE, _LINE_APART = 30.0, 0.1, 1.0
 """Seconds after which a line is due; share of a task after which one is; seconds between two of those at least."""
-_HELD = 5.0
+_HELD = 10.0
 """Seconds for which the first line is held back."""
 
 

@@ -83,7 +83,9 @@ def test_the_package_is_what_an_upload_needs(lora: Path, tiny_files: dict[str, P
         assert fact in card
     metadata = read_metadata(folder / "my-style.safetensors")
     assert metadata["ss_vae_name"] == "vae.pt"
-    assert package.redacted == 1
+    assert set(json.loads(metadata["ss_dataset_dirs"])) == {"folder-1"}
+    assert set(json.loads(metadata["ss_tag_frequency"])) == {"folder-1"}
+    assert package.redacted == 3
     assert metadata["sshs_model_hash"] == payload
     assert metadata["modelspec.hash_sha256"] == f"0x{payload}"
     assert sdlora.inspect(folder / "my-style.safetensors").problems == ()

@@ -16,8 +16,9 @@ from ..files import whole_folder
 from ..formats.hashes import FileHashes, file_hashes
 from ..formats.lora_file import LoraFile, read_lora
 from ..formats.metadata import safe_title, stated_tags, trigger_words, with_family
-from ..formats.metadata_file import read_metadata, redacted, write_metadata
+from ..formats.metadata_file import read_metadata, write_metadata
 from ..formats.readers import lost_elsewhere
+from ..formats.redaction import redacted
 from ..generation.infotext import save_png
 from ..generation.loras import LoraChoice
 from ..generation.request import ImageRequest
@@ -44,7 +45,7 @@ class Package:
     trigger: tuple[str, ...]
     hashes: dict[str, str]
     redacted: int
-    """Number of values in the metadata from which folders or addresses were removed."""
+    """Number of values in the metadata from which ``redacted`` took something out."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
