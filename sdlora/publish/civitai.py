@@ -25,7 +25,7 @@ from ..generation.request import ImageRequest
 from ..generation.studio import Studio
 from ..progress import Progress, progress_or_bar
 from ..tools.convert import convert
-from .model_card import Presentation, model_card, sidecar
+from .model_card import Presentation, model_card, sidecar, unpublished
 
 PREVIEWS = 4
 """Images by default."""
@@ -44,6 +44,10 @@ class Package:
     sidecar: str
     trigger: tuple[str, ...]
     hashes: dict[str, str]
+    files: tuple[str, ...]
+    """All of the above and what else was written, sorted."""
+    warning: str | None
+    """Why nobody else can use the LoRA, if it fits no published checkpoint."""
     redacted: int
     """Number of values in the metadata from which ``redacted`` took something out."""
 
@@ -103,7 +107,9 @@ def export_civitai(
         changed = _pack(file, family, packed, base if requests else None, reporting)
         previews = _draw(requests, packed, shown, base=base, progress=reporting, stop=stop) if requests else ()
         hashes = file_hashes(packed)
-        _write_cards(partial, file, read_lora(packed), shown, hashes)
+        packed_lora = read_lora(packed)
+        _write_cards(partial, file, packed_lora, shown, hashes)
+        files = tuple(sorted(written.name for written in partial.iterdir()))
     return Package(
         folder=str(target),
         lora=packed.name,
@@ -112,6 +118,8 @@ def export_civitai(
         sidecar=_sidecar_name(shown),
         trigger=trigger,
         hashes=hashes.by_name(),
+        files=files,
+        warning=unpublished(packed_lora, family),
         redacted=changed,
     )
 
