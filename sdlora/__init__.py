@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .errors import Interrupted, SdloraError
     from .generation.studio import generate, generate_strip, open
     from .lint.run import lint_dataset
-    from .progress import CallbackProgress, ProgressUpdate
+    from .progress import CallbackProgress, ProgressUpdate, Silence
     from .publish.civitai import export_civitai
     from .tools.convert import convert
     from .tools.inspect import inspect
@@ -30,6 +30,7 @@ _HOMES = {
     "Interrupted": "errors",
     "ProgressUpdate": "progress",
     "SdloraError": "errors",
+    "Silence": "progress",
     "caption_folder": "captioning.folder",
     "convert": "tools.convert",
     "export_civitai": "publish.civitai",
@@ -49,6 +50,7 @@ __all__ = [
     "Interrupted",
     "ProgressUpdate",
     "SdloraError",
+    "Silence",
     "__version__",
     "caption_folder",
     "convert",

@@ -249,7 +249,8 @@ def test_the_verb_as_a_user_runs_it(sdlora, folder: Path, models: dict[str, Path
     report = json.loads(result.stdout)
     assert (report["kind"], report["present"]) == ("blip", 2)
     assert report["written"] == [str(folder / "2.txt"), str(folder / "4.txt")]
-    lines = result.stderr.strip().splitlines()
+    # On a slow machine, progress is reported too.
+    lines = [line for line in result.stderr.strip().splitlines() if not line.startswith("Captioning: ")]
     assert len(lines) == 1
     assert "0.png" in lines[0]
     assert "Traceback" not in result.stderr

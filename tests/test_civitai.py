@@ -49,6 +49,7 @@ def test_the_package_is_what_an_upload_needs(lora: Path, tiny_files: dict[str, P
     package = made(lora, folder, tiny_files["sd1"], weight=0.8, negative="blurry")
     names = {"my-style.safetensors", "my-style.json", "my-style.preview.png", "MODEL_CARD.md", *package.previews}
     assert {file.name for file in folder.iterdir()} == names
+    assert set(package.files) == names
     assert len(package.previews) == 4
     data = (folder / "my-style.safetensors").read_bytes()
     payload = hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
@@ -73,7 +74,7 @@ def test_the_package_is_what_an_upload_needs(lora: Path, tiny_files: dict[str, P
     card = (folder / "MODEL_CARD.md").read_text()
     for fact in (
         "# my-style",
-        "SD 1.5",
+        "| Base model | none that is published: it was made on a base of other shapes sd1",
         "`zorb`",
         "| Recommended weight | 0.8 |",
         "| Images | 5 |",
@@ -83,7 +84,9 @@ def test_the_package_is_what_an_upload_needs(lora: Path, tiny_files: dict[str, P
         assert fact in card
     metadata = read_metadata(folder / "my-style.safetensors")
     assert metadata["ss_vae_name"] == "vae.pt"
-    assert package.redacted == 1
+    assert set(json.loads(metadata["ss_dataset_dirs"])) == {"folder-1"}
+    assert set(json.loads(metadata["ss_tag_frequency"])) == {"folder-1"}
+    assert package.redacted == 3
     assert metadata["sshs_model_hash"] == payload
     assert metadata["modelspec.hash_sha256"] == f"0x{payload}"
     assert sdlora.inspect(folder / "my-style.safetensors").problems == ()
@@ -108,6 +111,23 @@ def test_foreign_names_become_kohya_s_and_the_family_is_said(tmp_path: Path) -> 
     names = load_file(tmp_path / "up" / package.lora).keys()
     assert "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.lora_down.weight" in names
     assert json.loads((tmp_path / "up" / "x.json").read_text())["sd version"] == "SDXL"
+    assert package.warning is None
+    assert "| Base model | SDXL 1.0 (Stable Diffusion XL) |" in (tmp_path / "up" / "MODEL_CARD.md").read_text()
+
+
+def test_a_lora_of_mini_is_not_called_one_of_a_published_base(tmp_path: Path) -> None:
+    key = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    tensors = {f"{key}.lora_down.weight": torch.randn(2, 64), f"{key}.lora_up.weight": torch.randn(64, 2)}
+    stated = {"ss_base_model_version": "sd_v1", "ss_sd_model_name": "mini"}
+    save_file(tensors | {f"{key}.alpha": torch.tensor(2.0)}, tmp_path / "x.safetensors", stated)
+    package = sdlora.export_civitai(tmp_path / "x.safetensors", tmp_path / "up", prompts=())
+    assert package.warning == (
+        "it was made on mini, a base that only sdlora has, and does not fit SD 1.5 or any other published "
+        "Stable Diffusion 1.x checkpoint: users of Civitai cannot use it"
+    )
+    card = (tmp_path / "up" / "MODEL_CARD.md").read_text()
+    assert f"| Base model | none that is published: {package.warning} |" in card
+    assert package.files == ("MODEL_CARD.md", "x.json", "x.safetensors")
 
 
 def test_what_cannot_be_packed_leaves_nothing(lora: Path, tiny_files: dict[str, Path], tmp_path: Path) -> None:
@@ -149,6 +169,8 @@ def test_the_command(
     options = ("--base", tiny_files["sd1"], "--prompt", "zorb, a fox", "--steps", 1, "--size", "64x64", "--json")
     result = sdlora("export", lora, "--civitai", "up", *options)
     assert result.returncode == 0, result.stderr
+    assert "warning: my-style.safetensors: it was made on" in result.stderr
+    assert "users of Civitai cannot use it" in result.stderr
     package = json.loads(result.stdout)
     assert package["previews"] == ["my-style-1.png"]
     assert (tmp_path / "up" / "my-style-1.png").is_file()

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 
 from sdlora.errors import LoraFileError
 from sdlora.formats.hashes import hash_file
-from sdlora.formats.metadata_file import read_metadata, redacted, write_metadata
+from sdlora.formats.metadata_file import read_metadata, write_metadata
+from sdlora.formats.redaction import redacted
 from sdlora.formats.safetensors_file import read_header
 from tests.conftest import run_sdlora
 
@@ -85,7 +86,7 @@ def test_the_commands(tmp_path: Path) -> None:
     stated = json.loads(run_sdlora("metadata", "show", "y.safetensors", "--json", cwd=tmp_path).stdout)
     assert stated == {"modelspec.title": "My LoRA", "ss_sd_model_name": "/home/jane/b.safetensors"}
     result = run_sdlora("metadata", "redact", "y.safetensors", "--out", "y.safetensors", cwd=tmp_path)
-    assert result.stdout.strip() == "y.safetensors: 1 of 2 values changed"
+    assert result.stdout == "y.safetensors: 1 of 2 values changed\n  ss_sd_model_name\n"
     assert read_metadata(tmp_path / "y.safetensors")["ss_sd_model_name"] == "b.safetensors"
     assert run_sdlora("metadata", "set", file, "what", "--out", "z.safetensors", cwd=tmp_path).returncode == 2
     missing = run_sdlora("metadata", "show", "none.safetensors", cwd=tmp_path)

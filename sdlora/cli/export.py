@@ -51,7 +51,9 @@ def export(
     if as_json:
         emit(package.to_json())
     else:
-        for name in (package.lora, *package.previews, package.sidecar, package.card):
+        for name in package.files:
             typer.echo(str(civitai / name))
         if package.redacted:
             typer.echo(f"{package.redacted} metadata values without the folders and addresses that they contained")
+    if package.warning:
+        typer.echo(f"warning: {package.lora}: {package.warning}", err=True)

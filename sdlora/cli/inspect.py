@@ -12,7 +12,9 @@ from .app import JsonOption, app, emit, guard
 @app.command()
 @guard
 def inspect(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="A LoRA, a checkpoint file or folder, or 'mini'.")],
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="A LoRA, a checkpoint file or folder, 'mini', or an image.")
+    ],
     with_hashes: Annotated[
         bool,
         typer.Option(
@@ -21,7 +23,7 @@ def inspect(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what a LoRA file or a checkpoint is: family, modules, ranks, hashes, metadata, problems."""
+    """Show what a LoRA file or a checkpoint is: family, modules, ranks, hashes, metadata, problems; or an image's recipe."""
     from ..tools.inspect import inspect as inspect_file
     from ..tools.inspect_report import as_text
 

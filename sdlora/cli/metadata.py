@@ -49,10 +49,14 @@ def set_(
 @metadata_app.command()
 @guard
 def redact(file: FileArgument, out: OutOption) -> None:
-    """Remove folders and mail addresses from the metadata, whichever program wrote it."""
-    from ..formats.metadata_file import read_metadata, redacted, write_metadata
+    """Remove folders, hosts, mail addresses, tokens and keys from the metadata, whichever program wrote it."""
+    from ..formats.metadata_file import read_metadata, write_metadata
+    from ..formats.redaction import changed_keys, redacted
 
     before = read_metadata(file)
     after = redacted(before)
     write_metadata(file, out, after)
-    typer.echo(f"{out}: {sum(before[key] != after[key] for key in before)} of {len(before)} values changed")
+    changed = changed_keys(before, after)
+    typer.echo(f"{out}: {len(changed)} of {len(before)} values changed")
+    for key in changed:
+        typer.echo(f"  {key}")

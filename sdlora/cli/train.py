@@ -43,9 +43,11 @@ def train(
     if file is None and not given:
         raise typer.BadParameter("name a CONFIG.toml, or give --images DIR and --trigger WORD")
     config = load_config(file, given)
+    from ..progress import progress_bar
     from ..training.run import train as train_lora
 
-    report = train_lora(config, restart=restart, say=lambda line: typer.echo(line, err=True))
+    with progress_bar() as progress:
+        report = train_lora(config, restart=restart, progress=progress, say=progress.say)
     if as_json:
         keys = ("output", "steps", "seconds", "loss", "validation_loss", "resumed_from")
         emit({**{key: getattr(report.result, key) for key in keys}, "samples": report.samples})

@@ -1,23 +1,16 @@
-"""The metadata of any safetensors file: reading, changing (the tensors stay as they are), removing paths."""
+"""The metadata of any safetensors file: reading, and changing while the tensors stay as they are."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from ..errors import LoraFileError
 from ..files import check_target, write_whole
 from .hashes import legacy_hash
 from .safetensors_file import TensorInfo, encode_header, read_header
 from .safetensors_file import read_metadata as safetensors_metadata
-
-_WHOLE_PATH = re.compile(r"\s*(?:[A-Za-z]:[\\/]|[\\/]|~[\\/]).*[^\s]", re.DOTALL)
-_PATH_WITHIN = re.compile(r"(?<![\w:/\\.])(?:[A-Za-z]:[\\/]|\\\\|~?/)(?:[^\\/\s\"',;:<>|]+[\\/])+([^\\/\s\"',;:<>|]*)")
-_ADDRESS = re.compile(r"[\w.+-]+@[\w-]+\.[\w.]+")
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -61,33 +54,3 @@ def write_metadata(source: Path, target: Path, metadata: Mapping[str, str], *, h
     elif "sshs_legacy_hash" in metadata:
         metadata["sshs_legacy_hash"] = _legacy_hash(metadata, header.tensors, payload)
     write_whole(target, encode_header(header.tensors, metadata), payload)
-
-
-def redacted(metadata: Mapping[str, str]) -> dict[str, str]:
-    """The same metadata without folders and mail addresses; only the last name of a path stays, also within JSON."""
-    return {key: _redacted_value(value) for key, value in metadata.items()}
-
-
-def _redacted_value(value: str) -> str:
-    if value.lstrip().startswith(("{", "[")):
-        try:
-            return json.dumps(_redacted_tree(json.loads(value)), ensure_ascii=False)
-        except (ValueError, RecursionError):
-            pass
-    return _redacted_text(value)
-
-
-def _redacted_tree(tree: Any) -> Any:
-    if isinstance(tree, dict):
-        return {_redacted_text(key): _redacted_tree(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [_redacted_tree(value) for value in tree]
-    return _redacted_text(tree) if isinstance(tree, str) else tree
-
-
-def _redacted_text(text: str) -> str:
-    if "://" in text or text.startswith("data:"):
-        return _ADDRESS.sub("", text) if not text.startswith("data:") else text
-    if _WHOLE_PATH.fullmatch(text) and "\n" not in text:
-        return re.split(r"[\\/]", text.rstrip().rstrip("\\/"))[-1]
-    return _ADDRESS.sub("", _PATH_WITHIN.sub(r"\1", text))

@@ -16,8 +16,9 @@ from ..files import check_target, whole_folder
 from ..formats.hashes import FileHashes, file_hashes
 from ..formats.lora_file import LoraFile, read_lora
 from ..formats.metadata import safe_title, stated_tags, trigger_words, with_family
-from ..formats.metadata_file import read_metadata, redacted, write_metadata
+from ..formats.metadata_file import read_metadata, write_metadata
 from ..formats.readers import lost_elsewhere
+from ..formats.redaction import redacted
 from ..generation.infotext import save_png
 from ..generation.loras import LoraChoice
 from ..generation.prompt_syntax import check_syntax
@@ -25,7 +26,7 @@ from ..generation.request import ImageRequest
 from ..generation.studio import Studio
 from ..progress import Progress, progress_or_bar
 from ..tools.convert import convert
-from .model_card import Presentation, model_card, sidecar
+from .model_card import Presentation, model_card, sidecar, unpublished
 
 PREVIEWS = 4
 """Images by default."""
@@ -44,8 +45,12 @@ class Package:
     sidecar: str
     trigger: tuple[str, ...]
     hashes: dict[str, str]
+    files: tuple[str, ...]
+    """All of the above and what else was written, sorted."""
+    warning: str | None
+    """Why nobody else can use the LoRA, if it fits no published checkpoint."""
     redacted: int
-    """Number of values in the metadata from which folders or addresses were removed."""
+    """Number of values in the metadata from which ``redacted`` took something out."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -106,7 +111,9 @@ def export_civitai(
         changed = _pack(file, family, packed, base if requests else None, reporting)
         previews = _draw(requests, packed, shown, base=base, progress=reporting, stop=stop) if requests else ()
         hashes = file_hashes(packed)
-        _write_cards(partial, file, read_lora(packed), shown, hashes)
+        packed_lora = read_lora(packed)
+        _write_cards(partial, file, packed_lora, shown, hashes)
+        files = tuple(sorted(written.name for written in partial.iterdir()))
     return Package(
         folder=str(target),
         lora=packed.name,
@@ -115,6 +122,8 @@ def export_civitai(
         sidecar=_sidecar_name(shown),
         trigger=trigger,
         hashes=hashes.by_name(),
+        files=files,
+        warning=unpublished(packed_lora, family),
         redacted=changed,
     )
 

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from ..families import Family
 from ..formats.hashes import FileHashes
+from ..formats.keys import resolve
 from ..formats.lora_file import LoraFile
+from ..formats.published import published_modules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +46,7 @@ def model_card(file: LoraFile, shown: Presentation, hashes: FileHashes) -> str:
     title = stated.get("modelspec.title", shown.name)
     name, weight, call = shown.name, shown.weight, ", ".join(shown.trigger)
     facts = {
-        "Base model": f"{shown.family.upload_name} ({shown.family.title})",
+        "Base model": _base_model(file, shown.family),
         "Trained on": stated.get("ss_sd_model_name"),
         "Trigger words": f"`{call}`" if call else None,
         "Recommended weight": f"{weight:g}",
@@ -91,6 +93,30 @@ pipeline("{prompt}", cross_attention_kwargs={{"scale": {weight:g}}})
 
 {_table({"SHA-256": hashes.sha256, "AutoV1": hashes.autov1, "AutoV2": hashes.autov2, "AutoV3": hashes.autov3})}
 """
+
+
+def fits_published(file: LoraFile, family: Family) -> bool:
+    """Whether every module of a LoRA that the published checkpoints of ``family`` have fits them by its shape."""
+    shapes = published_modules(family.name)
+    matched = resolve(file.modules, shapes).matched
+    return bool(matched) and all(file.modules[key].fits(shapes[name]) for key, name in matched.items())
+
+
+def unpublished(file: LoraFile, family: Family) -> str | None:
+    """Why nobody else can use the LoRA, where it fits no published checkpoint of its family; else None."""
+    if fits_published(file, family):
+        return None
+    base = file.metadata.get("ss_sd_model_name", "")
+    made = "on mini, a base that only sdlora has" if base == "mini" else f"on a base of other shapes {base}".rstrip()
+    return (
+        f"it was made {made}, and does not fit {family.upload_name} or any other published {family.title} checkpoint: "
+        "users of Civitai cannot use it"
+    )
+
+
+def _base_model(file: LoraFile, family: Family) -> str:
+    reason = unpublished(file, family)
+    return f"none that is published: {reason}" if reason else f"{family.upload_name} ({family.title})"
 
 
 def _pair(first: str | None, second: str | None) -> str | None:

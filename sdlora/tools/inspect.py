@@ -13,19 +13,20 @@ from ..formats.hashes import FileHashes, file_hashes
 from ..formats.lora_file import is_lora, lora_in, read_lora
 from ..formats.tensor_files import open_tensor_file
 from ..progress import Progress, progress_or_bar
+from .inspect_image import IMAGES, image_report
 from .inspect_lora import lora_report
 from .inspect_report import InspectReport
 
 
 def inspect(path: str | Path, *, hashes: bool = False, progress: Progress | None = None) -> InspectReport:
-    """Examine a LoRA file, the folder of a PEFT adapter, ``mini``, a checkpoint file or a diffusers folder.
+    """Examine a LoRA file, the folder of a PEFT adapter, ``mini``, a checkpoint file, a diffusers folder or an image.
 
     Args:
         hashes: whether a checkpoint's hashes are computed, for which its whole file is read; a LoRA's always are.
         progress: a bar on standard error by default.
 
     Raises:
-        LoraFileError, BaseModelError: the file is missing, damaged or neither.
+        LoraFileError, BaseModelError, DataError: the file is missing, damaged or none of these.
     """
     with progress_or_bar(progress) as shown:
         return _inspect(str(path), hashes, shown)
@@ -33,6 +34,8 @@ def inspect(path: str | Path, *, hashes: bool = False, progress: Progress | None
 
 def _inspect(path: str, hashes: bool, progress: Progress) -> InspectReport:
     file = Path(path)
+    if file.suffix.lower() in IMAGES and not file.is_dir():
+        return image_report(file)
     if (file / "adapter_config.json").is_file():
         return lora_report(read_lora(file))
     if path == MINI or file.is_dir():

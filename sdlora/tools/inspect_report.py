@@ -45,7 +45,7 @@ class InspectReport:
     """What ``inspect`` found; fields that do not apply to its ``kind`` are None or empty."""
 
     kind: str
-    """``lora`` or ``checkpoint``."""
+    """``lora``, ``checkpoint`` or ``image``."""
     file: str
     family: str | None
     format: str
@@ -95,6 +95,10 @@ TAGS_SHOWN = 12
 
 def as_text(report: InspectReport) -> str:
     """Lines to print; long lists are cut, and ``to_json`` has them whole."""
+    if report.kind == "image":
+        recipe = report.metadata.get("parameters", "").splitlines()
+        first = f"{report.file}: image, {report.format}"
+        return "\n".join([first, *(f"  {line}" for line in recipe), *(f"  note: {note}" for note in report.notes)])
     lines = [f"{report.file}: {report.kind}, {report.family or 'unknown family'}, {report.format} names"]
     facts = [(label, text) for label, text in _facts(report) if text]
     width = max(len(label) for label, _ in facts)
