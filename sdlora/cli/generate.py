@@ -10,10 +10,15 @@ import typer
 
 from ..generation.request import ImageRequest
 from ..generation.samplers import SAMPLERS
-from .app import BaseOption, JsonOption, app, emit, guard, parse_size
+from .app import BaseOption, JsonOption, app, emit, examples, guard, parse_size
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "sdlora generate 'zorb, a fox' --lora zorb.safetensors:0.8 --seed 1",
+        "sdlora generate 'a fox' --base my-checkpoint.safetensors --size 512x768 --count 4 --out out/foxes",
+    )
+)
 @guard
 def generate(
     prompt: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="Several prompts make several images.")],

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..base.words import Words, clip_words, words_in
+from ..config.kohya_dataset import is_kohya_dataset
 from ..config.loading import load_config, load_dataset
 from ..config.resolve import resolve_config, resolve_data
 from ..config.sections import BaseSection, Config, DataSection
@@ -130,14 +131,15 @@ def linted_sections(
     caption_extension: str | None = None,
     base: str | None = None,
 ) -> tuple[DataSection, BaseSection]:
-    """Sections of the configuration that ``arguments`` name: a folder of images or a file, and ``section.key=value``.
+    """Sections of the configuration that ``arguments`` name: as ``sdlora lint`` has them, all of which may be
+    ``section.key=value``. The first may be a folder of images, a configuration file, or a kohya dataset file.
 
     A folder without ``trigger`` is checked without one. The options override what a file says.
 
     Raises:
         ConfigError: a file, key or value that is wrong.
     """
-    target, overrides = arguments[0], list(arguments[1:])
+    target, overrides = _target_of(arguments)
     options: dict[str, object] = {
         "data.trigger": trigger,
         "data.resolution": resolution,
@@ -147,7 +149,19 @@ def linted_sections(
     overrides += [
         f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in options.items() if value is not None
     ]
-    if target.endswith(".toml") and not Path(target).is_dir():
+    if target is None:
+        return load_dataset(None, overrides)
+    path = Path(target).expanduser()
+    if path.is_file() and is_kohya_dataset(path):
+        return load_dataset(None, [*overrides, f"data.dataset_config={json.dumps(target, ensure_ascii=False)}"])
+    if target.endswith(".toml") and not path.is_dir():
         config = load_config(target, overrides)
         return config.data, config.base
     return load_dataset(None, [*overrides, f"data.images={json.dumps(target, ensure_ascii=False)}"])
+
+
+def _target_of(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """What ``arguments`` name, None where they are settings alone; and the settings."""
+    if arguments and ("=" not in arguments[0] or Path(arguments[0]).expanduser().exists()):
+        return arguments[0], list(arguments[1:])
+    return None, list(arguments)

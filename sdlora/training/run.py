@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..config.loading import load_config
 from ..config.sections import Config
 from ..data.findings import raise_errors
+from ..errors import ConfigError
 from ..lint.report import LintReport, summary_lines
 from ..lint.run import examine_dataset
 from ..progress import Progress, Silence, progress_or_bar, raise_if_stopped
@@ -17,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def train(
-    config: Config,
+    config: Config | str | Path,
     *,
     restart: bool = False,
     progress: Progress | None = None,
@@ -29,6 +32,7 @@ def train(
     Of several processes, only the main one reports.
 
     Args:
+        config: a configuration, or the path of its TOML file.
         restart: start over, whatever an earlier run left.
         progress: receives reports; by default a bar in a terminal.
         stop: set it, from any thread, to save and stop after the current step, as Ctrl-C does in the main thread.
@@ -38,6 +42,11 @@ def train(
         SdloraError: a fault of the input, found before a model is loaded wherever that is possible.
         Interrupted: Ctrl-C or ``stop``; the state is saved, and the same call resumes from it.
     """
+    if isinstance(config, (str, Path)):
+        config = load_config(config)
+    elif not isinstance(config, Config):
+        expected = "a configuration (sdlora.load_config) or the path of its TOML file"
+        raise ConfigError(f"train: expected {expected}, not {type(config).__name__}")
     from accelerate import PartialState
 
     is_main = PartialState().is_main_process
