@@ -91,6 +91,18 @@ def test_lint_takes_the_arguments_of_train(tmp_path: Path, monkeypatch: pytest.M
         assert result.stdout.startswith("6 images: no problems found\n"), arguments
 
 
+def test_captions_without_the_trigger_are_one_finding(tmp_path: Path) -> None:
+    folder = clean(tmp_path / "set", 9)
+    report = lint_folder(folder, trigger="rsop")
+    (finding,) = [finding for finding in report.findings if finding.code == "trigger-absent"]
+    assert (finding.file, finding.message) == (str(folder), "9 captions lack 'rsop'; it will be put in front")
+    for number in range(7):
+        (folder / f"clean{number}.txt").write_text(f"rsop, thing {number}")
+    report = lint_folder(folder, trigger="rsop")
+    (finding,) = [finding for finding in report.findings if finding.code == "trigger-absent"]
+    assert finding.message == "2 captions lack 'rsop' (clean7.png, clean8.png); it will be put in front"
+
+
 def test_a_missing_folder_is_a_finding(sdlora, tmp_path: Path) -> None:
     result = sdlora("lint", "nowhere", "--json")
     assert result.returncode == 1
