@@ -12,10 +12,12 @@ from ..config.kohya_dataset import is_kohya_dataset
 from ..config.loading import load_config, load_dataset
 from ..config.resolve import resolve_config, resolve_data
 from ..config.sections import BaseSection, Config, DataSection
+from ..config.toml_file import parse_value
 from ..data.buckets import BucketRules, bucket_rules
 from ..data.examine import ExaminedImage, examine_images
 from ..data.kept_images import KEPT_BYTES, KeptImages
 from ..data.sources import find_sources
+from ..errors import ConfigError
 from ..progress import Progress, progress_or_bar
 from .checks import check_all
 from .dataset import ExaminedDataset
@@ -152,12 +154,17 @@ def linted_sections(
     if target is None:
         return load_dataset(None, overrides)
     path = Path(target).expanduser()
-    if path.is_file() and is_kohya_dataset(path):
-        return load_dataset(None, [*overrides, f"data.dataset_config={json.dumps(target, ensure_ascii=False)}"])
-    if target.endswith(".toml") and not path.is_dir():
+    is_kohya = path.is_file() and is_kohya_dataset(path)
+    if target.endswith(".toml") and not path.is_dir() and not is_kohya:
         config = load_config(target, overrides)
         return config.data, config.base
-    return load_dataset(None, [*overrides, f"data.images={json.dumps(target, ensure_ascii=False)}"])
+    key = "data.dataset_config" if is_kohya else "data.images"
+    for name, _, value in (override.partition("=") for override in overrides):
+        if name.strip() == key and parse_value(value.strip()) != target:
+            raise ConfigError(
+                f"{target} and {key}={parse_value(value.strip())} contradict each other; keep one of them"
+            )
+    return load_dataset(None, [*overrides, f"{key}={json.dumps(target, ensure_ascii=False)}"])
 
 
 def _target_of(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
