@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 from typer.main import get_command
+from typer.testing import CliRunner
 
 from sdlora.cli import app
+from sdlora.cli.settings_options import merged
+from sdlora.config.sections import Config
+from sdlora.errors import SdloraError
+from sdlora.training.run import train
 from tests.conftest import write_images
 
 SURFACE = {
-    "train": {"arguments", "images", "trigger", "base", "out", "restart", "as_json"},
+    "train": {
+        *("arguments", "images", "trigger", "base", "out", "restart", "as_json"),
+        *("steps", "rank", "batch_size", "learning_rate", "resolution"),
+    },
     "generate": {
         *("prompt", "base", "lora", "negative", "seed", "steps", "cfg", "size", "count", "sampler", "strip"),
         *("precision", "out", "as_json", "clip_skip", "vae", "text_encoder", "prediction", "attention"),
@@ -47,16 +57,24 @@ SURFACE = {
     "quickstart": {"out", "as_json"},
     "settings": {"section", "as_json"},
     "lint": {
-        *("arguments", "trigger", "resolution", "caption_extension", "base", "fix", "out", "sheet", "as_json"),
+        *(
+            "arguments",
+            "images",
+            "trigger",
+            "resolution",
+            "caption_extension",
+            "base",
+            "fix",
+            "out",
+            "sheet",
+            "as_json",
+        ),
     },
 }
 
 
 def test_the_surface_changes_only_on_purpose() -> None:
-    commands = dict(get_command(app).commands)  # ty: ignore[unresolved-attribute]
-    for group in ("metadata", "cache"):
-        commands |= {f"{group} {name}": command for name, command in commands.pop(group).commands.items()}
-    assert {name: {p.name for p in command.params} for name, command in commands.items()} == SURFACE
+    assert {name: {p.name for p in command.params} for name, command in verbs().items()} == SURFACE
 
 
 def one_line(result, code: int, *parts: str) -> None:
@@ -193,3 +211,64 @@ def test_version(sdlora) -> None:
     from sdlora._version import __version__
 
     assert sdlora("--version").stdout.strip() == f"sdlora {__version__}"
+
+
+def verbs() -> dict[str, Any]:
+    commands = dict(get_command(app).commands)  # ty: ignore[unresolved-attribute]
+    for group in ("metadata", "cache"):
+        commands |= {f"{group} {name}": command for name, command in commands.pop(group).commands.items()}
+    return commands
+
+
+@pytest.mark.parametrize("verb", SURFACE)
+def test_help_of_every_verb_has_examples_that_parse(verb: str) -> None:
+    command = verbs()[verb]
+    lines = [line for line in command.epilog.split("\n\n") if line.startswith("sdlora ")]
+    assert lines
+    for line in lines:
+        words = shlex.split(line)[1:]
+        assert words[: len(verb.split())] == verb.split()
+        command.make_context(verb, words[len(verb.split()) :])
+
+
+def test_help_of_train_has_groups_and_names_the_settings() -> None:
+    result = CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "120", "TERM": "dumb"})
+    for part in ("Data", "LoRA", "Training", "Output", "--batch-size", "--learning-rate", "sdlora settings"):
+        assert part in result.output
+
+
+def test_shells_complete_verbs() -> None:
+    env = {"_SDLORA_COMPLETE": "complete_bash", "COMP_WORDS": "sdlora tr", "COMP_CWORD": "1"}
+    assert CliRunner().invoke(app, [], prog_name="sdlora", env=env).output.split() == ["train"]
+
+
+def test_options_and_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[tuple[str, str], object] = {("--steps", "train.steps"): 3, ("--rank", "lora.rank"): None}
+    assert merged(options, ["train.steps=3", "lora.rank=2"]) == ["train.steps=3", "lora.rank=2", "train.steps=3"]
+    with pytest.raises(SdloraError, match=r"^--steps 3 and train\.steps=4 contradict each other; keep one of them$"):
+        merged(options, ["train.steps=4"])
+    got: list[Config] = []
+
+    def stopped(config: Config, **_: object) -> None:
+        got.append(config)
+        raise SdloraError("stopped")
+
+    monkeypatch.setattr("sdlora.training.run.train", stopped)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    given = "train --images ~/set --trigger 12 --steps 7 --rank 4 --batch-size 2 --learning-rate 1e-3 --resolution 128"
+    CliRunner().invoke(app, given.split())
+    config = got[0]
+    values = (config.train.steps, config.lora.rank, config.train.batch_size, config.optimizer.learning_rate)
+    assert values == (7, 4, 2, 1e-3)
+    assert (config.data.resolution, config.data.trigger, config.data.images) == (128, "12", str(tmp_path / "set"))
+    assert config.output.path == "out/set.safetensors"
+
+
+def test_train_in_python_takes_the_path_of_a_configuration(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_text('[data]\nimages = "none"\ntrigger = "z"\n[output]\npath = "x.safetensors"\n')
+    for file in (tmp_path / "x.toml", str(tmp_path / "x.toml")):
+        with pytest.raises(SdloraError, match="no such folder"):
+            train(file)
+    with pytest.raises(SdloraError, match=r"expected a configuration .* or the path of its TOML file, not dict"):
+        train({})  # ty: ignore[invalid-argument-type]

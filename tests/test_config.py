@@ -118,8 +118,8 @@ path = "out/x.safetensors"
 def test_several_sets_and_tuples_load(tmp_path: Path) -> None:
     data = load_config(write(tmp_path, SETS)).data
     assert [(one.images, one.role, one.repeats, one.loss_weight) for one in data.sets] == [
-        ("a", "train", 10, 1.0),
-        ("b", "regularisation", 1, 1.0),
+        (str(tmp_path / "a"), "train", 10, 1.0),
+        (str(tmp_path / "b"), "regularisation", 1, 1.0),
     ]
     assert data.resolution == (512, 768)
     assert data.sides == (512, 768)
@@ -195,7 +195,7 @@ def test_flat_settings_distinguish_sets_and_may_leave_paths_out(tmp_path: Path) 
     differing = [key for key, value in one.flat().items() if other.flat()[key] != value]
     assert differing == ["data.sets"]
     sets = json.loads(one.flat()["data.sets"])
-    assert sets[0]["images"] == "a"
+    assert sets[0]["images"] == str(tmp_path / "a")
     assert sets[0]["repeats"] == 10
     private = load_config(None, [
         'data.sets=[{images = "/secret/a", metadata = "/secret/b", masks = "/secret/c"}]', "data.trigger=zorb",
@@ -214,3 +214,43 @@ def test_any_file_is_a_configuration_or_a_config_error(text: str) -> None:
             assert isinstance(load_config(write(Path(folder), GOOD + text)), Config)
         except ConfigError as error:
             assert error.problems
+
+
+def test_relative_paths_in_a_file_go_by_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    (tmp_path / "configs").mkdir()
+    file = tmp_path / "configs" / "run.toml"
+    file.write_text(
+        '[data]\ntrigger = "zorb"\nmask = "files"\n[[data.sets]]\nimages = "../images"\nmetadata = "~/m.csv"\n'
+        'masks = "masks"\n[base]\nvae = "vae.safetensors"\n[cache]\nfolder = "/cache"\n'
+        '[output]\npath = "../out/x.safetensors"\n'
+    )
+    config = load_config("configs/run.toml", ["base.text_encoder=te", "base.text_encoder_2=~/te"])
+    one = config.data.sets[0]
+    assert (one.images, one.metadata, one.masks) == ("images", str(tmp_path / "home/m.csv"), str(Path("configs/masks")))
+    assert (config.base.path, config.base.vae) == ("mini", str(Path("configs/vae.safetensors")))
+    assert (config.base.text_encoder, config.base.text_encoder_2) == ("te", str(tmp_path / "home/te"))
+    assert (config.cache.folder, config.output.path) == ("/cache", str(Path("out/x.safetensors")))
+    monkeypatch.chdir(tmp_path / "configs")
+    beside = load_config("run.toml", ["base.text_encoder=te", "base.text_encoder_2=~/te"])
+    assert beside.output.path == "../out/x.safetensors"
+    assert beside.flat(DECIDES_RESUMING) == config.flat(DECIDES_RESUMING)
+    assert load_config(file, ["output.path=y.safetensors"]).output.path == "y.safetensors"
+
+
+def test_a_path_through_a_link_leads_where_the_system_leads(tmp_path: Path) -> None:
+    (tmp_path / "real" / "configs").mkdir(parents=True)
+    try:
+        (tmp_path / "link").symlink_to(tmp_path / "real" / "configs")
+    except OSError:
+        pytest.skip("no links here")
+    (tmp_path / "link" / "run.toml").write_text(GOOD.replace('"images"', '"../images"'))
+    images = Path(str(load_config(tmp_path / "link" / "run.toml").data.images))
+    assert images.resolve() == tmp_path.resolve() / "real" / "images"
+
+
+def test_a_whole_number_with_a_point_is_answered_with_itself() -> None:
+    with pytest.raises(ConfigError, match=r"train\.steps = 300\.0: must be a whole number, for example 300$"):
+        load_config(None, ["train.steps=300.0", "data.images=a", "data.trigger=b", "output.path=c.safetensors"])

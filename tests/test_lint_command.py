@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 import sdlora as sdlora_package
+from sdlora.cli import app
 from sdlora.config.loading import load_config
 from sdlora.lint.report import report_lines, summary_lines
 from tests.conftest import ROOT
@@ -68,6 +70,37 @@ def test_wrong_use(sdlora, tmp_path: Path, arguments: tuple[str, ...], code: int
     assert message in " ".join(result.stderr.replace("│", " ").split())
     assert "Traceback" not in result.stderr
     assert content(tmp_path) == before
+
+
+def test_lint_takes_the_arguments_of_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    clean(tmp_path / "set")
+    kohya = '[[datasets]]\nresolution = 128\n[[datasets.subsets]]\nimage_dir = "set"\n'
+    (tmp_path / "k.toml").write_text(kohya)
+    (tmp_path / "k.json").write_text('{"datasets": [{"resolution": 128, "subsets": [{"image_dir": "set"}]}]}')
+    for arguments in (
+        ["set"],
+        ["data.images=set"],
+        ["--images", "set", "output.path=x.safetensors", "train.steps=3"],
+        ["k.toml"],
+        ["k.json"],
+        ["data.dataset_config=k.toml"],
+    ):
+        result = CliRunner().invoke(app, ["lint", *arguments, "--trigger", "zorb"])
+        assert result.exit_code == 0, result.output
+        assert result.stdout.startswith("6 images: no problems found\n"), arguments
+
+
+def test_captions_without_the_trigger_are_one_finding(tmp_path: Path) -> None:
+    folder = clean(tmp_path / "set", 9)
+    report = lint_folder(folder, trigger="rsop")
+    (finding,) = [finding for finding in report.findings if finding.code == "trigger-absent"]
+    assert (finding.file, finding.message) == (str(folder), "9 captions lack 'rsop'; it will be put in front")
+    for number in range(7):
+        (folder / f"clean{number}.txt").write_text(f"rsop, thing {number}")
+    report = lint_folder(folder, trigger="rsop")
+    (finding,) = [finding for finding in report.findings if finding.code == "trigger-absent"]
+    assert finding.message == "2 captions lack 'rsop' (clean7.png, clean8.png); it will be put in front"
 
 
 def test_a_missing_folder_is_a_finding(sdlora, tmp_path: Path) -> None:

@@ -78,9 +78,14 @@ def test_only_a_run_needs_a_trigger_word_and_an_output(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text('[data]\nimages = "images"\n[base]\npath = "other"\n')
     data, base = load_dataset(file, ["data.resolution=64"])
-    assert (data.images, data.trigger, data.resolution, base.path) == ("images", None, 64, "other")
-    assert problems_of(file) == [f"{file}: output is missing", f"{file}:1: data.trigger is missing"]
-    assert problems_of(file, "output.path=x.safetensors") == [f"{file}:1: data.trigger is missing"]
+    expected = (str(tmp_path / "images"), None, 64, str(tmp_path / "other"))
+    assert (data.images, data.trigger, data.resolution, base.path) == expected
+    trigger = f"{file}:1: data.trigger is missing; name the trigger word: --trigger WORD"
+    assert problems_of(file) == [
+        f"{file}: output is missing; name the file to write: --out FILE.safetensors",
+        trigger,
+    ]
+    assert problems_of(file, "output.path=x.safetensors") == [trigger]
     with pytest.raises(ConfigError, match=r"run\.toml: unknown key train\.stps; did you mean train\.steps\?"):
         load_dataset(file, ["train.stps=3"])
 

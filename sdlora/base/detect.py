@@ -113,7 +113,8 @@ def detect_checkpoint(path: Path) -> DetectedCheckpoint:
         return _detect_folder(path)
     if not path.exists():
         raise BaseModelError(
-            f"{path}: no such base; expected 'mini', a diffusers folder or a checkpoint file (.safetensors, .ckpt)"
+            f"{path}: no such base; expected 'mini', a diffusers folder or a checkpoint file (.safetensors, .ckpt); "
+            "sdlora downloads nothing: give the path of the file or folder"
         )
     file = open_tensor_file(path, BaseModelError)
     parts, form = parts_in_file(file)

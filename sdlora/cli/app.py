@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import errno
 import functools
+import io
 import json
 import logging
+import os
 import re
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, ParamSpec
 
 import typer
@@ -16,7 +20,6 @@ from .._version import __version__
 from ..errors import Interrupted, SdloraError
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -42,7 +45,7 @@ def guard(verb: Callable[P, None]) -> Callable[P, None]:
     def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
         logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
         try:
-            verb(*args, **kwargs)
+            verb(*args, **{name: _at_home(name, value) for name, value in kwargs.items()})
         except SdloraError as error:
             for problem in error.problems:
                 typer.echo(f"error: {problem}", err=True)
@@ -60,13 +63,36 @@ def guard(verb: Callable[P, None]) -> Callable[P, None]:
     return guarded
 
 
+def examples(*commands: str, more: str = "") -> str:
+    """The end of a verb's help: commands that show its use, a line for each."""
+    return "\n\n".join(["Examples:", *commands, *([more] if more else [])])
+
+
 def emit(value: dict[str, Any]) -> None:
     """Print ``value`` as the one JSON object of ``--json``."""
     typer.echo(json.dumps(value, ensure_ascii=False, default=str))
 
 
+_PATHS = {"file", "images", "base", "lora", "source", "target", "vae", "text_encoder"}
+"""Parameters of verbs that are paths, but not of the type ``Path``."""
+
+
+def _at_home(name: str, value: Any) -> Any:
+    """``value`` with the user's home for ``~``, which shells leave as it is in ``--out=~/x``."""
+    if isinstance(value, Path):
+        return Path(os.path.expanduser(value))
+    if name in _PATHS and isinstance(value, str):
+        return os.path.expanduser(value)
+    if name in _PATHS and isinstance(value, list):
+        return [os.path.expanduser(each) for each in value]
+    return value
+
+
 @app.callback(invoke_without_command=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # A console of Windows may lack a letter of a name.
     if version:
         typer.echo(f"sdlora {__version__}")
         raise typer.Exit()

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import ConfigError
-from .app import JsonOption, app, emit, guard
+from .app import JsonOption, app, emit, examples, guard
 
 cache_app = typer.Typer(no_args_is_help=True, help="Show and reduce the encoded images and captions on disk.")
 app.add_typer(cache_app, name="cache")
@@ -18,7 +18,11 @@ FolderOption = Annotated[
 ]
 
 
-@cache_app.command()
+@cache_app.command(
+    epilog=examples(
+        "sdlora cache info",
+    )
+)
 @guard
 def info(folder: FolderOption = None, as_json: JsonOption = False) -> None:
     """Show how many encoded images and captions are kept, and their size."""
@@ -35,7 +39,12 @@ def info(folder: FolderOption = None, as_json: JsonOption = False) -> None:
         typer.echo(f"  last used between {usage.oldest} and {usage.newest}")
 
 
-@cache_app.command("prune")
+@cache_app.command(
+    "prune",
+    epilog=examples(
+        "sdlora cache prune --max-gigabytes 10",
+    ),
+)
 @guard
 def prune_(
     max_gigabytes: Annotated[

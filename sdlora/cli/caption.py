@@ -8,10 +8,14 @@ from typing import Annotated
 import typer
 
 from ..errors import DataError
-from .app import JsonOption, app, emit, guard
+from .app import JsonOption, app, emit, examples, guard
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "sdlora caption my-images --model my-captioner --trigger zorb",
+    )
+)
 @guard
 def caption(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of images; subfolders are included.")],

@@ -6,10 +6,14 @@ from typing import Annotated
 
 import typer
 
-from .app import JsonOption, app, emit, guard
+from .app import JsonOption, app, emit, examples, guard
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "sdlora convert zorb.safetensors zorb-peft.safetensors --to peft",
+    )
+)
 @guard
 def convert(
     source: Annotated[

@@ -8,10 +8,14 @@ from typing import Annotated
 import typer
 
 from ..generation.request import ImageRequest
-from .app import BaseOption, JsonOption, app, emit, guard, parse_size
+from .app import BaseOption, JsonOption, app, emit, examples, guard, parse_size
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "sdlora export zorb.safetensors --civitai upload --base my-checkpoint.safetensors --weight 0.9",
+    )
+)
 @guard
 def export(
     lora: Annotated[str, typer.Argument(metavar="LORA", help="A LoRA file in any format.")],

@@ -13,13 +13,18 @@ from ..files import check_target
 from ..generation.request import MAX_SEED, RANDOM_SEED, ImageRequest, first_seed
 from ..generation.samplers import SAMPLERS
 from ..generation.saving import FORMATS, ImageTarget
-from .app import BaseOption, JsonOption, app, emit, guard, parse_size
+from .app import BaseOption, JsonOption, app, emit, examples, guard, parse_size
 
 if TYPE_CHECKING:
     from ..generation.images import GeneratedImage
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "sdlora generate 'zorb, a fox' --lora zorb.safetensors:0.8 --seed 1",
+        "sdlora generate 'a fox' --base my-checkpoint.safetensors --size 512x768 --count 4 --out out/foxes",
+    )
+)
 @guard
 def generate(
     prompt: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="Several prompts make several images.")],

@@ -6,10 +6,15 @@ from typing import Annotated
 
 import typer
 
-from .app import JsonOption, app, emit, guard
+from .app import JsonOption, app, emit, examples, guard
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "sdlora inspect zorb.safetensors",
+        "sdlora inspect my-checkpoint.safetensors --hash",
+    )
+)
 @guard
 def inspect(
     file: Annotated[

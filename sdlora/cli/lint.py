@@ -9,19 +9,29 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..files import check_target
-from .app import JsonOption, app, emit, guard
+from .app import JsonOption, app, emit, examples, guard
+from .settings_options import merged
 
 if TYPE_CHECKING:
     from ..lint.repair import RepairReport
     from ..lint.report import LintReport
 
 
-@app.command("lint")
+@app.command(
+    "lint",
+    epilog=examples(
+        "sdlora lint my-images --trigger zorb --sheet sheet.png",
+        "sdlora lint my-images --trigger zorb --fix --out my-images-fixed",
+        "sdlora lint run.toml",
+    ),
+)
 @guard
 def lint_(
     arguments: Annotated[
-        list[str], typer.Argument(metavar="DIR | CONFIG.toml [section.key=value]...", show_default=False)
-    ],
+        list[str] | None,
+        typer.Argument(metavar="DIR | CONFIG.toml | section.key=value...", show_default=False),
+    ] = None,
+    images: Annotated[str | None, typer.Option(metavar="DIR", help="Folder of images, as train has it.")] = None,
     trigger: Annotated[str | None, typer.Option(metavar="WORD", help="Trigger word.")] = None,
     resolution: Annotated[
         int | None, typer.Option(min=64, max=4096, help="Side of a square image in pixels; default: the base's own.")
@@ -30,8 +40,7 @@ def lint_(
         str | None, typer.Option(metavar=".EXT", help="Extension of the caption files; default: .txt.")
     ] = None,
     base: Annotated[
-        str | None,
-        typer.Option(metavar="BASE", help="'mini', a checkpoint file, or a diffusers folder."),
+        str | None, typer.Option(metavar="BASE", help="'mini', a checkpoint file, or a diffusers folder.")
     ] = None,
     fix: Annotated[
         bool, typer.Option("--fix", help="Write a repaired copy to --out; originals stay untouched.")
@@ -50,16 +59,23 @@ def lint_(
         raise typer.BadParameter("--fix and --out COPY go together", param_hint="--fix")
     if sheet is not None and sheet.suffix.lower() != ".png":
         raise typer.BadParameter(f"{sheet} does not end in .png", param_hint="--sheet")
+    if not arguments and images is None:
+        raise typer.BadParameter("Missing argument: name DIR or CONFIG.toml, or give --images DIR")
     if sheet is not None:
         check_target(sheet)
     if out is not None:
         check_target(out, "new folder")
+    options: dict[tuple[str, str], object] = {
+        ("--images", "data.images"): images,
+        ("--trigger", "data.trigger"): trigger,
+        ("--resolution", "data.resolution"): resolution,
+        ("--caption-extension", "data.caption_extension"): caption_extension,
+        ("--base", "base.path"): base,
+    }
     from ..lint.run import lint_data, linted_sections
     from ..progress import progress_bar
 
-    data, section = linted_sections(
-        arguments, trigger=trigger, resolution=resolution, caption_extension=caption_extension, base=base
-    )
+    data, section = linted_sections(merged(options, arguments or ()))
     with progress_bar() as progress:
         report = lint_data(data, section, progress=progress)
         sheets, copy = (), None

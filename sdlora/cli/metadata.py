@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .app import JsonOption, app, emit, guard
+from .app import JsonOption, app, emit, examples, guard
 
 metadata_app = typer.Typer(no_args_is_help=True, help="Show, change or redact the metadata of a safetensors file.")
 app.add_typer(metadata_app, name="metadata")
@@ -15,7 +15,11 @@ FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="Any safetens
 OutOption = Annotated[Path, typer.Option("--out", metavar="OUT", help="File to write; may be FILE itself.")]
 
 
-@metadata_app.command()
+@metadata_app.command(
+    epilog=examples(
+        "sdlora metadata show zorb.safetensors",
+    )
+)
 @guard
 def show(file: FileArgument, as_json: JsonOption = False) -> None:
     """Print the metadata, without reading the tensors."""
@@ -28,7 +32,12 @@ def show(file: FileArgument, as_json: JsonOption = False) -> None:
         typer.echo(f"{key}: {value if len(value) <= 200 else value[:200] + '…'}")
 
 
-@metadata_app.command("set")
+@metadata_app.command(
+    "set",
+    epilog=examples(
+        "sdlora metadata set zorb.safetensors 'modelspec.author=A. Painter' --out zorb.safetensors",
+    ),
+)
 @guard
 def set_(
     file: FileArgument,
@@ -46,7 +55,11 @@ def set_(
     typer.echo(str(out))
 
 
-@metadata_app.command()
+@metadata_app.command(
+    epilog=examples(
+        "sdlora metadata redact zorb.safetensors --out clean.safetensors",
+    )
+)
 @guard
 def redact(file: FileArgument, out: OutOption) -> None:
     """Remove folders, hosts, mail addresses, tokens and keys from the metadata, whichever program wrote it."""

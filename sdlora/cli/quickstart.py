@@ -13,7 +13,7 @@ import typer
 
 from ..errors import DataError
 from ..files import check_target
-from .app import JsonOption, app, emit, guard
+from .app import JsonOption, app, emit, examples, guard
 
 FOLDER = Path("out/quickstart")
 CONFIGS = (Path("configs/quickstart-blueprint.toml"), Path("configs/quickstart-pixel.toml"))
@@ -21,7 +21,12 @@ CONFIGS = (Path("configs/quickstart-blueprint.toml"), Path("configs/quickstart-p
 PROMPTS = ("blupaper, pixgrid, a fox", "blupaper, pixgrid, a tomato", "blupaper, pixgrid, a penguin")
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "sdlora quickstart",
+        "sdlora quickstart --out out/again",
+    )
+)
 @guard
 def quickstart(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the results.")] = FOLDER,

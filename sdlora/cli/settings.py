@@ -6,10 +6,16 @@ from typing import Annotated
 
 import typer
 
-from .app import JsonOption, app, emit, guard
+from .app import JsonOption, app, emit, examples, guard
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "sdlora settings",
+        "sdlora settings lora",
+        "sdlora settings lora.rank",
+    )
+)
 @guard
 def settings(
     section: Annotated[

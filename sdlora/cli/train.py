@@ -8,38 +8,80 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .app import JsonOption, app, emit, guard
+from .app import app, emit, examples, guard
+from .settings_options import merged
 
 if TYPE_CHECKING:
     from ..training.loop import TrainResult
 
 
-@app.command()
+DATA, LORA, TRAINING, OUTPUT = "Data", "LoRA", "Training", "Output"
+
+
+@app.command(
+    epilog=examples(
+        "sdlora train --images my-images --trigger zorb --out out/zorb.safetensors",
+        "sdlora train --images my-images --trigger zorb --base my-checkpoint.safetensors --steps 1500 --rank 32",
+        "sdlora train run.toml train.seed=1",
+        more="All settings, for a TOML file or as section.key=value: sdlora settings",
+    )
+)
 @guard
 def train(
     arguments: Annotated[
         list[str] | None, typer.Argument(metavar="[CONFIG.toml] [section.key=value]...", show_default=False)
     ] = None,
-    images: Annotated[str | None, typer.Option(metavar="DIR", help="Folder of images with .txt captions.")] = None,
-    trigger: Annotated[str | None, typer.Option(metavar="WORD", help="Trigger word.")] = None,
+    images: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Folder of images with .txt captions.", rich_help_panel=DATA)
+    ] = None,
+    trigger: Annotated[str | None, typer.Option(metavar="WORD", help="Trigger word.", rich_help_panel=DATA)] = None,
+    resolution: Annotated[
+        int | None,
+        typer.Option(help="Side of a square image in pixels; default: the base's own.", rich_help_panel=DATA),
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of each module; lora.rank.", rich_help_panel=LORA)] = None,
     base: Annotated[
         str | None,
-        typer.Option(metavar="BASE", help="'mini', a checkpoint file, or a diffusers folder."),
+        typer.Option(
+            metavar="BASE", help="'mini', a checkpoint file, or a diffusers folder.", rich_help_panel=TRAINING
+        ),
     ] = None,
-    out: Annotated[str | None, typer.Option(metavar="FILE", help="The LoRA file to write.")] = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Start over, whatever an earlier run left.")] = False,
-    as_json: JsonOption = False,
+    steps: Annotated[int | None, typer.Option(help="Steps in all; train.steps.", rich_help_panel=TRAINING)] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Images in one step; train.batch_size.", rich_help_panel=TRAINING)
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Peak for the UNet; optimizer.learning_rate.", rich_help_panel=TRAINING)
+    ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Start over, whatever an earlier run left.", rich_help_panel=TRAINING)
+    ] = False,
+    out: Annotated[
+        str | None, typer.Option(metavar="FILE", help="The LoRA file to write.", rich_help_panel=OUTPUT)
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object on standard output.", rich_help_panel=OUTPUT)
+    ] = False,
 ) -> None:
     """Train a LoRA from a folder of captioned images. Run the same command to resume."""
     from ..config.loading import load_config
 
     given = list(arguments or ())
-    file = given.pop(0) if given and "=" not in given[0] else None
-    options = {"data.images": images, "data.trigger": trigger, "base.path": base, "output.path": out}
-    if file is None and images is not None and out is None:
-        options["output.path"] = f"out/{Path(images).resolve().name}.safetensors"
-    # As TOML text, whatever it looks like: a trigger word of digits stays a word.
-    given += [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
+    file = given.pop(0) if given and ("=" not in given[0] or Path(given[0]).is_file()) else None
+    options: dict[tuple[str, str], object] = {
+        ("--images", "data.images"): images,
+        ("--trigger", "data.trigger"): trigger,
+        ("--resolution", "data.resolution"): resolution,
+        ("--rank", "lora.rank"): rank,
+        ("--base", "base.path"): base,
+        ("--steps", "train.steps"): steps,
+        ("--batch-size", "train.batch_size"): batch_size,
+        ("--learning-rate", "optimizer.learning_rate"): learning_rate,
+        ("--out", "output.path"): out,
+    }
+    given = merged(options, given)
+    if file is None and images is not None and not any(each.startswith("output.path=") for each in given):
+        given.append(f"output.path={json.dumps(f'out/{Path(images).resolve().name}.safetensors')}")
     if file is None and not given:
         raise typer.BadParameter("name a CONFIG.toml, or give --images DIR and --trigger WORD")
     config = load_config(file, given)

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from ..errors import ConfigError
 from .kohya_dataset_keys import DATASET, GENERAL, KEYS, RUN_KEYS, SET_KEYS, SUBSET
 from .messages import expectation
-from .sections import DataSection, SetSection, TrainSection
+from .sections import Config, DataSection, SetSection, TrainSection
 from .toml_file import place, read_toml
 from .unknown_keys import near_spelling
 
@@ -34,12 +34,25 @@ def read_dataset_config(data: DataSection, train: TrainSection) -> tuple[DataSec
     """
     assert data.dataset_config is not None
     file = Path(data.dataset_config)
-    tables, text = _read_json(file) if file.suffix.lower() == ".json" else read_toml(file)
+    tables, text = _read(file)
     reading = _Reading(file, text, data, train)
     resolved = reading.sections(tables)
     if resolved is None or reading.problems:
         raise ConfigError(reading.problems)
     return resolved
+
+
+def is_kohya_dataset(file: Path) -> bool:
+    """Whether ``file`` is a dataset configuration of kohya's trainer, by its content."""
+    try:
+        tables, _ = _read(file)
+    except ConfigError:
+        return False
+    return "datasets" in tables and not tables.keys() & Config.model_fields.keys()
+
+
+def _read(file: Path) -> tuple[dict[str, Any], str]:
+    return _read_json(file) if file.suffix.lower() == ".json" else read_toml(file)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,10 @@ from pydantic import ValidationError
 
 from ..errors import ConfigError
 from .catalogue import all_settings
+from .kohya_dataset import is_kohya_dataset
+from .locations import located
 from .messages import expectation
-from .sections import BaseSection, Config, DataSection, DatasetConfig
+from .sections import MISSING_TRIGGER, BaseSection, Config, DataSection, DatasetConfig
 from .toml_file import parse_value, place, read_toml
 from .unknown_keys import answer_by_name, answer_unknown, near_spelling
 
@@ -22,7 +24,8 @@ C = TypeVar("C", bound=DatasetConfig)
 def load_config(file: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
     """The configuration of a training run: ``file``, with ``section.key=value`` overrides.
 
-    Values of overrides are TOML where they parse as TOML and text otherwise, so quotes are not needed.
+    Values of overrides are TOML where they parse as TOML and text otherwise, so quotes are not needed. Relative paths in
+    ``file`` go by its folder, those in overrides by the working folder; ``~`` is the user's home.
 
     Raises:
         ConfigError: with one line for each unknown key (and what to use instead), wrong value or missing key.
@@ -55,15 +58,28 @@ def base_section(**options: Any) -> BaseSection:
 
 
 def _load(kind: type[C], file: str | Path | None, overrides: Iterable[str]) -> C:
-    tables, text = ({}, "") if file is None else read_toml(Path(file))
+    path = None if file is None else Path(file).expanduser()
+    tables, text = ({}, "") if path is None else _read(path)
+    overrides = tuple(overrides)
     problems = [problem for override in overrides if (problem := _apply(override, tables))]
     try:
         config = kind.model_validate(_with_tuples(tables))
     except ValidationError as error:
-        raise ConfigError([*problems, *_explain_all(error, kind, tables, str(file or "configuration"), text)]) from None
+        source = "" if path is None else str(path)
+        raise ConfigError([*problems, *_explain_all(error, kind, tables, source, text)]) from None
     if problems:
         raise ConfigError(problems)
-    return config
+    elsewhere = {override.partition("=")[0].strip() for override in overrides}
+    return located(config, None if path is None else path.parent, elsewhere)
+
+
+def _read(file: Path) -> tuple[dict[str, Any], str]:
+    """As ``read_toml``, with an answer for what is named in place of a configuration file."""
+    if file.is_dir():
+        raise ConfigError(f"{file} is a folder; use --images {file}")
+    if is_kohya_dataset(file):
+        raise ConfigError(f"{file} is a kohya dataset file: data.dataset_config={file}")
+    return read_toml(file)
 
 
 def _apply(override: str, tables: dict[str, Any]) -> str | None:
@@ -95,7 +111,20 @@ def _explain_all(
     # The model itself asks for a trigger only after all other faults are fixed.
     data = tables.get("data")
     if kind is Config and isinstance(data, dict) and "trigger" not in data and error.errors()[0]["loc"]:
-        yield f"{place(source, text, ['data', 'trigger'])}: data.trigger is missing"
+        yield _at(place(source, text, ["data", "trigger"]), MISSING_TRIGGER)
+
+
+_REMEDIES = {
+    "data": "; name the folder of images: --images DIR",
+    "output": "; name the file to write: --out FILE.safetensors",
+    "output.path": "; name the file to write: --out FILE.safetensors",
+}
+"""What is missing -> what to do."""
+
+
+def _at(where: str, problem: str) -> str:
+    """``problem`` after its place; alone where there is no file."""
+    return f"{where}: {problem}" if where else problem
 
 
 def _explain(entry: Any, source: str, text: str) -> Iterator[str]:
@@ -106,20 +135,21 @@ def _explain(entry: Any, source: str, text: str) -> Iterator[str]:
         for problem in entry["ctx"]["problems"].split("\n"):
             key = re.match(r"[\w.]+", problem)
             assert key is not None
-            yield f"{place(source, text, [*location, *key[0].split('.')])}: {'.'.join(filter(None, (name, problem)))}"
+            at = place(source, text, [*location, *key[0].split(".")])
+            yield _at(at, ".".join(filter(None, (name, problem))))
     elif entry["type"] == "extra_forbidden":
-        yield f"{where}: unknown key {name}{answer_unknown(name)}"
+        yield _at(where, f"unknown key {name}{answer_unknown(name)}")
         if len(location) == 1 and isinstance(entry["input"], dict):
             yield from _explain_unknown_table(name, entry["input"], source, text)
     elif entry["type"] == "missing":
-        yield f"{where}: {name} is missing"
+        yield _at(where, f"{name} is missing{_REMEDIES.get(name, '')}")
     else:
         default = next((setting.default for setting in all_settings() if setting.name == name), None)
-        yield f"{where}: {name} = {entry['input']!r}: {expectation(entry, default)}"
+        yield _at(where, f"{name} = {entry['input']!r}: {expectation(entry, default)}")
 
 
 def _explain_unknown_table(section: str, table: Mapping[str, Any], source: str, text: str) -> Iterator[str]:
     """A line for each key in an unknown table whose place is known; none where only the table is misspelled."""
     for key in table if not near_spelling(section, Config.model_fields) else ():
         if answer := answer_by_name(key):
-            yield f"{place(source, text, [section, key])}: unknown key {section}.{key}: {answer}"
+            yield _at(place(source, text, [section, key]), f"unknown key {section}.{key}: {answer}")

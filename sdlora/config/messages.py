@@ -29,12 +29,15 @@ def expectation(error: Any, example: object = None) -> str:
 
     Args:
         error: an entry of ``ValidationError.errors()``.
-        example: a possible value, for whole numbers.
+        example: a possible value, for whole numbers; a whole number written as 300.0 is its own.
     """
     expected = _EXPECTED.get(error["type"])
     if expected is None:
         message: str = error["msg"]
         return message[0].lower() + message[1:]
+    given = error.get("input")
+    if isinstance(given, float) and given.is_integer():
+        example = int(given)
     shown = example if type(example) is int else 300
-    given = {key: f"{value:g}" if isinstance(value, float) else value for key, value in error.get("ctx", {}).items()}
-    return expected.format(**{"example": shown, **given})
+    bounds = {key: f"{value:g}" if isinstance(value, float) else value for key, value in error.get("ctx", {}).items()}
+    return expected.format(**{"example": shown, **bounds})

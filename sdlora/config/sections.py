@@ -135,6 +135,9 @@ class SamplesSection(Section):
     """Prompts of the sample sheet. By default the first four captions; [] draws none."""
 
 
+MISSING_TRIGGER = "data.trigger is missing; name the trigger word: --trigger WORD"
+
+
 def _lora_file(value: str) -> str:
     if not value.endswith(".safetensors"):
         raise PydanticCustomError("lora_file", "must end in .safetensors")
@@ -201,7 +204,7 @@ class Config(DatasetConfig):
     @model_validator(mode="after")
     def _has_a_trigger(self) -> Config:
         if self.data.trigger is None:
-            raise PydanticCustomError("settings", "{problems}", {"problems": "data.trigger is missing"})
+            raise PydanticCustomError("settings", "{problems}", {"problems": MISSING_TRIGGER})
         return self
 
     def flat(self, affecting: Collection[Affects] = get_args(Affects)) -> dict[str, str]:

@@ -26,6 +26,8 @@ def read_toml(file: Path) -> tuple[dict[str, Any], str]:
     except FileNotFoundError:
         raise ConfigError(f"{file}: no such configuration file") from None
     except (OSError, UnicodeDecodeError) as error:
+        if file.is_dir():
+            raise ConfigError(f"{file}: a folder, not a file") from None
         raise ConfigError(f"{file}: cannot be read as UTF-8 text ({error})") from None
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(f"{file}: not valid TOML: {error}") from None

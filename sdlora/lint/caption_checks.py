@@ -162,21 +162,43 @@ def check_trigger_in(source: Source) -> Iterator[Finding]:
             f"write {trigger!r} as a separate word; until then it is put in front",
         ),
         (
-            "trigger-absent",
-            "note",
-            absent
-            and not in_word
-            and source.rules.trigger_as == "word"
-            and f"without the trigger {trigger!r}, which is put in front",
-            "write it where it belongs if that is elsewhere, or use --fix",
-        ),
-        (
             "trigger-case",
             "note",
             not absent and f"the trigger {trigger!r} in other capitals, which CLIP reads as the same",
             "spell it the same everywhere, for programs that compare letters",
         ),
     )
+
+
+def check_absent_triggers(sources: Sequence[Source], place: str) -> Iterator[Finding]:
+    """One finding for each trigger that captions of training images in one set lack, with their number.
+
+    Args:
+        place: the folder of the set, for several captions; one alone is named by its own file.
+    """
+    lacking: dict[str, list[Source]] = {}
+    for source in sources:
+        if source.role == "train" and source.rules.trigger_as == "word" and _lacks_trigger(source):
+            lacking.setdefault(source.rules.trigger, []).append(source)
+    for trigger, group in lacking.items():
+        several = len(group) > 1
+        names = "" if not several or len(group) == len(sources) else f" ({_names(group)})"
+        captions = f"{len(group)} captions lack" if several else "its caption lacks"
+        yield from findings_from(
+            place if several else place_of(group[0]),
+            (
+                "trigger-absent",
+                "note",
+                f"{captions} {trigger!r}{names}; it will be put in front",
+                "write it where it belongs if that is elsewhere, or use --fix",
+            ),
+        )
+
+
+def _lacks_trigger(source: Source) -> bool:
+    """Whether a caption is without the trigger, in any capitals and even within another word."""
+    trigger = source.rules.trigger
+    return bool(trigger) and any(trigger.lower() not in text.lower() for text in source.captions)
 
 
 def check_trigger(trigger: str, place: str, vocabulary: Vocabulary) -> Iterator[Finding]:
@@ -217,8 +239,7 @@ def check_repetition(sources: Sequence[Source], place: str) -> Iterator[Finding]
         yield from findings_from(place, ("caption-all-same", "warning", message, remedy))
         return
     for text, group in by_text.items():
-        names = ", ".join(source.file.name for source in group[:4]) + (", …" if len(group) > 4 else "")
-        message = len(group) > 1 and f"{_short(text)!r} is the caption of {len(group)} images: {names}"
+        message = len(group) > 1 and f"{_short(text)!r} is the caption of {len(group)} images: {_names(group)}"
         remedy = "write what is different if they differ"
         yield from findings_from(place_of(group[0]), ("caption-duplicate", "note", message, remedy))
     if len(captioned) >= FUSED_FROM:
@@ -235,6 +256,10 @@ def _fused_tags(captioned: Sequence[Source], place: str) -> Iterator[Finding]:
             and f"the tag {_short(tag)!r} is in all {count} captions; it is learned together with the trigger"
         )
         yield from findings_from(place, ("tag-in-every-caption", "warning", message, remedy))
+
+
+def _names(sources: Sequence[Source]) -> str:
+    return ", ".join(source.file.name for source in sources[:4]) + (", …" if len(sources) > 4 else "")
 
 
 def _short(text: str) -> str:

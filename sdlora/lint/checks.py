@@ -47,6 +47,9 @@ def check_all(
             findings += captions.check_length(source, vocabulary, data.max_token_length)
             findings += captions.check_spelling(source)
             findings += captions.check_trigger_in(source)
+    for number, section in enumerate(data.sets):
+        of_set = [source for source in sources if source.set_number == number]
+        findings += captions.check_absent_triggers(of_set, printable(Path(section.images)))
     findings += _check_triggers(sources, data, clip)
     order = {severity: rank for rank, severity in enumerate(SEVERITIES)}
     unique = dict.fromkeys(findings)

@@ -66,7 +66,7 @@ def check_format(image: ExaminedImage) -> Iterator[Finding]:
             "image-grey",
             "note",
             (facts.mode in _GREY or facts.mode.startswith("I;16")) and "a greyscale image",
-            "remove it if the style has colours; otherwise nothing needs to be done",
+            "leave it out unless the style is greyscale",
         ),
         (
             "image-cmyk",

@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..base.words import Words, clip_words, words_in
+from ..config.kohya_dataset import is_kohya_dataset
 from ..config.loading import load_config, load_dataset
 from ..config.resolve import resolve_config, resolve_data
 from ..config.sections import BaseSection, Config, DataSection
+from ..config.toml_file import parse_value
 from ..data.buckets import BucketRules, bucket_rules
 from ..data.examine import ExaminedImage, examine_images
 from ..data.kept_images import KEPT_BYTES, KeptImages
 from ..data.sources import find_sources
+from ..errors import ConfigError
 from ..progress import Progress, progress_or_bar
 from .checks import check_all
 from .dataset import ExaminedDataset
@@ -130,14 +133,15 @@ def linted_sections(
     caption_extension: str | None = None,
     base: str | None = None,
 ) -> tuple[DataSection, BaseSection]:
-    """Sections of the configuration that ``arguments`` name: a folder of images or a file, and ``section.key=value``.
+    """Sections of the configuration that ``arguments`` name: as ``sdlora lint`` has them, all of which may be
+    ``section.key=value``. The first may be a folder of images, a configuration file, or a kohya dataset file.
 
     A folder without ``trigger`` is checked without one. The options override what a file says.
 
     Raises:
         ConfigError: a file, key or value that is wrong.
     """
-    target, overrides = arguments[0], list(arguments[1:])
+    target, overrides = _target_of(arguments)
     options: dict[str, object] = {
         "data.trigger": trigger,
         "data.resolution": resolution,
@@ -147,7 +151,24 @@ def linted_sections(
     overrides += [
         f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in options.items() if value is not None
     ]
-    if target.endswith(".toml") and not Path(target).is_dir():
+    if target is None:
+        return load_dataset(None, overrides)
+    path = Path(target).expanduser()
+    is_kohya = path.is_file() and is_kohya_dataset(path)
+    if target.endswith(".toml") and not path.is_dir() and not is_kohya:
         config = load_config(target, overrides)
         return config.data, config.base
-    return load_dataset(None, [*overrides, f"data.images={json.dumps(target, ensure_ascii=False)}"])
+    key = "data.dataset_config" if is_kohya else "data.images"
+    for name, _, value in (override.partition("=") for override in overrides):
+        if name.strip() == key and parse_value(value.strip()) != target:
+            raise ConfigError(
+                f"{target} and {key}={parse_value(value.strip())} contradict each other; keep one of them"
+            )
+    return load_dataset(None, [*overrides, f"{key}={json.dumps(target, ensure_ascii=False)}"])
+
+
+def _target_of(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """What ``arguments`` name, None where they are settings alone; and the settings."""
+    if arguments and ("=" not in arguments[0] or Path(arguments[0]).expanduser().exists()):
+        return arguments[0], list(arguments[1:])
+    return None, list(arguments)

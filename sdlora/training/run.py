@@ -8,8 +8,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..config.loading import load_config
 from ..config.sections import Config
 from ..data.findings import raise_errors
+from ..errors import ConfigError
 from ..files import check_target
 from ..lint.report import LintReport, summary_lines
 from ..lint.run import examine_dataset
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def train(
-    config: Config,
+    config: Config | str | Path,
     *,
     restart: bool = False,
     progress: Progress | None = None,
@@ -32,6 +34,7 @@ def train(
     With several processes, only the main one reports.
 
     Args:
+        config: a configuration, or the path of its TOML file.
         restart: start over, whatever an earlier run left.
         progress: receives reports; by default a bar in a terminal.
         stop: set it, from any thread, to save and stop after the current step, as Ctrl-C does in the main thread.
@@ -41,6 +44,11 @@ def train(
         SdloraError: a fault of the input, found before a model is loaded wherever that is possible.
         Interrupted: Ctrl-C or ``stop``; the state is saved, and the same call resumes from it.
     """
+    if isinstance(config, (str, Path)):
+        config = load_config(config)
+    elif not isinstance(config, Config):
+        expected = "a configuration (sdlora.load_config) or the path of its TOML file"
+        raise ConfigError(f"train: expected {expected}, not {type(config).__name__}")
     from accelerate import PartialState
 
     check_target(Path(config.output.path))
