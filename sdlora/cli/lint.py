@@ -55,16 +55,9 @@ def lint_(
     as_json: JsonOption = False,
 ) -> None:
     """Find all faults of a dataset, without loading a model. Exit code 1 if one prevents training."""
-    if fix != (out is not None):
-        raise typer.BadParameter("--fix and --out COPY go together", param_hint="--fix")
-    if sheet is not None and sheet.suffix.lower() != ".png":
-        raise typer.BadParameter(f"{sheet} does not end in .png", param_hint="--sheet")
     if not arguments and images is None:
         raise typer.BadParameter("Missing argument: name DIR or CONFIG.toml, or give --images DIR")
-    if sheet is not None:
-        check_target(sheet)
-    if out is not None:
-        check_target(out, "new folder")
+    _check_targets(sheet, out, fix=fix)
     options: dict[tuple[str, str], object] = {
         ("--images", "data.images"): images,
         ("--trigger", "data.trigger"): trigger,
@@ -100,6 +93,17 @@ def lint_(
         typer.echo(_as_text(report, sheets, copy))
     if report.has_errors:
         raise typer.Exit(1)
+
+
+def _check_targets(sheet: Path | None, out: Path | None, *, fix: bool) -> None:
+    if fix != (out is not None):
+        raise typer.BadParameter("--fix and --out COPY go together", param_hint="--fix")
+    if sheet is not None:
+        if sheet.suffix.lower() != ".png":
+            raise typer.BadParameter(f"{sheet} does not end in .png", param_hint="--sheet")
+        check_target(sheet)
+    if out is not None:
+        check_target(out, "new folder")
 
 
 def _as_json(report: LintReport, sheets: Sequence[Path], copy: RepairReport | None) -> dict[str, Any]:
