@@ -66,7 +66,7 @@ class ImageTarget:
             if not slash and path.is_dir() and ending.lower() in FORMATS:
                 raise SdloraError(f"{text}: is a folder; name a file in it, or end it with / to write into the folder")
             if path.exists() and not path.is_dir():
-                raise SdloraError(f"{text}: is a file, not a folder; name a folder or a file that ends in .png")
+                raise SdloraError(f"{text}: is a file; name a folder, or a file that ends in .png")
             return cls(path=path, ending=".png", is_folder=True)
         if ending.lower() not in FORMATS:
             raise SdloraError(
