@@ -192,8 +192,9 @@ def train_steps(
             if done % train.save_every == 0 and done < steps:
                 _check_skipped(session, done)
                 save(done)
-            if interrupted.is_set() and done < steps:
+            if done < steps and _all_stop(session.accelerator, interrupted, done):
                 unsaved = save(done)
+                session.accelerator.wait_for_everyone()
                 text = f"stopped after step {done} of {steps}{unsaved}; run the same command to resume"
                 raise Interrupted(text, terminated=interrupted.terminated)
     _check_skipped(session, steps)
@@ -203,11 +204,26 @@ def train_steps(
     return tail_loss.item() / min(tail, steps - first)
 
 
+def _all_stop(accelerator: Accelerator, interrupted: InterruptFlag, done: int) -> bool:
+    """Whether to stop after ``done`` steps: the same in every process, so that none waits for one that has stopped.
+
+    Several processes compare their flags only where the loss is read, as that waits for the device anyway.
+    """
+    if accelerator.num_processes == 1:
+        return interrupted.is_set()
+    if done % REPORT_EVERY:
+        return False
+    own = torch.tensor([float(interrupted.is_set()), float(interrupted.terminated)], device=accelerator.device)
+    pressed, terminated = accelerator.reduce(own, "sum").tolist()
+    interrupted.terminated = terminated > 0
+    return pressed > 0
+
+
 class InterruptFlag:
     """Set by Ctrl-C, by SIGTERM, or by the caller's event, which these leave alone."""
 
     terminated = False
-    """Whether SIGTERM set it."""
+    """Whether SIGTERM set it, in any process once they have compared."""
 
     def __init__(self, stop: threading.Event | None):
         self._pressed, self._stop = threading.Event(), stop

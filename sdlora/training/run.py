@@ -49,10 +49,10 @@ def train(
     elif not isinstance(config, Config):
         expected = "a configuration (sdlora.load_config) or the path of its TOML file"
         raise ConfigError(f"train: expected {expected}, not {type(config).__name__}")
-    from accelerate import PartialState
+    from accelerate import Accelerator
 
     check_target(Path(config.output.path))
-    is_main = PartialState().is_main_process
+    is_main = Accelerator().is_main_process  # Unlike PartialState, it makes a group of processes without GPU too.
     with progress_or_bar(progress if is_main else Silence()) as reports:
         dataset = examine_dataset(config, progress=reports)
         raise_errors(dataset.findings)
