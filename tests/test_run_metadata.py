@@ -95,3 +95,27 @@ def test_the_hashes_of_a_base_file_are_stated(tiny_files: dict[str, Path], image
     assert metadata["ss_sd_model_name"] == base.name
     assert metadata["ss_new_sd_model_hash"] == hashlib.sha256(base.read_bytes()).hexdigest()
     assert metadata["ss_sd_model_hash"] == hashlib.sha256(base.read_bytes()[0x100000:0x110000]).hexdigest()[:8]
+
+
+@pytest.mark.parametrize("level", ["full", "minimal"])
+def test_new_texts_are_written_into_a_finished_file(level: str, tiny_base: Path, images: Path, tmp_path: Path) -> None:
+    out, level_set = tmp_path / "x.safetensors", f"output.metadata={level}"
+    config = trained(tiny_base, images, out, "samples.prompts=[]", level_set, "output.author=Ann", "output.license=MIT")
+    before, data = read_metadata(out), out.read_bytes()
+    texts = {"author": "Bea", "license": None, "tags": ("a", "b"), "comment": "a note"}
+    changed = config.model_copy(update={"output": config.output.model_copy(update=texts)})
+    result = sdlora.train(changed).result
+    assert (result.texts_written, result.loss) == (True, None)
+    expected = {"modelspec.author": "Bea", "modelspec.tags": "a, b"}
+    expected |= {"ss_training_comment": "a note"} if level == "full" else {}
+    after, legacy = read_metadata(out), "sshs_legacy_hash"
+    assert {**after, legacy: ""} == {**before, **expected, legacy: ""}
+    start, new = 8 + int.from_bytes(data[:8], "little"), out.read_bytes()
+    assert new[8 + int.from_bytes(new[:8], "little") :] == data[start:]
+    assert sdlora.inspect(out).problems == ()
+    assert not sdlora.train(changed).result.texts_written
+    assert out.read_bytes() == new
+    other = changed.output.model_copy(update={"metadata": "none"})
+    with pytest.raises(ResumeError, match=rf'output\.metadata was "{level}", is now "none"'):
+        sdlora.train(changed.model_copy(update={"output": other}))
+    assert out.read_bytes() == new

@@ -91,7 +91,7 @@ def train(
     with progress_bar() as progress:
         report = train_lora(config, restart=restart, progress=progress, say=progress.say)
     if as_json:
-        keys = ("output", "steps", "seconds", "loss", "validation_loss", "resumed_from")
+        keys = ("output", "steps", "seconds", "loss", "validation_loss", "resumed_from", "warning", "texts_written")
         emit({**{key: getattr(report.result, key) for key in keys}, "samples": report.samples})
         return
     typer.echo(f"{report.result.output}: {_summary(report.result)}")
@@ -101,6 +101,8 @@ def train(
 
 def _summary(result: TrainResult) -> str:
     if result.loss is None and not result.resumed_from:
+        if result.texts_written:
+            return "this run is complete already; the changed texts of [output] are written into the file"
         return "this run is complete already; --restart starts over"
     parts = [
         f"{result.output.stat().st_size / 1e6:.1f} MB",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 
 from ..base.base import Base
 from ..base.load import load_base
@@ -23,10 +23,12 @@ from ..formats.lora_writer import write_lora
 from ..lora.low_rank import LowRank
 from ..progress import Progress
 from .checkpoint import RUN_KEY, Checkpoint, RunFolder, finished, forget_run, record_run
+from .course import loss_warning, tail_length
 from .facts import describe_run
 from .plan import RunPlan
 from .samples import write_samples
 from .session import TrainingSession, open_session
+from .texts import changed_metadata, write_texts
 from .validation import validation_loss
 
 REPORT_EVERY = 10
@@ -47,6 +49,10 @@ class TrainResult:
     """Mean over the validation images after the last step; None without such images, or where the run was complete."""
     resumed_from: int
     """Steps that an earlier, interrupted call had done."""
+    warning: str | None = None
+    """What the losses say against the run, and the likely cause; None where nothing is known against it."""
+    texts_written: bool = False
+    """Whether the run was complete already, and new texts of ``[output]`` were written into its file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +74,7 @@ class TrainedLora:
     """Seconds since 1970 when the first of all calls started."""
     resumed_from: int
     loss: float | None
+    warning: str | None
     validation_loss: float | None
 
 
@@ -86,11 +93,7 @@ def run_training(plan: RunPlan, *, restart: bool, progress: Progress, stop: thre
     if restart:
         folder.remove()
     elif finished(output, plan.identity):
-        folder.remove()
-        result = TrainResult(
-            output=output, steps=config.train.steps, seconds=0.0, loss=None, validation_loss=None, resumed_from=0
-        )
-        return TrainReport(result=result, samples=None)
+        return TrainReport(result=_complete_already(plan, folder), samples=None)
     start = folder.newest() or Checkpoint(step=0, started_at=began, tensors={})
 
     accelerator = Accelerator()
@@ -114,6 +117,7 @@ def run_training(plan: RunPlan, *, restart: bool, progress: Progress, stop: thre
         loss=trained.loss,
         validation_loss=trained.validation_loss,
         resumed_from=trained.resumed_from,
+        warning=trained.warning,
     )
     if not accelerator.is_main_process:
         return TrainReport(result=result, samples=None)
@@ -137,15 +141,17 @@ def train_lora(
     if start.step:
         session.optimizer.restore(start.tensors)
     with session.attached():
-        loss = train_steps(session, start, folder, progress, stop)
+        losses = train_steps(session, start, folder, progress, stop)
         held_out = validation_loss(session, progress)
     session.embeddings.close()
+    steps = plan.config.train.steps
     return TrainedLora(
         weights=session.adapter.weights(),
         caption_tokens=WORDS_IN_CHUNK * session.embeddings.chunks,
         started_at=start.started_at,
         resumed_from=start.step,
-        loss=loss,
+        loss=losses[-tail_length(steps) :].mean().item() if len(losses) else None,
+        warning=loss_warning(losses.tolist(), first=start.step, steps=steps, unlearned=_unlearned_loss(session)),
         validation_loss=held_out,
     )
 
@@ -156,15 +162,15 @@ def train_steps(
     folder: RunFolder,
     progress: Progress,
     stop: threading.Event | None = None,
-) -> float | None:
-    """Do every step after ``start``; returns the mean loss over the last 10 % of the steps (of those done here).
+) -> torch.Tensor:
+    """Do every step after ``start``; returns the loss of each, (steps done here,) float32 on the device.
 
     The state after the last step is saved too, so nothing is lost if the file cannot be written. A checkpoint that cannot
     be written is a warning.
     """
     train, first = session.plan.config.train, start.step
-    steps, tail = train.steps, max(1, train.steps // 10)
-    recent, tail_loss = torch.zeros(2, device=session.base.device)
+    steps = train.steps
+    losses = torch.zeros(steps - first, device=session.base.device)
     progress.start("Training", steps, first)
     reported = first
 
@@ -182,12 +188,9 @@ def train_steps(
     with interrupt_flag(stop) as interrupted:
         for step in range(first, steps):
             loss, done = session.step(step), step + 1
-            recent += loss
-            if done > steps - tail:
-                tail_loss += loss
+            losses[step - first] = loss
             if done % REPORT_EVERY == 0 or done == steps:
-                progress.advance(done - reported, f"loss {recent.item() / (done - reported):.4f}")
-                recent.zero_()
+                progress.advance(done - reported, f"loss {losses[reported - first : done - first].mean().item():.4f}")
                 reported = done
             if done % train.save_every == 0 and done < steps:
                 _check_skipped(session, done)
@@ -198,10 +201,38 @@ def train_steps(
                 text = f"stopped after step {done} of {steps}{unsaved}; run the same command to resume"
                 raise Interrupted(text, terminated=interrupted.terminated)
     _check_skipped(session, steps)
-    if first == steps:
-        return None
-    save(steps)
-    return tail_loss.item() / min(tail, steps - first)
+    if first < steps:
+        save(steps)
+    return losses
+
+
+def _unlearned_loss(session: TrainingSession) -> float:
+    """Mean loss of a model that always predicts zero, at most: what it should predict has a variance of about 1."""
+    schedule, gamma = session.base.schedule, session.plan.config.objective.min_snr_gamma
+    timesteps = torch.arange(len(schedule.alphas_cumprod), device=session.base.device)
+    weights = session.plan.training.weights
+    return schedule.min_snr_weight(timesteps, gamma).mean().item() * max(1.0, *weights)
+
+
+def _complete_already(plan: RunPlan, folder: RunFolder) -> TrainResult:
+    """The result of a run whose file exists; new texts are written into it."""
+    output, processes = Path(plan.config.output.path), PartialState()
+    metadata = changed_metadata(output, plan.config)
+    # Every process has read the file before one changes it.
+    processes.wait_for_everyone()
+    if processes.is_main_process:
+        folder.remove()
+        if metadata is not None:
+            write_texts(output, metadata, plan.identity)
+    return TrainResult(
+        output=output,
+        steps=plan.config.train.steps,
+        seconds=0.0,
+        loss=None,
+        validation_loss=None,
+        resumed_from=0,
+        texts_written=metadata is not None,
+    )
 
 
 def _all_stop(accelerator: Accelerator, interrupted: InterruptFlag, done: int) -> bool:

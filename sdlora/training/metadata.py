@@ -92,6 +92,22 @@ def training_metadata(config: Config, run: RunFacts, data: DatasetFacts) -> dict
     return {key: json.dumps(v) if isinstance(v, dict) else str(v) for key, v in values.items()}
 
 
+def stated_texts(config: Config) -> dict[str, str]:
+    """Metadata key -> text, of the texts that ``config`` states for a file of its ``output.metadata``."""
+    output = config.output
+    texts = {
+        "modelspec.title": output.title,
+        "modelspec.author": output.author,
+        "modelspec.license": output.license,
+        "modelspec.description": output.description,
+        "modelspec.tags": ", ".join(output.tags),
+        "modelspec.usage_hint": output.usage_hint,
+        "ss_training_comment": output.comment,
+    }
+    keys = {"none": frozenset[str](), "minimal": _MINIMAL, "full": texts.keys()}[output.metadata]
+    return {key: text for key, text in texts.items() if text and key in keys}
+
+
 _WRITTEN_BY_USERS = ("author", "license", "description", "tags", "usage_hint")
 _MINIMAL = frozenset(
     {"ss_v2", "ss_base_model_version", "ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args"}

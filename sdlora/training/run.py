@@ -38,7 +38,8 @@ def train(
         restart: start over, whatever an earlier run left.
         progress: receives reports; by default a bar in a terminal.
         stop: set it, from any thread, to save and stop after the current step, as Ctrl-C does in the main thread.
-        say: called with what is worth knowing about the images and captions, line by line, before a model is loaded.
+        say: called with what is worth knowing about the images and captions, line by line, before a model is loaded,
+            and after the training with a warning where the losses say that it failed.
 
     Raises:
         SdloraError: a fault of the input, found before a model is loaded wherever that is possible.
@@ -68,4 +69,7 @@ def train(
                 say(line)
         raise_if_stopped(stop, "stopped before the first step; run the same command to start")
         with locked(Path(config.output.path)) if is_main else nullcontext():
-            return run_training(plan, restart=restart, progress=reports, stop=stop)
+            report = run_training(plan, restart=restart, progress=reports, stop=stop)
+        if is_main and report.result.warning:
+            say(f"warning: {report.result.warning}")
+        return report
