@@ -84,7 +84,7 @@ class DetectedCheckpoint:
     """Number of tensors that hold averaged weights; they are not read."""
     files: tuple[TensorFile, ...]
     kind: str
-    """``checkpoint`` (of any architecture), ``controlnet``, ``embedding``, ``motion-module``, ``vae`` or ``text-encoder``."""
+    """``checkpoint`` (of any kind), ``controlnet``, ``embedding``, ``motion-module``, ``vae`` or ``text-encoder``."""
     title: str | None
     """What it is, such as ``a Flux checkpoint``, if it is no checkpoint of Stable Diffusion 1.x, 2.x or XL."""
     refusal: str | None
