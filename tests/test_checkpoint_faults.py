@@ -87,7 +87,7 @@ def test_what_cannot_be_used_is_named(what: str, sentence: str, tmp_path: Path) 
     assert len(caught.value.problems) == 1
     if what != "lora":
         report = sdlora.inspect(file)
-        assert (report.kind, report.family) == ("checkpoint", None)
+        assert (report.kind, report.family) == (what if what in ("controlnet", "embedding") else "checkpoint", None)
         assert sentence in report.problems[0]
 
 

@@ -12,7 +12,7 @@ from PIL import Image, ImageChops
 import sdlora
 from sdlora.base import load
 from sdlora.base.base import Base
-from sdlora.generation.grid import labelled_grid
+from sdlora.generation.grid import LABEL_LINES, labelled_grid
 from sdlora.lora.layers import LoraLinear
 from sdlora.training import loop
 from tests.conftest import write_images
@@ -60,8 +60,14 @@ def test_samples_are_generated_on_the_base_in_memory(
     assert len(loaded) == 2
     assert report.samples == tmp_path / "x.samples.png"
     with Image.open(report.samples) as sheet:
-        expected = labelled_grid([[image.image for image in drawn]], columns=["", ""])
+        expected = labelled_grid([[image.image for image in drawn]], columns=prompts)
         assert ImageChops.difference(sheet, expected).getbbox() is None
+        for x, image in enumerate(drawn):
+            wide, high = image.image.size
+            box = (x * (wide + 6), sheet.height - high, x * (wide + 6) + wide, sheet.height)
+            assert ImageChops.difference(sheet.crop(box), image.image).getbbox() is None
+            label = sheet.crop((box[0], 0, box[2], box[1])).convert("L")
+            assert label.getextrema()[0] < 100
         recipes = sheet.info["parameters"].split("\n\n")
     # The thumbnail was added to the file after it was hashed for the sheet; the hash is over the tensors alone.
     assert recipes == [image.parameters for image in drawn]
@@ -83,7 +89,7 @@ def test_a_set_precision_is_that_of_the_samples(
     assert [base.dtype for base in loaded] == [torch.bfloat16] * 2
     assert report.samples is not None
     with Image.open(report.samples) as sheet:
-        expected = labelled_grid([[drawn.image]], columns=[""])
+        expected = labelled_grid([[drawn.image]], columns=["zorb, a red fox"])
         assert ImageChops.difference(sheet, expected).getbbox() is None
 
 
@@ -96,3 +102,16 @@ def test_captions_are_the_prompts_where_none_are_set(tiny_base: Path, tmp_path: 
     with Image.open(report.samples) as sheet:
         recipes = sheet.info["parameters"].split("\n\n")
     assert [recipe.partition(" <lora:")[0] for recipe in recipes] == [f"zorb, a thing of kind {i}" for i in range(4)]
+
+
+def test_a_long_prompt_is_wrapped_and_cut_to_the_width_of_its_image() -> None:
+    images = [Image.new("RGB", (96, 32), colour) for colour in ("red", "blue")]
+    long = labelled_grid([images], columns=["a tower " * 60, "w" * 300])
+    short = labelled_grid([images], columns=["a", "b"])
+    assert long.width == short.width == 2 * 96 + 6
+    assert long.height - 32 == LABEL_LINES * (short.height - 32)
+    above = long.height - 32
+    assert long.crop((96, 0, 102, above)).getextrema() == ((255, 255),) * 3
+    for x, image in enumerate(images):
+        box = (x * 102, above, x * 102 + 96, above + 32)
+        assert ImageChops.difference(long.crop(box), image).getbbox() is None

@@ -35,21 +35,27 @@ _USELESS = re.compile(
     r"|.*(logit_scale|position_ids|text_projection|attn_mask)$|v_pred$|ztsnr$|cond_stage_model\.model\.transformer\.resblocks"
 )
 """Tensors that files hold and that no image needs: schedules, averages kept by trainers, layers after the one read."""
+_CONTROLNET = r"control_model\.|controlnet_cond_embedding\.|input_hint_block\.|zero_convs\."
 _OTHERS = {
-    r"(.*\.)?joint_blocks\.": "a Stable Diffusion 3 checkpoint",
-    r"(.*\.)?(double_blocks|single_transformer_blocks)\.": "a Flux checkpoint",
-    r"(.*\.)?clip_txt_mapper\.": "a Stable Cascade checkpoint",
-    r"(.*\.)?adaln_single\.": "a PixArt checkpoint",
-    r"(.*\.)?double_layers\.": "an AuraFlow checkpoint",
-    r"(.*\.)?noise_refiner\.": "a Lumina or Z-Image checkpoint",
-    r"(.*\.)?patchify_proj\.": "an LTX-Video checkpoint",
-    r"(.*\.)?mlp_t5\.": "a Hunyuan-DiT checkpoint",
-    r"(.*\.)?(time_stack|time_mixer)\.": "a Stable Video Diffusion checkpoint",
-    r"(.*\.)?transformer_blocks\.\d+\.img_mod": "a Qwen-Image checkpoint",
-    r"control_model\.|controlnet_cond_embedding\.|input_hint_block\.|zero_convs\.": "a ControlNet",
-    r"emb_params$|string_to_param|clip_[lg]$": "a textual-inversion embedding",
-    r"(.*\.)?motion_modules\.": "a motion module",
+    r"(.*\.)?joint_blocks\.": ("checkpoint", "a Stable Diffusion 3 checkpoint"),
+    r"(.*\.)?(double_blocks|single_transformer_blocks)\.": ("checkpoint", "a Flux checkpoint"),
+    r"(.*\.)?clip_txt_mapper\.": ("checkpoint", "a Stable Cascade checkpoint"),
+    r"(.*\.)?adaln_single\.": ("checkpoint", "a PixArt checkpoint"),
+    r"(.*\.)?double_layers\.": ("checkpoint", "an AuraFlow checkpoint"),
+    r"(.*\.)?noise_refiner\.": ("checkpoint", "a Lumina or Z-Image checkpoint"),
+    r"(.*\.)?patchify_proj\.": ("checkpoint", "an LTX-Video checkpoint"),
+    r"(.*\.)?mlp_t5\.": ("checkpoint", "a Hunyuan-DiT checkpoint"),
+    r"(.*\.)?(time_stack|time_mixer)\.": ("checkpoint", "a Stable Video Diffusion checkpoint"),
+    r"(.*\.)?transformer_blocks\.\d+\.img_mod": ("checkpoint", "a Qwen-Image checkpoint"),
+    _CONTROLNET: ("controlnet", "a ControlNet"),
+    r"emb_params$|string_to_param|clip_[lg]$": ("embedding", "a textual-inversion embedding"),
+    r"(.*\.)?motion_modules\.": ("motion-module", "a motion module"),
+    r"encoder\.block\.\d+\.layer\.\d+\.SelfAttention\.": ("text-encoder", "a T5 text encoder"),
 }
+"""Pattern of a tensor's name -> ``DetectedCheckpoint.kind`` and what it is, the first that matches."""
+_EMBEDDING_WIDTHS = (768, 1024, 1280)
+"""Numbers in the vector of a token, in the text encoders of Stable Diffusion."""
+_SUPPORTED = "; sdlora works with Stable Diffusion 1.x, 2.x and XL"
 _UNET_INPUTS = {
     5: "a depth-to-image model: its UNet needs a depth map as a fifth channel",
     7: "an upscaler: its UNet needs the small image as three more channels",
@@ -77,6 +83,10 @@ class DetectedCheckpoint:
     ema_tensors: int
     """Number of tensors that hold averaged weights; they are not read."""
     files: tuple[TensorFile, ...]
+    kind: str
+    """``checkpoint`` (of any kind), ``controlnet``, ``embedding``, ``motion-module``, ``vae`` or ``text-encoder``."""
+    title: str | None
+    """What it is, such as ``a Flux checkpoint``, if it is no checkpoint of Stable Diffusion 1.x, 2.x or XL."""
     refusal: str | None
     """Why it cannot be used, as the end of a sentence that begins with its name."""
     notes: tuple[str, ...]
@@ -143,7 +153,8 @@ def _describe(
     read = {(id(w.file), w.stored.name) for part in parts.values() for w in part.tensors.values()}
     unread = [name for file in files for name in file.tensors if (id(file), name) not in read]
     metadata = {key: value for file in files for key, value in file.metadata.items()}
-    family, refusal = _identify(parts, unread)
+    kind, title = _other_kind(parts, unread, files)
+    family, refusal = _identify(parts, unread, title)
     prediction, source, contradiction = _prediction(family, parts, unread, metadata, scheduler)
     zero_terminal = "ztsnr" in unread or bool(scheduler.get("rescale_betas_zero_snr"))
     try:
@@ -172,16 +183,20 @@ def _describe(
         zeros_for_empty_negative=index.get("force_zeros_for_empty_prompt"),
         ema_tensors=sum(name.startswith("model_ema.") for name in unread),
         files=files,
+        kind=kind,
+        title=title,
         refusal=refusal,
         notes=tuple(notes),
         metadata=metadata,
     )
 
 
-def _identify(parts: Mapping[str, Part], unread: Sequence[str]) -> tuple[Family | None, str | None]:
-    """The family, or why there is none."""
-    if "unet" not in parts or "conv_in.weight" not in parts["unet"].tensors:
-        return None, _other_kind(parts, unread)
+def _identify(parts: Mapping[str, Part], unread: Sequence[str], title: str | None) -> tuple[Family | None, str | None]:
+    """The family, or why there is none; ``title`` is that of ``_other_kind``."""
+    if not _has_unet(parts):
+        return None, _no_unet(parts, unread, title)
+    if title is not None:
+        return None, f"is {title}{_SUPPORTED}"
     shapes = parts["unet"].shapes()
     inputs = shapes["conv_in.weight"]
     text = next((shape for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")), ())
@@ -198,14 +213,45 @@ def _identify(parts: Mapping[str, Part], unread: Sequence[str]) -> tuple[Family 
     return family, None if family else "has a UNet unlike that of any Stable Diffusion"
 
 
-def _other_kind(parts: Mapping[str, Part], unread: Sequence[str]) -> str:
+def _has_unet(parts: Mapping[str, Part]) -> bool:
+    return "unet" in parts and "conv_in.weight" in parts["unet"].tensors
+
+
+def _other_kind(
+    parts: Mapping[str, Part], unread: Sequence[str], files: Sequence[TensorFile]
+) -> tuple[str, str | None]:
+    """``DetectedCheckpoint.kind`` and ``title``."""
+    names = _names(parts, unread)
+    if _has_unet(parts):
+        # A ControlNet is the first half of a UNet.
+        half = "conv_out.weight" not in parts["unet"].tensors
+        found = half and any(re.match(_CONTROLNET, name) for name in names)
+        return _OTHERS[_CONTROLNET] if found else ("checkpoint", None)
+    for pattern, found in _OTHERS.items():
+        if any(re.match(pattern, name) for name in names):
+            return found
+    if set(parts) == {"vae"}:
+        return "vae", "a VAE"
+    if parts and all(part.startswith("text_encoder") for part in parts):
+        return "text-encoder", "a text encoder" if len(parts) == 1 else "two text encoders"
+    shapes = [stored.shape for file in files for stored in file.tensors.values()]
+    if not parts and len(shapes) == 1 and len(shapes[0]) in (1, 2) and shapes[0][-1] in _EMBEDDING_WIDTHS:
+        return "embedding", "a textual-inversion embedding"
+    return "checkpoint", None
+
+
+def _names(parts: Mapping[str, Part], unread: Sequence[str]) -> list[str]:
+    """The names of all tensors as the files have them."""
+    return [*unread, *(w.stored.name for part in parts.values() for w in part.tensors.values())]
+
+
+def _no_unet(parts: Mapping[str, Part], unread: Sequence[str], title: str | None) -> str:
     """What a file is that holds no UNet of Stable Diffusion."""
-    names = [*unread, *(w.stored.name for part in parts.values() for w in part.tensors.values())]
+    names = _names(parts, unread)
     if is_lora(names):
         return "is a LoRA, not a base checkpoint; use it with --lora"
-    for pattern, what in _OTHERS.items():
-        if any(re.match(pattern, name) for name in names):
-            return f"is {what}; sdlora works with Stable Diffusion 1.x, 2.x and XL"
+    if title is not None:
+        return f"is {title}{_SUPPORTED}"
     if parts:
         return f"holds no UNet of Stable Diffusion, only {', '.join(PART_TITLES[part] for part in parts)}"
     return f"is not a checkpoint that sdlora knows; its tensors have names such as {names[0] if names else '(none)'}"

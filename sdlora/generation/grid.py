@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from ..data.lettering import Lettering
+
+LABEL_LINES = 4
+"""A label above an image has at most as many lines; the rest of it is cut."""
 _INK, _PAPER, _GAP = (40, 40, 40), (255, 255, 255), 6
 
 
@@ -14,23 +18,26 @@ def labelled_grid(
 ) -> Image.Image:
     """A grid of ``rows``, all of the same length and of images of equal size.
 
-    ``columns`` are the labels above, ``row_labels`` those on the left. Each image is enlarged ``scale`` times without
-    smoothing.
+    ``columns`` are the labels above, wrapped to the images' width, ``row_labels`` those on the left. Each image is
+    enlarged ``scale`` times without smoothing. The images are at the bottom right, 6 pixels apart.
     """
     width, height = rows[0][0].width * scale, rows[0][0].height * scale
-    font = ImageFont.load_default(max(11, height // 12))
-    line = round(font.getbbox("Ag")[3]) + _GAP
-    left = max((int(font.getlength(label)) + 2 * _GAP for label in row_labels), default=0)
-    size = (left + len(columns) * (width + _GAP) - _GAP, line + len(rows) * (height + _GAP) - _GAP)
+    letters = Lettering(max(11, height // 12))
+    line = letters.height + _GAP
+    left = max((int(letters.length(label)) + 2 * _GAP for label in row_labels), default=0)
+    labels = [letters.wrapped(label, width, lines=LABEL_LINES) for label in columns]
+    above = line * max((len(label) for label in labels), default=1) or line
+    size = (left + len(columns) * (width + _GAP) - _GAP, above + len(rows) * (height + _GAP) - _GAP)
     canvas = Image.new("RGB", size, _PAPER)
     pen = ImageDraw.Draw(canvas)
-    for x, label in enumerate(columns):
-        middle = left + x * (width + _GAP) + width / 2
-        pen.text((middle, line / 2), label, _INK, font, anchor="mm")
+    for x, label in enumerate(labels):
+        middle, top = left + x * (width + _GAP) + width / 2, above - line * len(label)
+        for number, text in enumerate(label):
+            letters.draw(pen, (middle - letters.length(text) / 2, top + number * line + _GAP / 2), text, _INK)
     for y, row in enumerate(rows):
-        top = line + y * (height + _GAP)
+        top = above + y * (height + _GAP)
         if y < len(row_labels):
-            pen.text((_GAP, top + height / 2), row_labels[y], _INK, font, anchor="lm")
+            letters.draw(pen, (_GAP, top + (height - letters.height) / 2), row_labels[y], _INK)
         for x, image in enumerate(row):
             enlarged = image.resize((width, height), Image.Resampling.NEAREST)
             canvas.paste(enlarged, (left + x * (width + _GAP), top))

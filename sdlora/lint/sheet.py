@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from ..config.sections import MaskKind
 from ..data.buckets import Placement
 from ..data.decoding import ImageError
 from ..data.examine import ExaminedImage
 from ..data.images import cut_out, open_image, open_mask, scale
+from ..data.lettering import Lettering
 from ..data.views import salient_crop
 from ..errors import DataError
 from ..files import write_png
@@ -88,7 +89,7 @@ def _cropped(image: Image.Image, placement: Placement) -> Image.Image:
 
 
 def _drawn(shown: Sequence[tuple[ExaminedImage, Placement]], images: Sequence[Image.Image]) -> Image.Image:
-    font = ImageFont.load_default(12)
+    letters = Lettering(12)
     columns = min(COLUMNS, len(images))
     wide = max(_TEXT_WIDTH, *(image.width for image in images))
     high = max(image.height for image in images)
@@ -100,36 +101,12 @@ def _drawn(shown: Sequence[tuple[ExaminedImage, Placement]], images: Sequence[Im
         left, top = GAP + number % columns * cell[0], GAP + number // columns * cell[1]
         sheet.paste(image, (left, top))
         size = f" {placement.width}x{placement.height}"
-        name = _fitted(examined.source.name, font, wide - font.getlength(size)) + size
-        pen.text((left, top + high + 2), name, _FAINT, font)
+        name = letters.fitted(examined.source.name, wide - letters.length(size)) + size
+        letters.draw(pen, (left, top + high + 2), name, _FAINT)
         caption = examined.source.rules.plain(examined.source.captions)
-        for row, text in enumerate(_wrapped(caption, font, wide), 1):
-            pen.text((left, top + high + 2 + row * _LINE), text, _INK, font)
+        for row, text in enumerate(letters.wrapped(caption, wide, lines=_LINES), 1):
+            letters.draw(pen, (left, top + high + 2 + row * _LINE), text, _INK)
     return sheet
-
-
-def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> Iterator[str]:
-    """At most ``_LINES`` lines of at most ``width`` pixels; a word that is wider is cut."""
-    words = text.split()
-    for row in range(_LINES):
-        if not words:
-            return
-        count = 1
-        while count < len(words) and font.getlength(" ".join(words[: count + 1])) <= width:
-            count += 1
-        if row == _LINES - 1:
-            count = len(words)
-        yield _fitted(" ".join(words[:count]), font, width)
-        words = words[count:]
-
-
-def _fitted(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
-    text = text[:200]
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text + "…"
 
 
 def _save(sheet: Image.Image, file: Path) -> None:

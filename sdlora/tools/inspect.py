@@ -52,11 +52,15 @@ def _checkpoint_report(found: DetectedCheckpoint, *, name: str, hashes: FileHash
     dtypes: Counter[str] = Counter()
     for part in found.parts.values():
         dtypes.update({str(dtype).removeprefix("torch."): count for dtype, count in part.dtypes().items()})
+    if not dtypes:
+        stored = [tensor.dtype for file in found.files for tensor in file.tensors.values()]
+        dtypes.update(str(dtype).removeprefix("torch.") for dtype in stored)
     family, problems = found.family, [f"it {found.refusal}"] if found.refusal else []
     if family is not None:
         problems += [f"it holds no {PART_TITLES[part]}" for part in family.parts if part not in found.parts]
     return InspectReport(
-        kind="checkpoint",
+        kind=found.kind,
+        title=found.title.partition(" ")[2] if found.title else None,
         file=name,
         family=family.name if family else None,
         format=found.format,

@@ -45,7 +45,9 @@ class InspectReport:
     """What ``inspect`` found; fields that do not apply to its ``kind`` are None or empty."""
 
     kind: str
-    """``lora``, ``checkpoint`` or ``image``."""
+    """``lora``, ``image``, or ``DetectedCheckpoint.kind``."""
+    title: str | None = None
+    """What it is, such as ``Flux checkpoint``, if sdlora can use it neither as a LoRA nor as a base."""
     file: str
     family: str | None
     format: str
@@ -99,9 +101,11 @@ def as_text(report: InspectReport) -> str:
         recipe = report.metadata.get("parameters", "").splitlines()
         first = f"{report.file}: image, {report.format}"
         return "\n".join([first, *(f"  {line}" for line in recipe), *(f"  note: {note}" for note in report.notes)])
-    lines = [f"{report.file}: {report.kind}, {report.family or 'unknown family'}, {report.format} names"]
+    names = "" if report.format == "unknown" else f", {report.format} names"
+    what = report.title or f"{report.kind}, {report.family or 'unknown family'}"
+    lines = [f"{report.file}: {what}{names}"]
     facts = [(label, text) for label, text in _facts(report) if text]
-    width = max(len(label) for label, _ in facts)
+    width = max((len(label) for label, _ in facts), default=0)
     lines += [f"  {label:<{width}}  {text}" for label, text in facts]
     lines += [f"  note: {note}" for note in report.notes]
     lines += [f"  problem: {problem}" for problem in report.problems[:LINES_OF_PROBLEMS]]
@@ -119,7 +123,10 @@ def _facts(report: InspectReport) -> list[tuple[str, str]]:
     tags = list((report.tags or {}).items())
     more = f", and {len(tags) - TAGS_SHOWN} more" if len(tags) > TAGS_SHOWN else ""
     return [
-        ("modules" if report.kind == "lora" else "tensors", f"{counts} ({report.dtype})"),
+        (
+            "modules" if report.kind == "lora" else "tensors",
+            f"{counts} ({report.dtype})" if counts else report.dtype or "",
+        ),
         ("kinds", ", ".join(f"{kind} {count}" for kind, count in kinds.items())),
         ("embeddings", f"{', '.join(report.embeddings)} (bundled, not applied)" if report.embeddings else ""),
         ("parameters", ", ".join(f"{part} {count / 1e6:,.1f} M" for part, count in (report.parameters or {}).items())),

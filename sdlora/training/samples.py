@@ -23,6 +23,8 @@ def write_samples(
 ) -> Path | None:
     """Write ``NAME.samples.png`` beside the trained file ``output``, and a thumbnail into it if configured.
 
+    Each image is beneath its prompt, which is shortened if it is long.
+
     The LoRA is read from ``output`` and merged into ``base``, so the images show what the file does. They equal those of
     ``sdlora.generate`` with the same base, LoRA and seed; if ``train.precision`` is set, with that precision.
 
@@ -37,7 +39,7 @@ def write_samples(
     if not requests:
         return None
     images = Studio.on(base, [str(output)]).images(requests, progress=progress, stop=stop)
-    sheet = labelled_grid([[image.image for image in images]], columns=[""] * len(images))
+    sheet = labelled_grid([[image.image for image in images]], columns=[request.prompt for request in requests])
     file = output.with_suffix(".samples.png")
     save_png(sheet, file, "\n\n".join(image.parameters for image in images))
     if config.output.thumbnail and config.output.metadata == "full":
