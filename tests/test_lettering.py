@@ -15,7 +15,7 @@ def drawn(text: str) -> np.ndarray:
     return np.asarray(canvas)
 
 
-@pytest.mark.parametrize("text", ["é", "ü", "ñ", "ß", "Ж", "日本", "か", "a é 日"])
+@pytest.mark.parametrize("text", ["é", "ü", "ñ", "ß", "Ж", "日本", "か", "한국어", "a é 日 글"])
 def test_no_letter_is_a_box(text: str) -> None:
     for char in text.replace(" ", ""):
         pixels = drawn(char)

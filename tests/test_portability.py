@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from sdlora import files
+from sdlora.cli.generate import _slug
+from sdlora.formats.metadata import safe_title
 from tests.conftest import ROOT
 
 POSIX_MODULES = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty"}
@@ -57,3 +59,12 @@ def test_a_console_that_lacks_letters(tmp_path: Path) -> None:
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, env=env, check=False)
     assert (result.returncode, result.stderr) == (0, b"")
     assert result.stdout.startswith(rb"\u65e5\u672c: 0 entries")
+
+
+@pytest.mark.parametrize("name", ["a:b", "style v2.", "..", "x ", 'q"uo*te?', "é/ü", "a<b>|c", ""])
+def test_names_that_are_made_hold_on_every_system(name: str) -> None:
+    """Windows has no names with these characters, and drops dots and spaces at the end."""
+    for made in (safe_title(name), _slug(name)):
+        assert made
+        assert not set(made) & set('<>:"/\\|?* ')
+        assert not made.endswith(".")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-FONTS = tuple(Path(__file__).with_name(f"letters-{name}.ttf") for name in ("western", "eastern"))
-"""Letters of Latin, Greek and Cyrillic; of Chinese and Japanese (see NOTICE)."""
+FONTS = tuple(Path(__file__).with_name(f"letters-{name}.ttf") for name in ("western", "eastern", "korean"))
+"""Letters of Latin, Greek and Cyrillic; of Chinese and Japanese; of Korean (see NOTICE)."""
 _NO_LETTER = "\uffff"
 """No font has it, so that it is drawn as every missing letter is."""
 _LONGEST = 200

@@ -79,4 +79,4 @@ def _images(metadata: Mapping[str, str]) -> int:
 
 def safe_title(name: str) -> str:
     """A name that prompts can call, ``<lora:name:1>``: letters, digits, dot, dash and underscore."""
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-") or "lora"
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.") or "lora"
