@@ -46,8 +46,8 @@ def test_noise_alone_and_short_runs_say_nothing() -> None:
 
 
 def test_a_learning_rate_that_is_too_high_is_named(images: Path, tmp_path: Path) -> None:
-    more = ("train.steps=100", "optimizer.learning_rate=0.03", "train.batch_size=1", "data.resolution=64")
-    given = overrides(Path("mini"), images, tmp_path / "x.safetensors", *more)
+    more = ("train.steps=100", "optimizer.learning_rate=0.1", "optimizer.warmup_steps=100", "train.save_every=100")
+    given = overrides(Path("mini"), images, tmp_path / "x.safetensors", *more, "data.resolution=64")
     result = CliRunner().invoke(app, ["train", *given, "--json"])
     assert result.exit_code == 0, result.output
     assert "optimizer.learning_rate is probably too high" in json.loads(result.stdout)["warning"]
