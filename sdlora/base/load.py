@@ -30,6 +30,8 @@ from .words import clip_merges, clip_vocabulary
 def load_base(checkpoint: BaseCheckpoint, *, device: torch.device, dtype: torch.dtype) -> Base:
     """Load every part, frozen and in evaluation mode.
 
+    On the ``meta`` device nothing is read, and the models have shapes alone.
+
     The VAE is never float16, in which SDXL's overflows: it is bfloat16 with a bfloat16 UNet, else float32.
 
     Raises:
@@ -157,7 +159,11 @@ def _filled(
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise BaseModelError(f"{checkpoint.name}: its {title} cannot be built: {problems[0]}{more}")
     try:
-        tensors = read_tensors(wanted, dtype=dtype, device=device)
+        tensors = (
+            {name: torch.empty(place.shape, dtype=dtype, device=device) for name, place in wanted.items()}
+            if device.type == "meta"
+            else read_tensors(wanted, dtype=dtype, device=device)
+        )
     except OSError as fault:
         raise BaseModelError(f"{checkpoint.name}: its {title} cannot be read: {fault}") from None
     model.load_state_dict(tensors, assign=True)

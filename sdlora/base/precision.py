@@ -6,7 +6,7 @@ import torch
 
 from ..errors import SdloraError
 
-PRECISIONS = ("auto", "float32", "bfloat16")
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 SMALL_UNET = 100_000_000
 """Parameters. Below this, a CPU spends more time on conversions than bfloat16 saves (``benchmarks/train_step.py``)."""
 

@@ -116,12 +116,25 @@ class TrainSection(Section):
     """Optimizer steps in all."""
     batch_size: Annotated[int, Field(ge=1), Setting(kohya="train_batch_size")] = 4
     """Images in one step, over all processes together."""
-    precision: Annotated[Literal["auto", "float32", "bfloat16"], Setting(kohya="mixed_precision")] = "auto"
+    precision: Annotated[Literal["auto", "float32", "bfloat16", "float16"], Setting(kohya="mixed_precision")] = "auto"
     """Precision of the frozen base. ``auto`` is bfloat16 where the device multiplies it in hardware and the base is large
     enough to gain from it, and float32 elsewhere. The LoRA itself is always trained in float32."""
-    gradient_checkpointing: Annotated[bool, Setting(kohya="gradient_checkpointing")] = False
+    gradient_checkpointing: Annotated[
+        Literal["auto"] | bool,
+        Setting(kohya="gradient_checkpointing", affects="nothing", values='"auto", true or false'),
+    ] = "auto"
     """Whether activations of the UNet are computed a second time for the gradients instead of kept: about a quarter
-    slower, with far less memory."""
+    slower, with far less memory. ``auto`` does so on a GPU on which a step would not fit otherwise."""
+    micro_batch: Annotated[
+        Literal["auto"] | Annotated[int, Field(ge=1)],
+        Setting(affects="nothing", values='"auto", or a whole number, at least 1'),
+    ] = "auto"
+    """Images of a batch that are computed at once; their gradients are added up in float32, so the result is that of the
+    whole batch, up to rounding. ``auto`` is the whole batch, or as many images as fit on the GPU. Unlike kohya's gradient
+    accumulation, this does not change the size of a batch."""
+    fit: Annotated[bool, Setting(affects="nothing")] = False
+    """What to do where the device runs out of memory: stop and say what to change, or, with true, halve the micro-batch,
+    then turn gradient checkpointing on, and go on with the same batches."""
     seed: Annotated[int, Field(ge=0, lt=2**32), Setting(kohya="seed")] = 0
     """Seed of everything that is drawn: order, captions, crops, flips, noise and timesteps."""
     save_every: Annotated[int, Field(ge=1), Setting(affects="nothing")] = 100

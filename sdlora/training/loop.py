@@ -6,7 +6,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +78,14 @@ class TrainedLora:
     validation_loss: float | None
 
 
-def run_training(plan: RunPlan, *, restart: bool, progress: Progress, stop: threading.Event | None) -> TrainReport:
+def run_training(
+    plan: RunPlan,
+    *,
+    restart: bool,
+    progress: Progress,
+    stop: threading.Event | None,
+    say: Callable[[str], None] = lambda line: None,
+) -> TrainReport:
     """Train as planned, resuming from the newest checkpoint, and write the LoRA file and its samples.
 
     Raises:

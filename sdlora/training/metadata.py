@@ -209,7 +209,7 @@ def _optimization(config: Config, run: RunFacts) -> dict[str, object]:
         "ss_batch_size_per_device": train.batch_size,
         "ss_total_batch_size": train.batch_size,
         "ss_gradient_accumulation_steps": 1,
-        "ss_gradient_checkpointing": train.gradient_checkpointing,
+        "ss_gradient_checkpointing": train.gradient_checkpointing is True,
         "ss_mixed_precision": {"bfloat16": "bf16"}.get(run.precision, "no"),
         "ss_seed": train.seed,
     }

@@ -69,7 +69,9 @@ def train(
                 say(line)
         raise_if_stopped(stop, "stopped before the first step; run the same command to start")
         with locked(Path(config.output.path)) if is_main else nullcontext():
-            report = run_training(plan, restart=restart, progress=reports, stop=stop)
+            report = run_training(
+                plan, restart=restart, progress=reports, stop=stop, say=say if is_main else lambda line: None
+            )
         if is_main and report.result.warning:
             say(f"warning: {report.result.warning}")
         return report

@@ -19,6 +19,7 @@ from ..lora.adapter import Adapter, choose_targets
 from ..progress import Progress
 from .batches import draw, share
 from .caption_embeddings import CaptionEmbeddings, open_caption_embeddings
+from .fit import StepShape, choose_shape
 from .latents import EncodedImage, encode_views
 from .loss import denoising_loss
 from .optimizer import GuardedAdamW
@@ -30,6 +31,7 @@ class TrainingSession:
     """What every step of a run needs."""
 
     plan: RunPlan
+    shape: StepShape
     base: Base
     images: Mapping[View, EncodedImage]
     embeddings: CaptionEmbeddings
@@ -39,8 +41,8 @@ class TrainingSession:
 
     @contextmanager
     def attached(self) -> Generator[None]:
-        """Within the block, the trainable layers are in the base, and the UNet checkpoints gradients if configured."""
-        modules, checkpointing = self.base.modules(), self.plan.config.train.gradient_checkpointing
+        """Within the block, the layers are in the base, and the UNet checkpoints gradients if ``shape`` says so."""
+        modules, checkpointing = self.base.modules(), self.shape.checkpointing
         self.adapter.attach(modules)
         if checkpointing:
             self.base.unet.enable_gradient_checkpointing()
@@ -126,6 +128,7 @@ def open_session(plan: RunPlan, base: Base, accelerator: Accelerator, progress: 
     adapter, rates = _new_adapter(base, config)
     return TrainingSession(
         plan=plan,
+        shape=choose_shape(config.train),
         base=base,
         images=images,
         embeddings=embeddings,
