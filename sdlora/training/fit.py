@@ -1,25 +1,16 @@
-"""How a step is divided so that it fits into the device's memory."""
+"""The choice of a step's shape."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from ..config.sections import TrainSection
+from .step_shape import StepShape
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepShape:
-    """What a step holds in memory at once; it changes the time and memory of a run, and its result by rounding alone."""
-
-    micro_batch: int
-    """Images whose forward and backward pass is done at once, at most; their gradients add up over the batch."""
-    checkpointing: bool
-    """Whether the UNet computes its activations a second time instead of keeping them."""
-
-
-def choose_shape(train: TrainSection) -> StepShape:
-    """The shape that ``train`` asks for."""
+def choose_shape(train: TrainSection, recorded: StepShape | None = None) -> StepShape:
+    """The shape that ``train`` asks for; what it leaves open is that of a resumed run's steps so far, ``recorded``."""
+    known = recorded or StepShape(micro_batch=train.batch_size, checkpointing=False)
+    micro_batch, checkpointing = train.micro_batch, train.gradient_checkpointing
     return StepShape(
-        micro_batch=train.batch_size if train.micro_batch == "auto" else min(train.micro_batch, train.batch_size),
-        checkpointing=train.gradient_checkpointing is True,
+        micro_batch=min(known.micro_batch if micro_batch == "auto" else micro_batch, train.batch_size),
+        checkpointing=known.checkpointing if checkpointing == "auto" else checkpointing,
     )

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +13,10 @@ import torch
 from accelerate import Accelerator, PartialState
 
 from ..base.base import Base
-from ..base.device_memory import move_to
+from ..base.device_memory import move_to, out_of_memory
 from ..base.load import decoding_dtype, load_base
 from ..base.precision import choose_precision
-from ..errors import Interrupted, TargetError, TrainingError
+from ..errors import DeviceMemoryError, Interrupted, TargetError, TrainingError
 from ..families import WORDS_IN_CHUNK
 from ..formats.lora_writer import write_lora
 from ..lora.low_rank import LowRank
@@ -26,9 +24,13 @@ from ..progress import Progress
 from .checkpoint import RUN_KEY, Checkpoint, RunFolder, finished, forget_run, record_run
 from .course import loss_warning, tail_length
 from .facts import describe_run
+from .fitted_steps import FittedSteps, fitted
+from .interruption import InterruptFlag, interrupt_flag
+from .optimizer import GuardedAdamW
 from .plan import RunPlan
 from .samples import write_samples
 from .session import TrainingSession, open_session
+from .shortage import CLOSE_OTHERS, explained
 from .texts import changed_metadata, write_texts
 from .validation import validation_loss
 
@@ -93,6 +95,7 @@ def run_training(
         ResumeError: output or checkpoints of another run are in the way.
         TrainingError: half of the steps produced gradients with NaN or Inf.
         TargetError: the file cannot be written; the message names the checkpoint that has the weights.
+        DeviceMemoryError: not enough memory; the message says where, and what to change. The state is saved.
         Interrupted: Ctrl-C, SIGTERM or ``stop``; the state is saved.
     """
     began, config = time.time(), plan.config
@@ -102,17 +105,19 @@ def run_training(
         folder.remove()
     elif finished(output, plan.identity):
         return TrainReport(result=_complete_already(plan, folder), samples=None)
-    start = folder.newest() or Checkpoint(step=0, started_at=began, tensors={})
+    start = folder.newest() or Checkpoint(step=0, started_at=began, tensors={}, shape=None)
 
     accelerator = Accelerator()
     dtype = choose_precision(config.train.precision, accelerator.device, unet_parameters=plan.base.unet_parameters)
     # Parts are in main memory until they work. The VAE encodes in float32, once.
     main_memory = torch.device("cpu")
-    base = load_base(plan.base, device=accelerator.device, dtype=dtype, vae_dtype=torch.float32, home=main_memory)
+    with explained("loading the base", CLOSE_OTHERS):
+        base = load_base(plan.base, device=accelerator.device, dtype=dtype, vae_dtype=torch.float32, home=main_memory)
     trained = train_lora(plan, base, accelerator, folder, start, progress, stop)
     if accelerator.is_main_process:
         try:
-            _write_output(plan, base, trained, progress)
+            with explained(f"writing {output}", f"its weights are kept: {folder.place()}; {CLOSE_OTHERS}"):
+                _write_output(plan, base, trained, progress)
         except OSError as error:
             raise TargetError(
                 f"{output}: cannot be written ({error.strerror or error}); the newest checkpoint is kept: "
@@ -148,29 +153,30 @@ def train_lora(
 
     Images, embeddings and optimizer are released on return, before samples need the memory.
     """
-    session = open_session(plan, base, accelerator, progress, first=start.step)
+    session = open_session(plan, base, accelerator, progress, first=start.step, recorded=start.shape)
     if start.step:
         session.optimizer.restore(start.tensors)
     try:
-        with session.attached():
-            losses = train_steps(session, start, folder, progress, stop)
-            held_out = validation_loss(session, progress)
+        with fitted(session) as steps:
+            losses = train_steps(steps, start, folder, progress, stop)
+            with explained("measuring the validation loss", CLOSE_OTHERS):
+                held_out = validation_loss(steps.session, progress)
     finally:
         session.embeddings.close()
-    steps = plan.config.train.steps
+    count = plan.config.train.steps
     return TrainedLora(
         weights=session.adapter.weights(),
         caption_tokens=WORDS_IN_CHUNK * session.embeddings.chunks,
         started_at=start.started_at,
         resumed_from=start.step,
-        loss=losses[-tail_length(steps) :].mean().item() if len(losses) else None,
-        warning=loss_warning(losses.tolist(), first=start.step, steps=steps, unlearned=_unlearned_loss(session)),
+        loss=losses[-tail_length(count) :].mean().item() if len(losses) else None,
+        warning=loss_warning(losses.tolist(), first=start.step, steps=count, unlearned=_unlearned_loss(session)),
         validation_loss=held_out,
     )
 
 
 def train_steps(
-    session: TrainingSession,
+    fitted: FittedSteps,
     start: Checkpoint,
     folder: RunFolder,
     progress: Progress,
@@ -179,9 +185,13 @@ def train_steps(
     """Do every step after ``start``; returns the loss of each, (steps done here,) float32 on the device.
 
     The state after the last step is saved too, so nothing is lost if the file cannot be written. A checkpoint that cannot
-    be written is a warning.
+    be written is a warning. Before a step for which there is not enough memory, the state is saved.
+
+    Raises:
+        DeviceMemoryError: not enough memory for a step, or, with ``train.fit``, for one image at once.
     """
-    train, first = session.plan.config.train, start.step
+    session, first = fitted.session, start.step
+    train, accelerator, optimizer = session.plan.config.train, session.accelerator, session.optimizer
     steps = train.steps
     losses = torch.zeros(steps - first, device=session.base.device)
     progress.start("Training", steps, first)
@@ -189,34 +199,47 @@ def train_steps(
 
     def save(done: int) -> str:
         """What to say of the step when stopping there."""
-        if session.accelerator.is_main_process:
-            try:
-                folder.save(Checkpoint(step=done, started_at=start.started_at, tensors=session.optimizer.state()))
-            except OSError as error:
-                failed = f"step {done} cannot be saved ({error.strerror or error}); kept: {folder.place()}"
-                logger.warning("%s", failed)
-                return f", but {failed}"
-        return ""
+        return _save(folder, start, done, fitted.session) if accelerator.is_main_process else ""
 
     with interrupt_flag(stop) as interrupted:
         for step in range(first, steps):
-            loss, done = session.step(step), step + 1
+            try:
+                loss, done = fitted.step(step), step + 1
+            except DeviceMemoryError:
+                if step > first:
+                    save(step)
+                raise
             losses[step - first] = loss
             if done % REPORT_EVERY == 0 or done == steps:
                 progress.advance(done - reported, f"loss {losses[reported - first : done - first].mean().item():.4f}")
                 reported = done
             if done % train.save_every == 0 and done < steps:
-                _check_skipped(session, done)
+                _check_skipped(optimizer, done)
                 save(done)
-            if done < steps and _all_stop(session.accelerator, interrupted, done):
+            if done < steps and _all_stop(accelerator, interrupted, done):
                 unsaved = save(done)
-                session.accelerator.wait_for_everyone()
+                accelerator.wait_for_everyone()
                 text = f"stopped after step {done} of {steps}{unsaved}; run the same command to resume"
                 raise Interrupted(text, terminated=interrupted.terminated)
-    _check_skipped(session, steps)
+    _check_skipped(optimizer, steps)
     if first < steps:
         save(steps)
     return losses
+
+
+def _save(folder: RunFolder, start: Checkpoint, done: int, session: TrainingSession) -> str:
+    """Save the state after ``done`` steps; what cannot be saved is a warning, returned as part of a sentence too."""
+    state = session.optimizer.state
+    try:
+        folder.save(Checkpoint(step=done, started_at=start.started_at, tensors=state(), shape=session.shape))
+    except (OSError, RuntimeError, MemoryError) as error:
+        if not isinstance(error, OSError) and not out_of_memory(error):
+            raise
+        reason = (error.strerror or error) if isinstance(error, OSError) else "out of memory"
+        failed = f"step {done} cannot be saved ({reason}); kept: {folder.place()}"
+        logger.warning("%s", failed)
+        return f", but {failed}"
+    return ""
 
 
 def _unlearned_loss(session: TrainingSession) -> float:
@@ -263,45 +286,6 @@ def _all_stop(accelerator: Accelerator, interrupted: InterruptFlag, done: int) -
     return pressed > 0
 
 
-class InterruptFlag:
-    """Set by Ctrl-C, by SIGTERM, or by the caller's event, which these leave alone."""
-
-    terminated = False
-    """Whether SIGTERM set it, in any process once they have compared."""
-
-    def __init__(self, stop: threading.Event | None):
-        self._pressed, self._stop = threading.Event(), stop
-
-    def set(self, number: int = signal.SIGINT) -> None:
-        self.terminated |= number == signal.SIGTERM
-        self._pressed.set()
-
-    def is_set(self) -> bool:
-        return self._pressed.is_set() or (self._stop is not None and self._stop.is_set())
-
-
-@contextmanager
-def interrupt_flag(stop: threading.Event | None = None) -> Generator[InterruptFlag]:
-    """A flag that ``stop`` sets and, in the main thread, the first Ctrl-C or SIGTERM; a second ends at once."""
-    flag = InterruptFlag(stop)
-    if threading.current_thread() is not threading.main_thread():
-        yield flag
-        return
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def on_interrupt(number: int, _: object) -> None:
-        flag.set(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in previous:
-        signal.signal(number, on_interrupt)
-    try:
-        yield flag
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
 def _write_output(plan: RunPlan, base: Base, trained: TrainedLora, progress: Progress) -> None:
     output, level = Path(plan.config.output.path), plan.config.output.metadata
     metadata = describe_run(
@@ -329,8 +313,8 @@ def _write_output(plan: RunPlan, base: Base, trained: TrainedLora, progress: Pro
         record_run(output, plan.identity)
 
 
-def _check_skipped(session: TrainingSession, done: int) -> None:
-    skipped = session.optimizer.skipped_steps()
+def _check_skipped(optimizer: GuardedAdamW, done: int) -> None:
+    skipped = optimizer.skipped_steps()
     if skipped > MAX_SKIPPED_SHARE * done:
         raise TrainingError(
             f"{skipped} of {done} steps produced gradients with NaN or Inf and were skipped; lower "

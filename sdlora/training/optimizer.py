@@ -62,6 +62,12 @@ class GuardedAdamW:
         self._adam.step()
         self._skipped += ~finite
 
+    def allocate(self) -> None:
+        """Make the moments, all zero, before the first step: a step that runs out of memory has then changed nothing."""
+        for p in self._parameters:
+            moments = {name: torch.zeros_like(p.detach()) for name in ("exp_avg", "exp_avg_sq")}
+            self._adam.state[p] = {"step": torch.zeros((), device=p.device), **moments}
+
     def skipped_steps(self) -> int:
         """Number of steps skipped so far; waits for the device."""
         return int(self._skipped.item())

@@ -20,11 +20,13 @@ from ..lora.adapter import Adapter, choose_targets
 from ..progress import Progress
 from .batches import draw, share
 from .caption_embeddings import CaptionEmbeddings, open_caption_embeddings
-from .fit import StepShape, choose_shape
+from .fit import choose_shape
 from .latents import EncodedImage, encode_views
 from .loss import denoising_loss
 from .optimizer import GuardedAdamW
 from .plan import RunPlan
+from .shortage import CLOSE_OTHERS, explained
+from .step_shape import StepShape
 
 DEVICE_BYTES = 2**31
 """Bytes of latents and embeddings kept on the device; the others stay in main memory and are copied when they are needed."""
@@ -122,38 +124,54 @@ class TrainingSession:
 
 
 def open_session(
-    plan: RunPlan, base: Base, accelerator: Accelerator, progress: Progress, *, first: int = 0
+    plan: RunPlan,
+    base: Base,
+    accelerator: Accelerator,
+    progress: Progress,
+    *,
+    first: int = 0,
+    recorded: StepShape | None = None,
 ) -> TrainingSession:
     """Encode the images and make a fresh adapter and optimizer for ``plan`` on the loaded ``base``.
 
     Parts of ``base`` that are in main memory come to its device one after another, each when it works: the VAE, the text
     encoders, which compute the captions of the steps from ``first`` on, and the UNet, which stays there.
+
+    ``recorded`` is the shape of the steps so far, for a run that is resumed.
+
+    Raises:
+        DeviceMemoryError: the device has too little memory for a part.
     """
     config, training = plan.config, plan.training
     views = (*training.views(config.train.steps), *training.validation)
     cache = open_cache(config.cache)
     room = Room(base.device, DEVICE_BYTES)
-    images = encode_views(base, training.items, views, config, cache, plan.kept, progress, room)
+    with explained("encoding images", f"lower data.resolution, or {CLOSE_OTHERS}"):
+        images = encode_views(base, training.items, views, config, cache, plan.kept, progress, room)
     plan.kept.clear()
-    embeddings = open_caption_embeddings(
-        base,
-        training.items,
-        config,
-        cache,
-        room=room,
-        ahead=None if base.device.type == "cpu" else _captions(plan, first),
-        progress=progress,
-    )
-    move_to(base.device, base.unet)
-    adapter, rates = _new_adapter(base, config)
+    with explained("encoding captions", CLOSE_OTHERS):
+        embeddings = open_caption_embeddings(
+            base,
+            training.items,
+            config,
+            cache,
+            room=room,
+            ahead=None if base.device.type == "cpu" else _captions(plan, first),
+            progress=progress,
+        )
+    with explained("placing the UNet and the LoRA", f"lower lora.rank, or {CLOSE_OTHERS}"):
+        move_to(base.device, base.unet)
+        adapter, rates = _new_adapter(base, config)
+        optimizer = GuardedAdamW(adapter.parameters, rates, config.optimizer, steps=config.train.steps)
+        optimizer.allocate()
     return TrainingSession(
         plan=plan,
-        shape=choose_shape(config.train),
+        shape=choose_shape(config.train, recorded),
         base=base,
         images=images,
         embeddings=embeddings,
         adapter=adapter,
-        optimizer=GuardedAdamW(adapter.parameters, rates, config.optimizer, steps=config.train.steps),
+        optimizer=optimizer,
         accelerator=accelerator,
     )
 
