@@ -1,20 +1,9 @@
-"""How a step is divided so that it fits into the device's memory."""
+"""The choice of a step's shape."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from ..config.sections import TrainSection
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepShape:
-    """What a step holds in memory at once; it changes the time and memory of a run, and its result by rounding alone."""
-
-    micro_batch: int
-    """Images whose forward and backward pass is done at once, at most; their gradients add up over the batch."""
-    checkpointing: bool
-    """Whether the UNet computes its activations a second time instead of keeping them."""
+from .step_shape import StepShape
 
 
 def choose_shape(train: TrainSection) -> StepShape:

@@ -13,17 +13,18 @@ from torch import Tensor
 
 from ..base.base import Base
 from ..cache.store import open_cache
-from ..config.sections import Config
 from ..data.views import View
-from ..lora.adapter import Adapter, choose_targets
+from ..lora.adapter import Adapter
 from ..progress import Progress
 from .batches import draw, share
 from .caption_embeddings import CaptionEmbeddings, open_caption_embeddings
-from .fit import StepShape, choose_shape
+from .fit import choose_shape
 from .latents import EncodedImage, encode_views
 from .loss import denoising_loss
+from .new_adapter import new_adapter
 from .optimizer import GuardedAdamW
 from .plan import RunPlan
+from .step_shape import StepShape
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -125,7 +126,7 @@ def open_session(plan: RunPlan, base: Base, accelerator: Accelerator, progress: 
     images = encode_views(base, training.items, views, config, cache, plan.kept, progress)
     plan.kept.clear()
     embeddings = open_caption_embeddings(base, training.items, config, cache)
-    adapter, rates = _new_adapter(base, config)
+    adapter, rates = new_adapter(base, config)
     return TrainingSession(
         plan=plan,
         shape=choose_shape(config.train),
@@ -136,17 +137,3 @@ def open_session(plan: RunPlan, base: Base, accelerator: Accelerator, progress: 
         optimizer=GuardedAdamW(adapter.parameters, rates, config.optimizer, steps=config.train.steps),
         accelerator=accelerator,
     )
-
-
-def _new_adapter(base: Base, config: Config) -> tuple[Adapter, list[float]]:
-    """A fresh adapter on the parts that are trained, and the learning rate of each of its parameters."""
-    targets = choose_targets(base.modules(), config.lora.targets)
-    parts = {"unet": config.optimizer.learning_rate}
-    parts |= {encoder.facts.part: config.optimizer.text_encoder_learning_rate for encoder in base.text_encoders}
-    groups = [
-        ({n: m for n, m in targets.items() if n.startswith(f"{part}.")}, rate) for part, rate in parts.items() if rate
-    ]
-    adapter = Adapter(
-        [group for group, _ in groups], rank=config.lora.rank, alpha=config.lora.alpha, seed=config.train.seed
-    )
-    return adapter, [rate for _, rate in groups]
