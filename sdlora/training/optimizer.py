@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from ..config.sections import OptimizerSection
 
+MOMENTS = 2
+"""Values that the optimizer remembers of each parameter, float32: the means of gradients and of their squares."""
 BETAS = (0.9, 0.99)
 """AdamW's decay rates of the means of gradients and of their squares (Kingma & Ba 2015, algorithm 1)."""
 

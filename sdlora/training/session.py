@@ -14,15 +14,15 @@ from torch import Tensor
 from ..base.base import Base
 from ..base.device_memory import Room, move_to
 from ..cache.store import open_cache
-from ..config.sections import Config
 from ..data.views import View
-from ..lora.adapter import Adapter, choose_targets
+from ..lora.adapter import Adapter
 from ..progress import Progress
 from .batches import draw, share
 from .caption_embeddings import CaptionEmbeddings, open_caption_embeddings
 from .fit import choose_shape
 from .latents import EncodedImage, encode_views
 from .loss import denoising_loss
+from .new_adapter import new_adapter
 from .optimizer import GuardedAdamW
 from .plan import RunPlan
 from .shortage import CLOSE_OTHERS, explained
@@ -161,7 +161,7 @@ def open_session(
         )
     with explained("placing the UNet and the LoRA", f"lower lora.rank, or {CLOSE_OTHERS}"):
         move_to(base.device, base.unet)
-        adapter, rates = _new_adapter(base, config)
+        adapter, rates = new_adapter(base, config)
         optimizer = GuardedAdamW(adapter.parameters, rates, config.optimizer, steps=config.train.steps)
         optimizer.allocate()
     return TrainingSession(
@@ -181,17 +181,3 @@ def _captions(plan: RunPlan, first: int) -> Iterator[str]:
     if plan.config.data.caption_dropout:
         yield ""
     yield from plan.training.captions(range(first, plan.config.train.steps))
-
-
-def _new_adapter(base: Base, config: Config) -> tuple[Adapter, list[float]]:
-    """A fresh adapter on the parts that are trained, and the learning rate of each of its parameters."""
-    targets = choose_targets(base.modules(), config.lora.targets)
-    parts = {"unet": config.optimizer.learning_rate}
-    parts |= {encoder.facts.part: config.optimizer.text_encoder_learning_rate for encoder in base.text_encoders}
-    groups = [
-        ({n: m for n, m in targets.items() if n.startswith(f"{part}.")}, rate) for part, rate in parts.items() if rate
-    ]
-    adapter = Adapter(
-        [group for group, _ in groups], rank=config.lora.rank, alpha=config.lora.alpha, seed=config.train.seed
-    )
-    return adapter, [rate for _, rate in groups]
