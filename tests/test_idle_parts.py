@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -62,7 +63,7 @@ def opening(config: Config, monkeypatch: pytest.MonkeyPatch) -> tuple[list[set[s
 
     monkeypatch.setattr(latents, "encode_pixels", encode_pixels)
     monkeypatch.setattr(caption_embeddings, "encode_prompts", encode_prompts)
-    monkeypatch.setattr(session, "GuardedAdamW", lambda *_, **__: None)
+    monkeypatch.setattr(session, "GuardedAdamW", MagicMock())
     return seen, base, session.open_session(plan, base, Accelerator(), Silence())
 
 

@@ -187,11 +187,6 @@ def test_a_resumed_run_takes_the_shape_that_was_found(
     assert used == [(0, first), (1, first), (2, first), (3, first), (3, last), (4, last), (5, last)]
     package.train(config_for(tiny_base, images, output, *more))
     assert used[7:] == [(5, last), (6, last)]
-    # A setting goes before what was recorded.
-    from sdlora.training.fit import choose_shape
-
-    train = config_for(tiny_base, images, output, "train.micro_batch=2", "train.gradient_checkpointing=true").train
-    assert choose_shape(train, last) == StepShape(micro_batch=2, checkpointing=True)
 
 
 def test_a_checkpoint_for_which_memory_is_short_is_a_warning(

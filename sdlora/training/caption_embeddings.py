@@ -75,7 +75,7 @@ def open_caption_embeddings(
     With None they compute each when it is needed.
     """
     limit = config.data.max_token_length
-    tokens = CaptionTokens(base, chunks=max([1, *(most_chunks(base, item, limit) for item in items)]), limit=limit)
+    tokens = CaptionTokens(base, chunks=chunks_of(base, items, limit), limit=limit)
     if config.optimizer.text_encoder_learning_rate:
         move_to(base.device, *base.encoder_models())
         return TrainedEmbeddings(base, tokens)
@@ -218,6 +218,11 @@ class FrozenEmbeddings:
             dtype=self._base.dtype,
             device=self._base.device,
         )
+
+
+def chunks_of(base: Base, items: Iterable[ExaminedImage], limit: int) -> int:
+    """Number of chunks to which all captions of ``items`` are padded: ``most_chunks`` of the longest."""
+    return max([1, *(most_chunks(base, item, limit) for item in items)])
 
 
 def most_chunks(base: Base, item: ExaminedImage, limit: int) -> int:

@@ -113,7 +113,7 @@ def run_training(
     main_memory = torch.device("cpu")
     with explained("loading the base", CLOSE_OTHERS):
         base = load_base(plan.base, device=accelerator.device, dtype=dtype, vae_dtype=torch.float32, home=main_memory)
-    trained = train_lora(plan, base, accelerator, folder, start, progress, stop)
+    trained = train_lora(plan, base, accelerator, folder, start, progress, stop, say)
     if accelerator.is_main_process:
         try:
             with explained(f"writing {output}", f"its weights are kept: {folder.place()}; {CLOSE_OTHERS}"):
@@ -148,12 +148,13 @@ def train_lora(
     start: Checkpoint,
     progress: Progress,
     stop: threading.Event | None,
+    say: Callable[[str], None],
 ) -> TrainedLora:
     """Do every step after ``start``, and the validation. ``base`` is unchanged on return.
 
     Images, embeddings and optimizer are released on return, before samples need the memory.
     """
-    session = open_session(plan, base, accelerator, progress, first=start.step, recorded=start.shape)
+    session = open_session(plan, base, accelerator, progress, first=start.step, recorded=start.shape, say=say)
     if start.step:
         session.optimizer.restore(start.tensors)
     try:

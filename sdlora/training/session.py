@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -12,24 +13,22 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..base.base import Base
-from ..base.device_memory import Room, move_to
+from ..base.device_memory import Room, free_memory, move_to
 from ..cache.store import open_cache
 from ..data.views import View
 from ..lora.adapter import Adapter
 from ..progress import Progress
 from .batches import draw, share
-from .caption_embeddings import CaptionEmbeddings, open_caption_embeddings
-from .fit import choose_shape
+from .caption_embeddings import CaptionEmbeddings, chunks_of, open_caption_embeddings
+from .fit import Fit, choose_fit
 from .latents import EncodedImage, encode_views
 from .loss import denoising_loss
+from .memory import step_memory
 from .new_adapter import new_adapter
 from .optimizer import GuardedAdamW
 from .plan import RunPlan
 from .shortage import CLOSE_OTHERS, explained
 from .step_shape import StepShape
-
-DEVICE_BYTES = 2**31
-"""Bytes of latents and embeddings kept on the device; the others stay in main memory and are copied when they are needed."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -131,13 +130,15 @@ def open_session(
     *,
     first: int = 0,
     recorded: StepShape | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> TrainingSession:
     """Encode the images and make a fresh adapter and optimizer for ``plan`` on the loaded ``base``.
 
     Parts of ``base`` that are in main memory come to its device one after another, each when it works: the VAE, the text
     encoders, which compute the captions of the steps from ``first`` on, and the UNet, which stays there.
 
-    ``recorded`` is the shape of the steps so far, for a run that is resumed.
+    ``recorded`` is the shape of the steps so far, for a run that is resumed. ``say`` is called with what was chosen to fit
+    into the device's memory.
 
     Raises:
         DeviceMemoryError: the device has too little memory for a part.
@@ -145,7 +146,10 @@ def open_session(
     config, training = plan.config, plan.training
     views = (*training.views(config.train.steps), *training.validation)
     cache = open_cache(config.cache)
-    room = Room(base.device, DEVICE_BYTES)
+    fit = fit_run(plan, base, processes=accelerator.num_processes, recorded=recorded)
+    if fit.line:
+        say(fit.line)
+    room = Room(base.device, fit.room)
     with explained("encoding images", f"lower data.resolution, or {CLOSE_OTHERS}"):
         images = encode_views(base, training.items, views, config, cache, plan.kept, progress, room)
     plan.kept.clear()
@@ -166,7 +170,7 @@ def open_session(
         optimizer.allocate()
     return TrainingSession(
         plan=plan,
-        shape=choose_shape(config.train, recorded),
+        shape=fit.shape,
         base=base,
         images=images,
         embeddings=embeddings,
@@ -174,6 +178,28 @@ def open_session(
         optimizer=optimizer,
         accelerator=accelerator,
     )
+
+
+def fit_run(plan: RunPlan, base: Base, *, processes: int, recorded: StepShape | None) -> Fit:
+    """The shape of the steps of ``plan``, while nothing of ``base`` is on its device; see ``choose_fit``."""
+    config, free = plan.config, free_memory(base.device)
+    width, height = max((views.size for views in plan.training.shown), key=math.prod)
+    chunks = 1 if math.isinf(free) else chunks_of(base, plan.items, config.data.max_token_length)
+
+    def needed(shape: StepShape) -> float:
+        return step_memory(
+            plan.base,
+            config,
+            width=width,
+            height=height,
+            shape=shape,
+            dtype=base.dtype,
+            chunks=chunks,
+            device_type=base.device.type,
+        ).total
+
+    images = math.ceil(config.train.batch_size / processes)
+    return choose_fit(config.train, images=images, free=free, needed=needed, recorded=recorded)
 
 
 def _captions(plan: RunPlan, first: int) -> Iterator[str]:
