@@ -54,6 +54,7 @@ SURFACE = {
     "caption": {"folder", "model", "kind", "trigger", "caption_extension", "as_json"},
     "cache info": {"folder", "as_json"},
     "cache prune": {"max_gigabytes", "everything", "folder", "as_json"},
+    "plan": {"arguments", "images", "trigger", "resolution", "base", "gpu", "probe", "as_json"},
     "quickstart": {"out", "as_json"},
     "settings": {"section", "as_json"},
     "lint": {
