@@ -28,7 +28,7 @@ from .fitted_steps import FittedSteps, fitted
 from .interruption import InterruptFlag, interrupt_flag
 from .optimizer import GuardedAdamW
 from .plan import RunPlan
-from .samples import write_samples
+from .sample_sheet import draw_samples, lacks_samples
 from .session import TrainingSession, open_session
 from .shortage import CLOSE_OTHERS, explained
 from .texts import changed_metadata, write_texts
@@ -104,15 +104,17 @@ def run_training(
     if restart:
         folder.remove()
     elif finished(output, plan.identity):
-        return TrainReport(result=_complete_already(plan, folder), samples=None)
+        result = _complete_already(plan, folder)
+        wanted = PartialState().is_main_process and lacks_samples(plan)
+        drawn = (
+            draw_samples(plan, lambda: _complete(_load_base(plan)), progress=progress, stop=stop) if wanted else None
+        )
+        return TrainReport(result=result, samples=drawn)
     start = folder.newest() or Checkpoint(step=0, started_at=began, tensors={}, shape=None)
 
     accelerator = Accelerator()
-    dtype = choose_precision(config.train.precision, accelerator.device, unet_parameters=plan.base.unet_parameters)
-    # Parts are in main memory until they work. The VAE encodes in float32, once.
-    main_memory = torch.device("cpu")
     with explained("loading the base", CLOSE_OTHERS):
-        base = load_base(plan.base, device=accelerator.device, dtype=dtype, vae_dtype=torch.float32, home=main_memory)
+        base = _load_base(plan)
     trained = train_lora(plan, base, accelerator, folder, start, progress, stop, say)
     if accelerator.is_main_process:
         try:
@@ -136,8 +138,21 @@ def run_training(
     )
     if not accelerator.is_main_process:
         return TrainReport(result=result, samples=None)
-    move_to(base.device, base.unet, base.vae.to(decoding_dtype(dtype)), *base.encoder_models())
-    return TrainReport(result=result, samples=write_samples(base, plan, output, progress=progress, stop=stop))
+    drawn = draw_samples(plan, lambda: _complete(base), progress=progress, stop=stop)
+    return TrainReport(result=result, samples=drawn)
+
+
+def _load_base(plan: RunPlan) -> Base:
+    """The base of ``plan``: its parts are in main memory until they work, and its VAE encodes in float32."""
+    device = Accelerator().device
+    dtype = choose_precision(plan.config.train.precision, device, unet_parameters=plan.base.unet_parameters)
+    return load_base(plan.base, device=device, dtype=dtype, vae_dtype=torch.float32, home=torch.device("cpu"))
+
+
+def _complete(base: Base) -> Base:
+    """``base`` with all parts on its device, and the VAE as for generating."""
+    move_to(base.device, base.unet, base.vae.to(decoding_dtype(base.dtype)), *base.encoder_models())
+    return base
 
 
 def train_lora(
