@@ -76,7 +76,7 @@ def open_caption_embeddings(
     """
     limit = config.data.max_token_length
     tokens = CaptionTokens(base, chunks=chunks_of(base, items, limit), limit=limit)
-    if config.optimizer.text_encoder_learning_rate:
+    if config.optimizer.text_encoder_rate(base.checkpoint.family):
         move_to(base.device, *base.encoder_models())
         return TrainedEmbeddings(base, tokens)
     fingerprint = text_fingerprint(base) if config.cache.disk else ""

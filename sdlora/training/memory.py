@@ -98,7 +98,7 @@ def measured(
     # xformers keeps as much as torch's own kernels, and does not run on the meta device.
     base = load_base(replace(checkpoint, attention="sdpa"), device=META, dtype=dtype)
     adapter, _ = new_adapter(base, config)
-    trained = [encoder.model for encoder in base.text_encoders] if config.optimizer.text_encoder_learning_rate else []
+    trained = list(base.encoder_models()) if config.optimizer.text_encoder_rate(base.checkpoint.family) else []
     weights = sum(model_bytes(model) for model in (base.unet, *trained))
     modules = base.modules()
     adapter.attach(modules)
@@ -156,7 +156,7 @@ def _loss(base: Base, config: Config, images: int, *, width: int, height: int, c
 
 def _conditioning(base: Base, config: Config, images: int, chunks: int) -> Conditioning:
     """Out of the text encoders where they are trained, else as it comes out of the cache."""
-    if config.optimizer.text_encoder_learning_rate:
+    if config.optimizer.text_encoder_rate(base.checkpoint.family):
         return encode_prompts(base, [padded(base, tokenize(base, plain("")), chunks)] * images)
     width = base.unet.config["cross_attention_dim"]
     context = torch.empty(images, chunks * TOKENS_IN_CHUNK, width, dtype=base.dtype, device=META)
