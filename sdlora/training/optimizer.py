@@ -41,6 +41,10 @@ class GuardedAdamW:
         self._parameters = list(parameters)
         self._skipped = torch.zeros((), device=parameters[0].device)
 
+    def scaled(self, loss: Tensor) -> Tensor:
+        """What to start a backward pass from."""
+        return loss
+
     def step(self, step: int, accelerator: Accelerator | None = None) -> None:
         """Apply the parameters' gradients at the rates of ``step`` (from 0), clipped to ``max_grad_norm`` together.
 
