@@ -117,8 +117,10 @@ class TrainSection(Section):
     batch_size: Annotated[int, Field(ge=1), Setting(kohya="train_batch_size")] = 4
     """Images in one step, over all processes together."""
     precision: Annotated[Literal["auto", "float32", "bfloat16", "float16"], Setting(kohya="mixed_precision")] = "auto"
-    """Precision of the frozen base. ``auto`` is bfloat16 where the device multiplies it in hardware and the base is large
-    enough to gain from it, and float32 elsewhere. The LoRA itself is always trained in float32."""
+    """Precision of the frozen base. ``auto`` is bfloat16 on a GPU that multiplies it in hardware, float16 on other NVIDIA
+    GPUs and on Apple's, and on a CPU float32, or bfloat16 where the CPU multiplies it in hardware and the base is large
+    enough to gain from it. With float16 the loss is scaled so that small gradients are kept. The LoRA itself is always
+    trained in float32."""
     gradient_checkpointing: Annotated[
         Literal["auto"] | bool,
         Setting(kohya="gradient_checkpointing", affects="nothing", values='"auto", true or false'),

@@ -324,8 +324,10 @@ def _write_output(plan: RunPlan, base: Base, trained: TrainedLora, progress: Pro
 
 
 def _check_skipped(session: TrainingSession, done: int) -> None:
-    skipped = session.optimizer.skipped_steps()
-    if skipped > MAX_SKIPPED_SHARE * done:
+    """Steps that only lowered the loss scale count where the run ends without any other."""
+    skipped, settling = session.optimizer.skipped_steps(), session.optimizer.settling_steps()
+    nothing_learned = skipped == done == session.plan.config.train.steps
+    if nothing_learned or skipped - settling > MAX_SKIPPED_SHARE * done:
         raise TrainingError(
             f"{skipped} of {done} steps produced gradients with NaN or Inf and were skipped; lower "
             "optimizer.learning_rate, or set train.precision to float32"

@@ -97,7 +97,7 @@ class TrainingSession:
         )
         weights = torch.tensor([samples[slot].weight for slot in slots], device=self.base.device)
         loss = (losses * weights).sum() / len(samples)
-        loss.backward()
+        self.optimizer.scaled(loss).backward()
         return loss.detach()
 
     def masks(self, images: Sequence[EncodedImage]) -> Tensor | None:
@@ -133,7 +133,7 @@ def open_session(plan: RunPlan, base: Base, accelerator: Accelerator, progress: 
         images=images,
         embeddings=embeddings,
         adapter=adapter,
-        optimizer=GuardedAdamW(adapter.parameters, rates, config.optimizer, steps=config.train.steps),
+        optimizer=GuardedAdamW(adapter.parameters, rates, config.optimizer, steps=config.train.steps, dtype=base.dtype),
         accelerator=accelerator,
     )
 
