@@ -42,7 +42,7 @@ class FusedAdamW:
     def __init__(self, parameters: Sequence[nn.Parameter], *, weight_decay: float):
         groups = [{"params": [p], "lr": torch.tensor(0.0, device=p.device)} for p in parameters]
         self._adam = torch.optim.AdamW(groups, betas=BETAS, eps=EPSILON, weight_decay=weight_decay, fused=True)
-        self.state = self._adam.state
+        self.state: dict[Any, dict[str, Tensor]] = self._adam.state
 
     def update(self, rates: Sequence[float], finite: Tensor) -> None:
         for group, rate in zip(self._adam.param_groups, rates, strict=True):
@@ -58,7 +58,7 @@ class SelectedAdamW:
     def __init__(self, parameters: Sequence[nn.Parameter], *, weight_decay: float):
         self._weight_decay = weight_decay
         self._parameters = list(parameters)
-        self.state: dict[nn.Parameter, dict[str, Tensor]] = {}
+        self.state: dict[Any, dict[str, Tensor]] = {}
 
     @torch.no_grad()
     def update(self, rates: Sequence[float], finite: Tensor) -> None:
