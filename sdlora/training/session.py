@@ -123,7 +123,7 @@ def open_session(plan: RunPlan, base: Base, accelerator: Accelerator, progress: 
         images=images,
         embeddings=embeddings,
         adapter=adapter,
-        optimizer=GuardedAdamW(adapter.parameters, rates, config.optimizer, steps=config.train.steps),
+        optimizer=GuardedAdamW(adapter.parameters, rates, config.optimizer, steps=config.train.steps, dtype=base.dtype),
         accelerator=accelerator,
     )
 
