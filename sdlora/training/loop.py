@@ -8,15 +8,16 @@ import threading
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
 
 from ..base.base import Base
+from ..base.device import device_facts
 from ..base.load import load_base
-from ..base.precision import choose_precision
+from ..base.precision import explain_precision
 from ..errors import Interrupted, TargetError, TrainingError
 from ..families import WORDS_IN_CHUNK
 from ..formats.lora_writer import write_lora
@@ -84,28 +85,31 @@ def run_training(
     restart: bool,
     progress: Progress,
     stop: threading.Event | None,
+    allow_device_change: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> TrainReport:
     """Train as planned, resuming from the newest checkpoint, and write the LoRA file and its samples.
 
     Raises:
-        ResumeError: output or checkpoints of another run are in the way.
+        ResumeError: output or checkpoints of another run are in the way, or checkpoints of another type of device or
+            another precision, unless ``allow_device_change``.
         TrainingError: half of the steps produced gradients with NaN or Inf.
         TargetError: the file cannot be written; the message names the checkpoint that has the weights.
         Interrupted: Ctrl-C, SIGTERM or ``stop``; the state is saved.
     """
     began, config = time.time(), plan.config
     output = Path(config.output.path)
+    accelerator = Accelerator()
+    facts = device_facts(accelerator.device)
+    chosen = explain_precision(config.train.precision, facts, unet_parameters=plan.base.unet_parameters)
+    plan = replace(plan, identity=plan.identity.on(facts.kind, chosen.dtype))
     folder = RunFolder(output, plan.identity)
     if restart:
         folder.remove()
     elif finished(output, plan.identity):
         return TrainReport(result=_complete_already(plan, folder), samples=None)
-    start = folder.newest() or Checkpoint(step=0, started_at=began, tensors={})
-
-    accelerator = Accelerator()
-    dtype = choose_precision(config.train.precision, accelerator.device, unet_parameters=plan.base.unet_parameters)
-    base = load_base(plan.base, device=accelerator.device, dtype=dtype)
+    start = folder.newest(allow_device_change=allow_device_change) or Checkpoint(step=0, started_at=began, tensors={})
+    base = load_base(plan.base, device=accelerator.device, dtype=chosen.dtype)
     trained = train_lora(plan, base, accelerator, folder, start, progress, stop)
     if accelerator.is_main_process:
         try:
@@ -324,8 +328,10 @@ def _write_output(plan: RunPlan, base: Base, trained: TrainedLora, progress: Pro
 
 
 def _check_skipped(session: TrainingSession, done: int) -> None:
-    skipped = session.optimizer.skipped_steps()
-    if skipped > MAX_SKIPPED_SHARE * done:
+    """Steps that only lowered the loss scale count where the run ends without any other."""
+    skipped, settling = session.optimizer.skipped_steps(), session.optimizer.settling_steps()
+    nothing_learned = skipped == done == session.plan.config.train.steps
+    if nothing_learned or skipped - settling > MAX_SKIPPED_SHARE * done:
         raise TrainingError(
             f"{skipped} of {done} steps produced gradients with NaN or Inf and were skipped; lower "
             "optimizer.learning_rate, or set train.precision to float32"
