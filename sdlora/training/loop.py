@@ -24,7 +24,7 @@ from ..formats.lora_writer import write_lora
 from ..lora.low_rank import LowRank
 from ..progress import Progress
 from .checkpoint import RUN_KEY, Checkpoint, RunFolder, finished, forget_run, record_run
-from .course import loss_warning, tail_length
+from .course import own_losses, relative_change, run_warning, tail_length
 from .facts import describe_run
 from .plan import RunPlan
 from .samples import write_samples
@@ -51,7 +51,7 @@ class TrainResult:
     resumed_from: int
     """Steps that an earlier, interrupted call had done."""
     warning: str | None = None
-    """What the losses say against the run, and the likely cause; None where nothing is known against it."""
+    """That the run learned nothing or diverged, and the likely cause; None where nothing is known against it."""
     texts_written: bool = False
     """Whether the run was complete already, and new texts of ``[output]`` were written into its file."""
 
@@ -154,15 +154,17 @@ def train_lora(
     with session.attached():
         losses = train_steps(session, start, folder, progress, stop)
         held_out = validation_loss(session, progress)
+        own = own_losses(session, progress)
+    alone = own_losses(session, progress)
     session.embeddings.close()
-    steps = plan.config.train.steps
+    steps, weights = plan.config.train.steps, session.adapter.weights()
     return TrainedLora(
-        weights=session.adapter.weights(),
+        weights=weights,
         caption_tokens=WORDS_IN_CHUNK * session.embeddings.chunks,
         started_at=start.started_at,
         resumed_from=start.step,
         loss=losses[-tail_length(steps) :].mean().item() if len(losses) else None,
-        warning=loss_warning(losses.tolist(), first=start.step, steps=steps, unlearned=_unlearned_loss(session)),
+        warning=run_warning(trained=own, alone=alone, change=relative_change(weights, base)) if own and alone else None,
         validation_loss=held_out,
     )
 
@@ -215,14 +217,6 @@ def train_steps(
     if first < steps:
         save(steps)
     return losses
-
-
-def _unlearned_loss(session: TrainingSession) -> float:
-    """Mean loss of a model that always predicts zero, at most: what it should predict has a variance of about 1."""
-    schedule, gamma = session.base.schedule, session.plan.config.objective.min_snr_gamma
-    timesteps = torch.arange(len(schedule.alphas_cumprod), device=session.base.device)
-    weights = session.plan.training.weights
-    return schedule.min_snr_weight(timesteps, gamma).mean().item() * max(1.0, *weights)
 
 
 def _complete_already(plan: RunPlan, folder: RunFolder) -> TrainResult:
