@@ -80,19 +80,18 @@ class Adapter:
         self._working_copies.append(working)
         position = 0
         for name, module in group.items():
-            leaves, masters = [], []
+            leaves, masters, gradients = [], [], []
             for rows, columns in ((rank, module.in_features), (module.out_features, rank)):
                 span = slice(position, position + rows * columns)
-                leaf = working.values[span].view(rows, columns).requires_grad_()
-                leaf.grad = working.gradients[span].view(rows, columns)
-                leaves.append(leaf)
+                leaves.append(working.values[span].view(rows, columns).requires_grad_())
+                gradients.append(working.gradients[span].view(rows, columns))
                 masters.append(master.detach()[span].view(rows, columns))
                 position = span.stop
             down, up = leaves
             down_master, up_master = masters
             down_master.copy_(_kaiming_uniform(down.shape, seed, name))
             self._masters[name] = (down_master, up_master)
-            self._layers[name] = LoraLinear(module, down, up, self.alpha / rank)
+            self._layers[name] = LoraLinear(module, down, up, self.alpha / rank, gradients=(gradients[0], gradients[1]))
             self._frozen[name] = module
 
     @torch.no_grad()
@@ -106,7 +105,9 @@ class Adapter:
     def end_backward(self) -> None:
         """Copy the gradients of the layers to the masters."""
         for master, working in zip(self.parameters, self._working_copies, strict=True):
-            if master.grad is not None and working.gradients.dtype != master.dtype:
+            if master.grad is None:
+                master.grad = working.gradients.to(master.dtype)
+            elif working.gradients.dtype != master.dtype:
                 master.grad.copy_(working.gradients)
 
     def attach(self, modules: Mapping[str, nn.Module]) -> None:
