@@ -13,7 +13,7 @@ from torch.utils import checkpoint as recomputation
 
 from ..base.base import Base
 from ..base.checkpoint import BaseCheckpoint
-from ..base.conditioning import Conditioning, Framing
+from ..base.conditioning import Conditioning, Framing, time_ids
 from ..base.encode import encode_prompts
 from ..base.load import load_base
 from ..base.tokens import padded, plain, tokenize
@@ -148,7 +148,7 @@ def _loss(base: Base, config: Config, images: int, *, width: int, height: int, c
         noise,
         torch.empty(images, dtype=torch.int64, device=META),
         _conditioning(base, config, images, chunks),
-        [Framing.whole(width, height)] * images,
+        time_ids([Framing.whole(width, height)] * images).to(META),
         min_snr_gamma=config.objective.min_snr_gamma,
     )
     return losses.sum()
