@@ -6,29 +6,29 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
 
 from ..base.base import Base
+from ..base.device import device_facts
 from ..base.device_memory import move_to, out_of_memory
 from ..base.load import decoding_dtype, load_base
-from ..base.precision import choose_precision
+from ..base.precision import describe_precision, explain_precision
 from ..errors import DeviceMemoryError, Interrupted, TargetError, TrainingError
 from ..families import WORDS_IN_CHUNK
 from ..formats.lora_writer import write_lora
 from ..lora.low_rank import LowRank
 from ..progress import Progress
 from .checkpoint import RUN_KEY, Checkpoint, RunFolder, finished, forget_run, record_run
-from .course import loss_warning, tail_length
+from .course import own_losses, relative_change, run_warning, tail_length
 from .facts import describe_run
 from .fitted_steps import FittedSteps, fitted
 from .interruption import InterruptFlag, interrupt_flag
-from .optimizer import GuardedAdamW
 from .plan import RunPlan
-from .samples import write_samples
+from .sample_sheet import draw_samples
 from .session import TrainingSession, open_session
 from .shortage import CLOSE_OTHERS, explained
 from .texts import changed_metadata, write_texts
@@ -53,7 +53,7 @@ class TrainResult:
     resumed_from: int
     """Steps that an earlier, interrupted call had done."""
     warning: str | None = None
-    """What the losses say against the run, and the likely cause; None where nothing is known against it."""
+    """That the run learned nothing or diverged, and the likely cause; None where nothing is known against it."""
     texts_written: bool = False
     """Whether the run was complete already, and new texts of ``[output]`` were written into its file."""
 
@@ -87,12 +87,14 @@ def run_training(
     restart: bool,
     progress: Progress,
     stop: threading.Event | None,
+    allow_device_change: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> TrainReport:
     """Train as planned, resuming from the newest checkpoint, and write the LoRA file and its samples.
 
     Raises:
-        ResumeError: output or checkpoints of another run are in the way.
+        ResumeError: output or checkpoints of another run are in the way, or checkpoints of another type of device or
+            another precision, unless ``allow_device_change``.
         TrainingError: half of the steps produced gradients with NaN or Inf.
         TargetError: the file cannot be written; the message names the checkpoint that has the weights.
         DeviceMemoryError: not enough memory; the message says where, and what to change. The state is saved.
@@ -100,19 +102,26 @@ def run_training(
     """
     began, config = time.time(), plan.config
     output = Path(config.output.path)
+    accelerator = Accelerator()
+    facts = device_facts(accelerator.device)
+    chosen = explain_precision(config.train.precision, facts, unet_parameters=plan.base.unet_parameters)
+    plan = replace(plan, identity=plan.identity.on(facts.kind, chosen.dtype))
     folder = RunFolder(output, plan.identity)
     if restart:
         folder.remove()
     elif finished(output, plan.identity):
         return TrainReport(result=_complete_already(plan, folder), samples=None)
-    start = folder.newest() or Checkpoint(step=0, started_at=began, tensors={}, shape=None)
-
-    accelerator = Accelerator()
-    dtype = choose_precision(config.train.precision, accelerator.device, unet_parameters=plan.base.unet_parameters)
-    # Parts are in main memory until they work. The VAE encodes in float32, once.
-    main_memory = torch.device("cpu")
+    start = folder.newest(allow_device_change=allow_device_change) or Checkpoint.none(began)
+    say(describe_precision(facts, chosen))
     with explained("loading the base", CLOSE_OTHERS):
-        base = load_base(plan.base, device=accelerator.device, dtype=dtype, vae_dtype=torch.float32, home=main_memory)
+        # Its parts are in main memory until they work, and its VAE encodes in float32.
+        base = load_base(
+            plan.base,
+            device=accelerator.device,
+            dtype=chosen.dtype,
+            vae_dtype=torch.float32,
+            home=torch.device("cpu"),
+        )
     trained = train_lora(plan, base, accelerator, folder, start, progress, stop, say)
     if accelerator.is_main_process:
         try:
@@ -136,8 +145,14 @@ def run_training(
     )
     if not accelerator.is_main_process:
         return TrainReport(result=result, samples=None)
-    move_to(base.device, base.unet, base.vae.to(decoding_dtype(dtype)), *base.encoder_models())
-    return TrainReport(result=result, samples=write_samples(base, plan, output, progress=progress, stop=stop))
+    drawn = draw_samples(plan, lambda: _complete(base), progress=progress, stop=stop)
+    return TrainReport(result=result, samples=drawn)
+
+
+def _complete(base: Base) -> Base:
+    """``base`` with all parts on its device, and the VAE as for generating."""
+    move_to(base.device, base.unet, base.vae.to(decoding_dtype(base.dtype)), *base.encoder_models())
+    return base
 
 
 def train_lora(
@@ -158,20 +173,23 @@ def train_lora(
     if start.step:
         session.optimizer.restore(start.tensors)
     try:
-        with fitted(session) as steps:
-            losses = train_steps(steps, start, folder, progress, stop)
-            with explained("measuring the validation loss", CLOSE_OTHERS):
-                held_out = validation_loss(steps.session, progress)
+        with fitted(session) as fitting:
+            losses = train_steps(fitting, start, folder, progress, stop)
+            with explained("measuring losses after the last step", CLOSE_OTHERS):
+                held_out = validation_loss(session, progress)
+                own = own_losses(session, progress)
+        with explained("measuring losses after the last step", CLOSE_OTHERS):
+            alone = own_losses(session, progress)
     finally:
         session.embeddings.close()
-    count = plan.config.train.steps
+    steps, weights = plan.config.train.steps, session.adapter.weights()
     return TrainedLora(
-        weights=session.adapter.weights(),
+        weights=weights,
         caption_tokens=WORDS_IN_CHUNK * session.embeddings.chunks,
         started_at=start.started_at,
         resumed_from=start.step,
-        loss=losses[-tail_length(count) :].mean().item() if len(losses) else None,
-        warning=loss_warning(losses.tolist(), first=start.step, steps=count, unlearned=_unlearned_loss(session)),
+        loss=losses[-tail_length(steps) :].mean().item() if len(losses) else None,
+        warning=run_warning(trained=own, alone=alone, change=relative_change(weights, base)) if own and alone else None,
         validation_loss=held_out,
     )
 
@@ -192,7 +210,7 @@ def train_steps(
         DeviceMemoryError: not enough memory for a step, or, with ``train.fit``, for one image at once.
     """
     session, first = fitted.session, start.step
-    train, accelerator, optimizer = session.plan.config.train, session.accelerator, session.optimizer
+    train, accelerator = session.plan.config.train, session.accelerator
     steps = train.steps
     losses = torch.zeros(steps - first, device=session.base.device)
     progress.start("Training", steps, first)
@@ -215,14 +233,14 @@ def train_steps(
                 progress.advance(done - reported, f"loss {losses[reported - first : done - first].mean().item():.4f}")
                 reported = done
             if done % train.save_every == 0 and done < steps:
-                _check_skipped(optimizer, done)
+                _check_skipped(session, done)
                 save(done)
             if done < steps and _all_stop(accelerator, interrupted, done):
                 unsaved = save(done)
                 accelerator.wait_for_everyone()
                 text = f"stopped after step {done} of {steps}{unsaved}; run the same command to resume"
                 raise Interrupted(text, terminated=interrupted.terminated)
-    _check_skipped(optimizer, steps)
+    _check_skipped(session, steps)
     if first < steps:
         save(steps)
     return losses
@@ -241,14 +259,6 @@ def _save(folder: RunFolder, start: Checkpoint, done: int, session: TrainingSess
         logger.warning("%s", failed)
         return f", but {failed}"
     return ""
-
-
-def _unlearned_loss(session: TrainingSession) -> float:
-    """Mean loss of a model that always predicts zero, at most: what it should predict has a variance of about 1."""
-    schedule, gamma = session.base.schedule, session.plan.config.objective.min_snr_gamma
-    timesteps = torch.arange(len(schedule.alphas_cumprod), device=session.base.device)
-    weights = session.plan.training.weights
-    return schedule.min_snr_weight(timesteps, gamma).mean().item() * max(1.0, *weights)
 
 
 def _complete_already(plan: RunPlan, folder: RunFolder) -> TrainResult:
@@ -314,9 +324,11 @@ def _write_output(plan: RunPlan, base: Base, trained: TrainedLora, progress: Pro
         record_run(output, plan.identity)
 
 
-def _check_skipped(optimizer: GuardedAdamW, done: int) -> None:
-    skipped = optimizer.skipped_steps()
-    if skipped > MAX_SKIPPED_SHARE * done:
+def _check_skipped(session: TrainingSession, done: int) -> None:
+    """Steps that only lowered the loss scale count where the run ends without any other."""
+    skipped, settling = session.optimizer.skipped_steps(), session.optimizer.settling_steps()
+    nothing_learned = skipped == done == session.plan.config.train.steps
+    if nothing_learned or skipped - settling > MAX_SKIPPED_SHARE * done:
         raise TrainingError(
             f"{skipped} of {done} steps produced gradients with NaN or Inf and were skipped; lower "
             "optimizer.learning_rate, or set train.precision to float32"

@@ -13,7 +13,7 @@ from torch.utils import checkpoint as recomputation
 
 from ..base.base import Base
 from ..base.checkpoint import BaseCheckpoint
-from ..base.conditioning import Conditioning, Framing
+from ..base.conditioning import Conditioning, Framing, time_ids
 from ..base.encode import encode_prompts
 from ..base.load import load_base
 from ..base.tokens import padded, plain, tokenize
@@ -100,7 +100,7 @@ def measured(
     # xformers keeps as much as torch's own kernels, and does not run on the meta device.
     base = load_base(replace(checkpoint, attention="sdpa"), device=META, dtype=dtype)
     adapter, _ = new_adapter(base, config)
-    trained = [encoder.model for encoder in base.text_encoders] if config.optimizer.text_encoder_learning_rate else []
+    trained = list(base.encoder_models()) if config.optimizer.text_encoder_rate(base.checkpoint.family) else []
     weights = sum(model_bytes(model) for model in (base.unet, *trained))
     modules = base.modules()
     adapter.attach(modules)
@@ -150,7 +150,7 @@ def stand_in_loss(base: Base, config: Config, images: int, *, width: int, height
         torch.zeros(shape, device=base.device),
         torch.zeros(images, dtype=torch.int64, device=base.device),
         _conditioning(base, config, images, chunks),
-        [Framing.whole(width, height)] * images,
+        time_ids([Framing.whole(width, height)] * images).to(META),
         min_snr_gamma=config.objective.min_snr_gamma,
     )
     return losses.sum()
@@ -158,7 +158,7 @@ def stand_in_loss(base: Base, config: Config, images: int, *, width: int, height
 
 def _conditioning(base: Base, config: Config, images: int, chunks: int) -> Conditioning:
     """Out of the text encoders where they are trained, else as it comes out of the cache."""
-    if config.optimizer.text_encoder_learning_rate:
+    if config.optimizer.text_encoder_rate(base.checkpoint.family):
         return encode_prompts(base, [padded(base, tokenize(base, plain("")), chunks)] * images)
     return stand_in_conditioning(base, images, chunks)
 

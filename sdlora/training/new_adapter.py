@@ -11,7 +11,8 @@ def new_adapter(base: Base, config: Config) -> tuple[Adapter, list[float]]:
     """A fresh adapter on the parts that are trained, and the learning rate of each of its parameters."""
     targets = choose_targets(base.modules(), config.lora.targets)
     parts = {"unet": config.optimizer.learning_rate}
-    parts |= {encoder.facts.part: config.optimizer.text_encoder_learning_rate for encoder in base.text_encoders}
+    text_encoder_rate = config.optimizer.text_encoder_rate(base.checkpoint.family)
+    parts |= {encoder.facts.part: text_encoder_rate for encoder in base.text_encoders}
     groups = [
         ({n: m for n, m in targets.items() if n.startswith(f"{part}.")}, rate) for part, rate in parts.items() if rate
     ]
