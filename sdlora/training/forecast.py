@@ -24,6 +24,7 @@ from ..files import check_target
 from ..formats.lora_writer import kohya_file_bytes
 from ..lora.adapter import choose_targets
 from ..lora.low_rank import LowRank
+from ..lora.quantized import QUANTIZED
 from ..progress import Progress, progress_or_bar
 from .caption_embeddings import chunks_of
 from .checkpoint import KEPT
@@ -166,7 +167,7 @@ def forecast_run(run: RunPlan, device: torch.device, *, gpu: float | None) -> Fo
     shape, step = sizes.fitted(run.config, run.base, budget)
     sampling = sampling_memory(base, width=run.base.resolution, height=run.base.resolution, device_type=kind)
     encoding = encoding_memory(base, width=sizes.width, height=sizes.height, chunks=sizes.chunks, device_type=kind)
-    if run.config.optimizer.text_encoder_learning_rate:
+    if run.config.optimizer.text_encoder_rate(run.base.family):
         encoding = {"vae": encoding["vae"]}
     fits = None if gpu is None else taken(max(step.total, *encoding.values())) <= budget
     loras = _loras(run, base)
@@ -244,11 +245,13 @@ class _Sizes:
             return {}
         frozen = {"optimizer.text_encoder_learning_rate": 0.0}
         changes: list[dict[str, Any]] = [{}, frozen]
+        changes += [{**frozen, "base.quantization": kind} for kind in QUANTIZED]
         for change in changes:
             config = with_settings(
                 run.config, change | {"train.micro_batch": "auto", "train.gradient_checkpointing": "auto"}
             )
-            shape, step = self.fitted(config, run.base, budget)
+            checkpoint = replace(run.base, quantization=config.base.quantization)
+            shape, step = self.fitted(config, checkpoint, budget)
             if taken(step.total) <= budget:
                 found = change | {
                     "train.micro_batch": shape.micro_batch,
@@ -282,7 +285,7 @@ def _loras(run: RunPlan, base: Base) -> dict[str, LowRank]:
     """What the file will hold, without memory."""
     optimizer, lora = run.config.optimizer, run.config.lora
     rates = {"unet": optimizer.learning_rate}
-    rates |= {encoder.facts.part: optimizer.text_encoder_learning_rate for encoder in base.text_encoders}
+    rates |= {encoder.facts.part: optimizer.text_encoder_rate(run.base.family) for encoder in base.text_encoders}
     return {
         name: LowRank(
             down=torch.empty(lora.rank, module.in_features, device=META),
@@ -304,7 +307,7 @@ def _cache_bytes(run: RunPlan, base: Base, chunks: int) -> int:
     factor, channels = run.base.latent_factor, base.vae.config["latent_channels"]
     cells = sum(view.placement.width * view.placement.height // factor**2 for view in views)
     latents = 2 * channels * cells * torch.float32.itemsize
-    if run.config.optimizer.text_encoder_learning_rate:
+    if run.config.optimizer.text_encoder_rate(run.base.family):
         return latents
     width = base.unet.config["cross_attention_dim"]
     captions = {sample.caption for step in range(run.config.train.steps) for sample in run.training.batch(step)}

@@ -150,7 +150,7 @@ def stand_in_loss(base: Base, config: Config, images: int, *, width: int, height
         torch.zeros(shape, device=base.device),
         torch.zeros(images, dtype=torch.int64, device=base.device),
         _conditioning(base, config, images, chunks),
-        time_ids([Framing.whole(width, height)] * images).to(META),
+        time_ids([Framing.whole(width, height)] * images).to(base.device),
         min_snr_gamma=config.objective.min_snr_gamma,
     )
     return losses.sum()

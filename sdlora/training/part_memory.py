@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..base.base import Base
-from ..base.conditioning import Framing
+from ..base.conditioning import Framing, time_ids
 from ..base.encode import encode_prompts
 from ..base.tokens import padded, plain, tokenize
 from .live_bytes import LiveBytes, attention_of
@@ -71,8 +71,8 @@ def sampling_memory(base: Base, *, width: int, height: int, device_type: str) ->
         with LiveBytes() as denoising:
             noisy = torch.zeros(GUIDED_ROWS, channels, height // factor, width // factor, device=base.device)
             timestep = torch.zeros((), dtype=torch.int64, device=base.device)
-            framings = [Framing.whole(width, height)] * GUIDED_ROWS
-            base.predict(noisy, timestep, stand_in_conditioning(base, GUIDED_ROWS, 1), framings)
+            sizes = time_ids([Framing.whole(width, height)] * GUIDED_ROWS).to(base.device)
+            base.predict(noisy, timestep, stand_in_conditioning(base, GUIDED_ROWS, 1), sizes)
         with LiveBytes() as decoding:
             base.vae.decode(torch.zeros_like(noisy[:1], dtype=base.vae.dtype))
     return SamplingMemory(

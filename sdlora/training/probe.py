@@ -75,7 +75,7 @@ def _measured(
         for first in range(0, len(samples), shape.micro_batch):
             images = min(shape.micro_batch, len(samples) - first)
             loss = stand_in_loss(base, config, images, width=placement.width, height=placement.height, chunks=chunks)
-            loss.backward()
+            optimizer.scaled(loss).backward()
             adapter.end_backward()
         optimizer.step(step)
         if device.type == "cuda":
