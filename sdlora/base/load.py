@@ -23,6 +23,7 @@ from .models import (
     CLIPTokenizer,
     UNet2DConditionModel,
 )
+from .quantize import quantize_unet
 from .schedule import NoiseSchedule
 from .words import clip_merges, clip_vocabulary
 
@@ -55,7 +56,7 @@ def load_base(checkpoint: BaseCheckpoint, *, device: torch.device, dtype: torch.
     )
     base = Base(
         checkpoint=checkpoint,
-        unet=_filled(checkpoint, "unet", lambda: UNet2DConditionModel.from_config(dict(unet)), device, dtype),
+        unet=_filled_unet(checkpoint, lambda: UNet2DConditionModel.from_config(dict(unet)), device, dtype),
         text_encoders=encoders,
         vae=_filled(
             checkpoint,
@@ -70,6 +71,15 @@ def load_base(checkpoint: BaseCheckpoint, *, device: torch.device, dtype: torch.
     )
     use_attention(base.unet, checkpoint.attention)
     return base
+
+
+def _filled_unet(checkpoint: BaseCheckpoint, build: Callable[[], Any], device: torch.device, dtype: torch.dtype) -> Any:
+    """The UNet, quantised if ``checkpoint`` says so: read into main memory first, so that the device never holds it all."""
+    if checkpoint.quantization == "none":
+        return _filled(checkpoint, "unet", build, device, dtype)
+    unet = _filled(checkpoint, "unet", build, torch.device("cpu") if device.type != "meta" else device, dtype)
+    quantize_unet(unet, checkpoint.quantization, device)
+    return unet.to(device)
 
 
 def _load_encoder(
