@@ -46,7 +46,7 @@ def test_the_settings_that_decide_resuming() -> None:
     never = {
         *("base.path", "base.vae", "base.text_encoder", "base.text_encoder_2", "base.attention"),
         *("data.images", "data.metadata", "data.dataset_config", "train.save_every"),
-        *("train.gradient_checkpointing", "train.micro_batch", "train.fit"),
+        *("train.gradient_checkpointing", "train.micro_batch", "train.fit", "train.deterministic"),
         *("cache.disk", "cache.folder", "cache.max_gigabytes", "output.path", "samples.prompts"),
     }
     settings = config.flat()

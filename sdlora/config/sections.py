@@ -121,8 +121,10 @@ class TrainSection(Section):
     batch_size: Annotated[int, Field(ge=1), Setting(kohya="train_batch_size")] = 4
     """Images in one step, over all processes together."""
     precision: Annotated[Literal["auto", "float32", "bfloat16", "float16"], Setting(kohya="mixed_precision")] = "auto"
-    """Precision of the frozen base. ``auto`` is bfloat16 where the device multiplies it in hardware and the base is large
-    enough to gain from it, and float32 elsewhere. The LoRA itself is always trained in float32."""
+    """Precision of the frozen base. ``auto`` is bfloat16 on a GPU that multiplies it in hardware, float16 on other NVIDIA
+    GPUs and on Apple's, and on a CPU float32, or bfloat16 where the CPU multiplies it in hardware and the base is large
+    enough to gain from it. With float16 the loss is scaled so that small gradients are kept. The LoRA itself is always
+    trained in float32."""
     gradient_checkpointing: Annotated[
         Literal["auto"] | bool,
         Setting(kohya="gradient_checkpointing", affects="nothing", values='"auto", true or false'),
@@ -139,6 +141,9 @@ class TrainSection(Section):
     fit: Annotated[bool, Setting(affects="nothing")] = False
     """What to do where the device runs out of memory: stop and say what to change, or, with true, halve the micro-batch,
     then turn gradient checkpointing on, and go on with the same batches."""
+    deterministic: Annotated[bool, Setting(affects="nothing")] = False
+    """Whether a GPU uses deterministic algorithms alone, so that repeating or resuming a run gives the same bits on the
+    same model of GPU. That is slower, and not possible with xformers. On a CPU results are the same in any case."""
     seed: Annotated[int, Field(ge=0, lt=2**32), Setting(kohya="seed")] = 0
     """Seed of everything that is drawn: order, captions, crops, flips, noise and timesteps."""
     save_every: Annotated[int, Field(ge=1), Setting(affects="nothing")] = 100
@@ -153,6 +158,10 @@ class SamplesSection(Section):
 
 
 MISSING_TRIGGER = "data.trigger is missing; name the trigger word: --trigger WORD"
+NOT_DETERMINISTIC = (
+    'train.deterministic = true is not possible with base.attention = "xformers"; set base.attention to "sdpa", or '
+    "train.deterministic to false"
+)
 
 
 def _lora_file(value: str) -> str:
@@ -222,6 +231,12 @@ class Config(DatasetConfig):
     def _has_a_trigger(self) -> Config:
         if self.data.trigger is None:
             raise PydanticCustomError("settings", "{problems}", {"problems": MISSING_TRIGGER})
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_deterministic(self) -> Config:
+        if self.train.deterministic and self.base.attention == "xformers":
+            raise PydanticCustomError("settings", "{problems}", {"problems": NOT_DETERMINISTIC})
         return self
 
     def flat(self, affecting: Collection[Affects] = get_args(Affects)) -> dict[str, str]:

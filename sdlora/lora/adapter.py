@@ -101,17 +101,21 @@ class Adapter:
     def begin_step(self) -> None:
         """Copy the masters to the layers, and clear the gradients."""
         for master, working in zip(self.parameters, self._working_copies, strict=True):
+            working.gradients.zero_()
             if working.values.dtype != master.dtype:
                 working.values.copy_(master)
-            working.gradients.zero_()
+                if master.grad is not None:
+                    master.grad.zero_()
 
     def end_backward(self) -> None:
-        """Copy the gradients of the layers to the masters."""
+        """Add the gradients of the layers to those of the masters, and clear them; once after each backward pass."""
         for master, working in zip(self.parameters, self._working_copies, strict=True):
-            if master.grad is None:
-                master.grad = working.gradients.to(master.dtype)
-            elif working.gradients.dtype != master.dtype:
-                master.grad.copy_(working.gradients)
+            if working.gradients.dtype == master.dtype:
+                master.grad = working.gradients
+                continue
+            master.grad = torch.zeros_like(master) if master.grad is None else master.grad
+            master.grad.add_(working.gradients)
+            working.gradients.zero_()
 
     def attach(self, modules: Mapping[str, nn.Module]) -> None:
         """Put the trainable layers in place; ``modules`` maps every canonical name, parents too, to its module."""

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from ..base.base import Base
@@ -40,6 +41,10 @@ class CaptionEmbeddings(Protocol):
 
     def encode(self, captions: Sequence[str]) -> Conditioning:
         """One row for each caption: ``context`` (b, 77 · chunks, width) in the base's dtype, on its device."""
+        ...
+
+    def token_ids(self, captions: Sequence[str]) -> tuple[np.ndarray, ...]:
+        """What ``encode_ids`` takes for each text encoder, (b, chunks, 77) int64; () where the text encoders are frozen."""
         ...
 
     def close(self) -> None:
@@ -88,6 +93,11 @@ class TrainedEmbeddings:
         """As in ``CaptionEmbeddings``, with gradients to the text encoders."""
         return encode_prompts(self._base, [self._tokens.of(caption) for caption in captions])
 
+    def token_ids(self, captions: Sequence[str]) -> tuple[np.ndarray, ...]:
+        """As in ``CaptionEmbeddings``."""
+        prompts = [self._tokens.of(caption) for caption in captions]
+        return tuple(np.stack([tokens.ids.numpy() for tokens in encoder]) for encoder in zip(*prompts, strict=True))
+
     def close(self) -> None:
         """Nothing is kept on disk."""
 
@@ -110,6 +120,10 @@ class FrozenEmbeddings:
     def encode(self, captions: Sequence[str]) -> Conditioning:
         """As in ``CaptionEmbeddings``, without gradients."""
         return Conditioning.stack([self._row(caption) for caption in captions])
+
+    def token_ids(self, captions: Sequence[str]) -> tuple[np.ndarray, ...]:
+        """Nothing: a caption is encoded once."""
+        return ()
 
     def close(self) -> None:
         """Bring the disk cache under its cap if anything was written to it."""

@@ -8,22 +8,23 @@ import threading
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
 
 from ..base.base import Base
+from ..base.device import device_facts
 from ..base.load import load_base
-from ..base.precision import choose_precision
+from ..base.precision import explain_precision
 from ..errors import Interrupted, TargetError, TrainingError
 from ..families import WORDS_IN_CHUNK
 from ..formats.lora_writer import write_lora
 from ..lora.low_rank import LowRank
 from ..progress import Progress
 from .checkpoint import RUN_KEY, Checkpoint, RunFolder, finished, forget_run, record_run
-from .course import loss_warning, tail_length
+from .course import own_losses, relative_change, run_warning, tail_length
 from .facts import describe_run
 from .plan import RunPlan
 from .samples import write_samples
@@ -50,7 +51,7 @@ class TrainResult:
     resumed_from: int
     """Steps that an earlier, interrupted call had done."""
     warning: str | None = None
-    """What the losses say against the run, and the likely cause; None where nothing is known against it."""
+    """That the run learned nothing or diverged, and the likely cause; None where nothing is known against it."""
     texts_written: bool = False
     """Whether the run was complete already, and new texts of ``[output]`` were written into its file."""
 
@@ -84,28 +85,31 @@ def run_training(
     restart: bool,
     progress: Progress,
     stop: threading.Event | None,
+    allow_device_change: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> TrainReport:
     """Train as planned, resuming from the newest checkpoint, and write the LoRA file and its samples.
 
     Raises:
-        ResumeError: output or checkpoints of another run are in the way.
+        ResumeError: output or checkpoints of another run are in the way, or checkpoints of another type of device or
+            another precision, unless ``allow_device_change``.
         TrainingError: half of the steps produced gradients with NaN or Inf.
         TargetError: the file cannot be written; the message names the checkpoint that has the weights.
         Interrupted: Ctrl-C, SIGTERM or ``stop``; the state is saved.
     """
     began, config = time.time(), plan.config
     output = Path(config.output.path)
+    accelerator = Accelerator()
+    facts = device_facts(accelerator.device)
+    chosen = explain_precision(config.train.precision, facts, unet_parameters=plan.base.unet_parameters)
+    plan = replace(plan, identity=plan.identity.on(facts.kind, chosen.dtype))
     folder = RunFolder(output, plan.identity)
     if restart:
         folder.remove()
     elif finished(output, plan.identity):
         return TrainReport(result=_complete_already(plan, folder), samples=None)
-    start = folder.newest() or Checkpoint(step=0, started_at=began, tensors={})
-
-    accelerator = Accelerator()
-    dtype = choose_precision(config.train.precision, accelerator.device, unet_parameters=plan.base.unet_parameters)
-    base = load_base(plan.base, device=accelerator.device, dtype=dtype)
+    start = folder.newest(allow_device_change=allow_device_change) or Checkpoint(step=0, started_at=began, tensors={})
+    base = load_base(plan.base, device=accelerator.device, dtype=chosen.dtype)
     trained = train_lora(plan, base, accelerator, folder, start, progress, stop)
     if accelerator.is_main_process:
         try:
@@ -150,15 +154,17 @@ def train_lora(
     with session.attached():
         losses = train_steps(session, start, folder, progress, stop)
         held_out = validation_loss(session, progress)
+        own = own_losses(session, progress)
+    alone = own_losses(session, progress)
     session.embeddings.close()
-    steps = plan.config.train.steps
+    steps, weights = plan.config.train.steps, session.adapter.weights()
     return TrainedLora(
-        weights=session.adapter.weights(),
+        weights=weights,
         caption_tokens=WORDS_IN_CHUNK * session.embeddings.chunks,
         started_at=start.started_at,
         resumed_from=start.step,
         loss=losses[-tail_length(steps) :].mean().item() if len(losses) else None,
-        warning=loss_warning(losses.tolist(), first=start.step, steps=steps, unlearned=_unlearned_loss(session)),
+        warning=run_warning(trained=own, alone=alone, change=relative_change(weights, base)) if own and alone else None,
         validation_loss=held_out,
     )
 
@@ -211,14 +217,6 @@ def train_steps(
     if first < steps:
         save(steps)
     return losses
-
-
-def _unlearned_loss(session: TrainingSession) -> float:
-    """Mean loss of a model that always predicts zero, at most: what it should predict has a variance of about 1."""
-    schedule, gamma = session.base.schedule, session.plan.config.objective.min_snr_gamma
-    timesteps = torch.arange(len(schedule.alphas_cumprod), device=session.base.device)
-    weights = session.plan.training.weights
-    return schedule.min_snr_weight(timesteps, gamma).mean().item() * max(1.0, *weights)
 
 
 def _complete_already(plan: RunPlan, folder: RunFolder) -> TrainResult:
@@ -324,8 +322,10 @@ def _write_output(plan: RunPlan, base: Base, trained: TrainedLora, progress: Pro
 
 
 def _check_skipped(session: TrainingSession, done: int) -> None:
-    skipped = session.optimizer.skipped_steps()
-    if skipped > MAX_SKIPPED_SHARE * done:
+    """Steps that only lowered the loss scale count where the run ends without any other."""
+    skipped, settling = session.optimizer.skipped_steps(), session.optimizer.settling_steps()
+    nothing_learned = skipped == done == session.plan.config.train.steps
+    if nothing_learned or skipped - settling > MAX_SKIPPED_SHARE * done:
         raise TrainingError(
             f"{skipped} of {done} steps produced gradients with NaN or Inf and were skipped; lower "
             "optimizer.learning_rate, or set train.precision to float32"

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from ..base.base import Base
+from ..base.conditioning import Conditioning
+from ..base.encode import encode_ids
 from ..cache.store import open_cache
 from ..config.sections import Config
 from ..data.views import View
 from ..lora.adapter import Adapter, choose_targets
 from ..progress import Progress
-from .batches import draw, share
 from .caption_embeddings import CaptionEmbeddings, open_caption_embeddings
 from .fit import StepShape, choose_shape
 from .latents import EncodedImage, encode_views
 from .loss import denoising_loss
 from .optimizer import GuardedAdamW
 from .plan import RunPlan
+from .preparation import Preparation, StepInputs, StepsAhead
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -52,69 +54,57 @@ class TrainingSession:
             if checkpointing:
                 self.base.unet.disable_gradient_checkpointing()
             self.adapter.detach(modules)
+            self._ahead.close()
 
     def step(self, step: int) -> Tensor:
-        """Do step ``step`` (from 0); returns this process's share of its mean loss, () float32 on the device."""
+        """Do step ``step`` (from 0); returns this process's share of its mean loss, () float32 on the device.
+
+        The images are computed in parts of ``shape.micro_batch``, whose gradients add up in the float32 masters.
+        """
+        prepared = self._ahead.take(step)
         self.adapter.begin_step()
-        loss = self._backward(step)
-        self.adapter.end_backward()
+        loss = torch.zeros((), device=self.base.device)
+        for inputs in prepared.parts(self.base.device, self.shape.micro_batch):
+            loss += self._backward(inputs, batch_size=prepared.batch_size)
+            self.adapter.end_backward()
         self.optimizer.step(step, self.accelerator)
         return loss
 
-    def _backward(self, step: int) -> Tensor:
-        train, samples = self.plan.config.train, self.plan.training.batch(step)
-        processes = self.accelerator.num_processes
-        slots = share(len(samples), process=self.accelerator.process_index, processes=processes)
-        if not slots:
-            return torch.zeros((), device=self.base.device)
-        chosen = [self.images[samples[slot].view] for slot in slots]
-        draws = [
-            draw(
-                seed=train.seed,
-                step=step,
-                slot=slot,
-                slots=len(samples),
-                shape=tuple(chosen[0].mean.shape),
-                timesteps=len(self.base.schedule.alphas_cumprod),
-                caption_dropout=self.plan.config.data.caption_dropout,
-            )
-            for slot in slots
-        ]
-        mean, std = self.stacked([image.mean for image in chosen]), self.stacked([image.std for image in chosen])
-        latents = mean + std * self.on_device([drawn.posterior for drawn in draws])
-        captions = [
-            "" if drawn.drop_caption else samples[slot].caption for drawn, slot in zip(draws, slots, strict=True)
-        ]
+    def _backward(self, inputs: StepInputs, *, batch_size: int) -> Tensor:
+        """Add the gradients of some images' share of the mean loss over the batch; returns that share, () float32."""
         losses = denoising_loss(
             self.base,
-            latents,
-            self.on_device([drawn.noise for drawn in draws]),
-            torch.tensor([drawn.timestep for drawn in draws], device=self.base.device),
-            self.embeddings.encode(captions),
-            [image.framing for image in chosen],
+            inputs.latents,
+            inputs.noise,
+            inputs.timesteps,
+            self._conditioning(inputs),
+            inputs.time_ids,
             min_snr_gamma=self.plan.config.objective.min_snr_gamma,
-            masks=self.masks(chosen),
+            masks=inputs.masks,
         )
-        weights = torch.tensor([samples[slot].weight for slot in slots], device=self.base.device)
-        loss = (losses * weights).sum() / len(samples)
-        loss.backward()
+        loss = (losses * inputs.weights).sum() / batch_size
+        self.optimizer.scaled(loss).backward()
         return loss.detach()
 
-    def masks(self, images: Sequence[EncodedImage]) -> Tensor | None:
-        """Masks at latent size, (b, 1, h, w) float32, all ones for images without one; None if no image has a mask."""
-        if all(image.mask is None for image in images):
-            return None
-        return self.stacked(
-            [image.mean.new_ones(1, *image.mean.shape[1:]) if image.mask is None else image.mask for image in images]
+    def _conditioning(self, inputs: StepInputs) -> Conditioning:
+        """That of each image; all zeros where a dropped caption is what sampling takes for an empty negative prompt."""
+        if inputs.token_ids:
+            conditioning = encode_ids(self.base, inputs.token_ids)
+        else:
+            conditioning = self.embeddings.encode(inputs.captions)
+        return conditioning if inputs.zeroed is None else conditioning.zeroed(inputs.zeroed)
+
+    @cached_property
+    def _ahead(self) -> StepsAhead:
+        preparation = Preparation(
+            plan=self.plan,
+            base=self.base,
+            images=self.images,
+            embeddings=self.embeddings,
+            process=self.accelerator.process_index,
+            processes=self.accelerator.num_processes,
         )
-
-    def stacked(self, tensors: Sequence[Tensor]) -> Tensor:
-        """One tensor, (b, ...), on the device."""
-        return torch.stack([tensor.to(self.base.device, non_blocking=True) for tensor in tensors])
-
-    def on_device(self, arrays: Sequence[np.ndarray]) -> Tensor:
-        """One tensor, (b, ...), on the device."""
-        return torch.from_numpy(np.stack(arrays)).to(self.base.device, non_blocking=True)
+        return StepsAhead(preparation, steps=self.plan.config.train.steps)
 
 
 def open_session(plan: RunPlan, base: Base, accelerator: Accelerator, progress: Progress) -> TrainingSession:
@@ -133,7 +123,7 @@ def open_session(plan: RunPlan, base: Base, accelerator: Accelerator, progress: 
         images=images,
         embeddings=embeddings,
         adapter=adapter,
-        optimizer=GuardedAdamW(adapter.parameters, rates, config.optimizer, steps=config.train.steps),
+        optimizer=GuardedAdamW(adapter.parameters, rates, config.optimizer, steps=config.train.steps, dtype=base.dtype),
         accelerator=accelerator,
     )
 
