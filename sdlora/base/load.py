@@ -56,7 +56,7 @@ def load_base(checkpoint: BaseCheckpoint, *, device: torch.device, dtype: torch.
     )
     base = Base(
         checkpoint=checkpoint,
-        unet=_filled_unet(checkpoint, lambda: UNet2DConditionModel.from_config(dict(unet)), device, dtype),
+        unet=_filled_unet(checkpoint, lambda: UNet2DConditionModel.from_config(dict(unet)), device, dtype, home=device),
         text_encoders=encoders,
         vae=_filled(
             checkpoint,
@@ -73,13 +73,20 @@ def load_base(checkpoint: BaseCheckpoint, *, device: torch.device, dtype: torch.
     return base
 
 
-def _filled_unet(checkpoint: BaseCheckpoint, build: Callable[[], Any], device: torch.device, dtype: torch.dtype) -> Any:
-    """The UNet, quantised if ``checkpoint`` says so: read into main memory first, so that the device never holds it all."""
+def _filled_unet(
+    checkpoint: BaseCheckpoint,
+    build: Callable[[], Any],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    home: torch.device,
+) -> Any:
+    """The UNet in ``home``. If ``checkpoint`` says so, it is quantised on ``device``, which never holds all of it."""
     if checkpoint.quantization == "none":
-        return _filled(checkpoint, "unet", build, device, dtype)
-    unet = _filled(checkpoint, "unet", build, torch.device("cpu") if device.type != "meta" else device, dtype)
+        return _filled(checkpoint, "unet", build, home, dtype)
+    unet = _filled(checkpoint, "unet", build, device if device.type == "meta" else torch.device("cpu"), dtype)
     quantize_unet(unet, checkpoint.quantization, device)
-    return unet.to(device)
+    return unet.to(home)
 
 
 def _load_encoder(
