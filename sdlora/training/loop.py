@@ -17,7 +17,7 @@ from accelerate import Accelerator, PartialState
 from ..base.base import Base
 from ..base.device import device_facts
 from ..base.load import load_base
-from ..base.precision import explain_precision
+from ..base.precision import describe_precision, explain_precision
 from ..errors import Interrupted, TargetError, TrainingError
 from ..families import WORDS_IN_CHUNK
 from ..formats.lora_writer import write_lora
@@ -109,6 +109,7 @@ def run_training(
     elif finished(output, plan.identity):
         return TrainReport(result=_complete_already(plan, folder), samples=None)
     start = folder.newest(allow_device_change=allow_device_change) or Checkpoint(step=0, started_at=began, tensors={})
+    say(describe_precision(facts, chosen))
     base = load_base(plan.base, device=accelerator.device, dtype=chosen.dtype)
     trained = train_lora(plan, base, accelerator, folder, start, progress, stop)
     if accelerator.is_main_process:
