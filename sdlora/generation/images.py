@@ -13,7 +13,7 @@ from torch import Tensor
 from ..base.base import Base
 from ..base.encode import decode_latents
 from ..formats.hashes import file_hashes
-from ..lora.merging import temporarily_merged
+from ..lora.attaching import temporarily_applied
 from ..progress import Progress, raise_if_stopped
 from .denoise import denoise
 from .infotext import infotext
@@ -47,7 +47,7 @@ def generate_images(
     stop: threading.Event | None = None,
     on_image: Callable[[GeneratedImage], None] | None = None,
 ) -> list[GeneratedImage]:
-    """Generate every request under the same LoRAs, which are merged into ``base`` for as long as this takes.
+    """Generate every request under the same LoRAs, which are applied to ``base`` for as long as this takes.
 
     ``on_image`` is called with each image as soon as it is done, in the order of ``requests``.
 
@@ -61,7 +61,7 @@ def generate_images(
     base_autov2 = file_hashes(checkpoint.file, progress).autov2 if checkpoint.file else None
     images: list[GeneratedImage] = []
     progress.start("Generating", sum(request.steps for request in requests))
-    with temporarily_merged(base.modules(), [lora.changes() for lora in loras]):
+    with temporarily_applied(base.modules(), [lora.changes() for lora in loras]):
         for batch in _batches(requests):
             latents = denoise(base, batch, progress, stop)
             raise_if_stopped(stop, "stopped while generating")
