@@ -204,7 +204,7 @@ class _Sizes:
 
     width: int
     height: int
-    """Of the largest images, in pixels."""
+    """Size of the largest images in pixels."""
     chunks: int
     dtype: torch.dtype
     device_type: str

@@ -57,11 +57,11 @@ def _measured(
     progress.start("Measuring steps", PROBED_STEPS + 1)
     base = load_base(plan.base, device=device, dtype=dtype, home=torch.device("cpu"))
     move_to(device, base.unet)
-    if config.optimizer.text_encoder_learning_rate:
+    if config.optimizer.text_encoder_rate(plan.base.family):
         move_to(device, *base.encoder_models())
     chunks = chunks_of(base, plan.items, config.data.max_token_length)
     adapter, rates = new_adapter(base, config)
-    optimizer = GuardedAdamW(adapter.parameters, rates, config.optimizer, steps=config.train.steps)
+    optimizer = GuardedAdamW(adapter.parameters, rates, config.optimizer, steps=config.train.steps, dtype=dtype)
     adapter.attach(base.modules())
     if shape.checkpointing:
         base.unet.enable_gradient_checkpointing()
