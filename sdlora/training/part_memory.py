@@ -14,7 +14,7 @@ from ..base.tokens import padded, plain, tokenize
 from .live_bytes import LiveBytes, attention_of
 from .memory import model_bytes, stand_in_conditioning
 
-STRIPS = 300_000_000
+STRIPS = 320_000_000
 """Bytes that decoding in strips needs at most, for an image of 1024 x 1024: see ``base.strips``."""
 GUIDED_ROWS = 2
 """Rows of the UNet for each image under guidance: with the prompt, and with the negative prompt."""
