@@ -95,6 +95,31 @@ def test_the_fused_kernel_is_used_where_it_skips(device: str, kind: type, monkey
     assert made == [kind]
 
 
+def test_gradients_of_several_processes_are_summed_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sum over the flat buffer itself; the sum of two processes with the same gradients is the double."""
+
+    class OfTwo:
+        num_processes = 2
+
+    reduced: list[int] = []
+
+    def all_reduce(tensor: torch.Tensor) -> None:
+        reduced.append(tensor.data_ptr())
+        tensor.mul_(2)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    (pair, shared), (alone, expected) = (
+        guarded(FusedAdamW, [torch.ones(50), torch.ones(5)], monkeypatch) for _ in range(2)
+    )
+    for one, other in zip(shared, expected, strict=True):
+        one.grad = torch.full_like(one, 0.25)
+        other.grad = torch.full_like(other, 0.5)
+    pair.step(3, OfTwo())  # type: ignore[arg-type]
+    alone.step(3)
+    assert reduced == [parameter.grad.data_ptr() for parameter in shared if parameter.grad is not None]
+    assert all(torch.equal(one, other) for one, other in zip(shared, expected, strict=True))
+
+
 class NoFloat64(TorchDispatchMode):
     """Raises where an operator takes or gives a float64 tensor, as Metal does; counts the others."""
 

@@ -17,14 +17,14 @@ from accelerate import Accelerator, PartialState
 from ..base.base import Base
 from ..base.device import device_facts
 from ..base.load import load_base
-from ..base.precision import explain_precision
+from ..base.precision import describe_precision, explain_precision
 from ..errors import Interrupted, TargetError, TrainingError
 from ..families import WORDS_IN_CHUNK
 from ..formats.lora_writer import write_lora
 from ..lora.low_rank import LowRank
 from ..progress import Progress
 from .checkpoint import RUN_KEY, Checkpoint, RunFolder, finished, forget_run, record_run
-from .course import loss_warning, tail_length
+from .course import own_losses, relative_change, run_warning, tail_length
 from .facts import describe_run
 from .plan import RunPlan
 from .samples import write_samples
@@ -51,7 +51,7 @@ class TrainResult:
     resumed_from: int
     """Steps that an earlier, interrupted call had done."""
     warning: str | None = None
-    """What the losses say against the run, and the likely cause; None where nothing is known against it."""
+    """That the run learned nothing or diverged, and the likely cause; None where nothing is known against it."""
     texts_written: bool = False
     """Whether the run was complete already, and new texts of ``[output]`` were written into its file."""
 
@@ -109,6 +109,7 @@ def run_training(
     elif finished(output, plan.identity):
         return TrainReport(result=_complete_already(plan, folder), samples=None)
     start = folder.newest(allow_device_change=allow_device_change) or Checkpoint(step=0, started_at=began, tensors={})
+    say(describe_precision(facts, chosen))
     base = load_base(plan.base, device=accelerator.device, dtype=chosen.dtype)
     trained = train_lora(plan, base, accelerator, folder, start, progress, stop)
     if accelerator.is_main_process:
@@ -154,15 +155,17 @@ def train_lora(
     with session.attached():
         losses = train_steps(session, start, folder, progress, stop)
         held_out = validation_loss(session, progress)
+        own = own_losses(session, progress)
+    alone = own_losses(session, progress)
     session.embeddings.close()
-    steps = plan.config.train.steps
+    steps, weights = plan.config.train.steps, session.adapter.weights()
     return TrainedLora(
-        weights=session.adapter.weights(),
+        weights=weights,
         caption_tokens=WORDS_IN_CHUNK * session.embeddings.chunks,
         started_at=start.started_at,
         resumed_from=start.step,
         loss=losses[-tail_length(steps) :].mean().item() if len(losses) else None,
-        warning=loss_warning(losses.tolist(), first=start.step, steps=steps, unlearned=_unlearned_loss(session)),
+        warning=run_warning(trained=own, alone=alone, change=relative_change(weights, base)) if own and alone else None,
         validation_loss=held_out,
     )
 
@@ -215,14 +218,6 @@ def train_steps(
     if first < steps:
         save(steps)
     return losses
-
-
-def _unlearned_loss(session: TrainingSession) -> float:
-    """Mean loss of a model that always predicts zero, at most: what it should predict has a variance of about 1."""
-    schedule, gamma = session.base.schedule, session.plan.config.objective.min_snr_gamma
-    timesteps = torch.arange(len(schedule.alphas_cumprod), device=session.base.device)
-    weights = session.plan.training.weights
-    return schedule.min_snr_weight(timesteps, gamma).mean().item() * max(1.0, *weights)
 
 
 def _complete_already(plan: RunPlan, folder: RunFolder) -> TrainResult:

@@ -57,12 +57,12 @@ class GuardedAdamW:
     def step(self, step: int, accelerator: Accelerator | None = None) -> None:
         """Apply the parameters' gradients at the rates of ``step`` (from 0), clipped to ``max_grad_norm`` together.
 
-        With several processes, ``accelerator`` first sums their gradients.
+        With several processes, known from ``accelerator``, their gradients are first summed in place.
         """
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         if accelerator is not None and accelerator.num_processes > 1:
             for gradient in gradients:
-                gradient.copy_(accelerator.reduce(gradient, "sum"))
+                torch.distributed.all_reduce(gradient)
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
         finite = norm.isfinite()
         if self._scale is not None:

@@ -40,8 +40,9 @@ def train(
         allow_device_change: resume a half-done run on another type of device or in another precision too.
         progress: receives reports; by default a bar in a terminal.
         stop: set it, from any thread, to save and stop after the current step, as Ctrl-C does in the main thread.
-        say: called with what is worth knowing about the images and captions, line by line, before a model is loaded,
-            and after the training with a warning where the losses say that it failed.
+        say: called with what is worth knowing about the images and captions, line by line, and with the device, the
+            precision and the free memory, before a model is loaded; and after the training with a warning where the
+            losses say that it failed.
 
     Raises:
         SdloraError: a fault of the input, found before a model is loaded wherever that is possible.
