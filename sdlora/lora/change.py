@@ -34,6 +34,9 @@ class Change(ABC):
         def weight_shape(self) -> tuple[int, ...] | None:
             """Shape of the weight that this changes; None where only the weight shows it."""
 
+    reads_weight: bool = True
+    """Whether ΔW depends on the values of W, and not on its shape alone."""
+
     @abstractmethod
     def delta(self, weight: Tensor) -> Tensor:
         """ΔW in the shape and dtype of ``weight``, which is float32 or float64."""
