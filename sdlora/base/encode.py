@@ -27,7 +27,7 @@ def encode_prompts(base: Base, prompts: Sequence[PromptTokens]) -> Conditioning:
         weights = torch.stack([prompt[number].weights for prompt in prompts])
         hidden, summary = _encode(base, encoder, ids.view(-1, TOKENS_IN_CHUNK))
         if (weights != 1).any():
-            hidden = _weighted(hidden, weights.view(-1, TOKENS_IN_CHUNK).to(hidden))
+            hidden = _weighted(hidden, weights.view(-1, TOKENS_IN_CHUNK))
         contexts.append(hidden.view(len(prompts), -1, hidden.shape[-1]))
         if summary is not None:
             pooled = summary.view(len(prompts), -1, summary.shape[-1])[:, 0]
@@ -46,9 +46,13 @@ def _encode(base: Base, encoder: TextEncoder, ids: Tensor) -> tuple[Tensor, Tens
 
 
 def _weighted(hidden: Tensor, weights: Tensor) -> Tensor:
-    """Each token's vector times its weight, (n, 77, width), scaled back to the original mean, as A1111 does by default."""
-    result = hidden * weights[..., None]
-    return result * (hidden.mean((1, 2), keepdim=True) / result.mean((1, 2), keepdim=True))
+    """Each token's vector times its weight, (n, 77, width), scaled back to the original mean, as A1111 does by default.
+
+    In float32: means are close to 0, and a quotient of two that were rounded to bfloat16 changes the whole prompt.
+    """
+    original = hidden.float()
+    result = original * weights.to(original.device)[..., None]
+    return (result * (original.mean((1, 2), keepdim=True) / result.mean((1, 2), keepdim=True))).to(hidden.dtype)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
