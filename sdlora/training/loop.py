@@ -15,7 +15,8 @@ import torch
 from accelerate import Accelerator, PartialState
 
 from ..base.base import Base
-from ..base.load import load_base
+from ..base.device_memory import move_to
+from ..base.load import decoding_dtype, load_base
 from ..base.precision import choose_precision
 from ..errors import Interrupted, TargetError, TrainingError
 from ..families import WORDS_IN_CHUNK
@@ -105,7 +106,9 @@ def run_training(
 
     accelerator = Accelerator()
     dtype = choose_precision(config.train.precision, accelerator.device, unet_parameters=plan.base.unet_parameters)
-    base = load_base(plan.base, device=accelerator.device, dtype=dtype)
+    # Parts are in main memory until they work. The VAE encodes in float32, once.
+    main_memory = torch.device("cpu")
+    base = load_base(plan.base, device=accelerator.device, dtype=dtype, vae_dtype=torch.float32, home=main_memory)
     trained = train_lora(plan, base, accelerator, folder, start, progress, stop)
     if accelerator.is_main_process:
         try:
@@ -128,6 +131,7 @@ def run_training(
     )
     if not accelerator.is_main_process:
         return TrainReport(result=result, samples=None)
+    move_to(base.device, base.unet, base.vae.to(decoding_dtype(dtype)), *base.encoder_models())
     return TrainReport(result=result, samples=write_samples(base, plan, output, progress=progress, stop=stop))
 
 
@@ -144,13 +148,15 @@ def train_lora(
 
     Images, embeddings and optimizer are released on return, before samples need the memory.
     """
-    session = open_session(plan, base, accelerator, progress)
+    session = open_session(plan, base, accelerator, progress, first=start.step)
     if start.step:
         session.optimizer.restore(start.tensors)
-    with session.attached():
-        losses = train_steps(session, start, folder, progress, stop)
-        held_out = validation_loss(session, progress)
-    session.embeddings.close()
+    try:
+        with session.attached():
+            losses = train_steps(session, start, folder, progress, stop)
+            held_out = validation_loss(session, progress)
+    finally:
+        session.embeddings.close()
     steps = plan.config.train.steps
     return TrainedLora(
         weights=session.adapter.weights(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..base.base import Base
+from ..base.device_memory import Room, move_to
 from ..cache.store import open_cache
 from ..config.sections import Config
 from ..data.views import View
@@ -24,6 +25,9 @@ from .latents import EncodedImage, encode_views
 from .loss import denoising_loss
 from .optimizer import GuardedAdamW
 from .plan import RunPlan
+
+DEVICE_BYTES = 2**31
+"""Bytes of latents and embeddings kept on the device; the others stay in main memory and are copied when they are needed."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -117,14 +121,30 @@ class TrainingSession:
         return torch.from_numpy(np.stack(arrays)).to(self.base.device, non_blocking=True)
 
 
-def open_session(plan: RunPlan, base: Base, accelerator: Accelerator, progress: Progress) -> TrainingSession:
-    """Encode the images and make a fresh adapter and optimizer for ``plan`` on the loaded ``base``."""
+def open_session(
+    plan: RunPlan, base: Base, accelerator: Accelerator, progress: Progress, *, first: int = 0
+) -> TrainingSession:
+    """Encode the images and make a fresh adapter and optimizer for ``plan`` on the loaded ``base``.
+
+    Parts of ``base`` that are in main memory come to its device one after another, each when it works: the VAE, the text
+    encoders, which compute the captions of the steps from ``first`` on, and the UNet, which stays there.
+    """
     config, training = plan.config, plan.training
     views = (*training.views(config.train.steps), *training.validation)
     cache = open_cache(config.cache)
-    images = encode_views(base, training.items, views, config, cache, plan.kept, progress)
+    room = Room(base.device, DEVICE_BYTES)
+    images = encode_views(base, training.items, views, config, cache, plan.kept, progress, room)
     plan.kept.clear()
-    embeddings = open_caption_embeddings(base, training.items, config, cache)
+    embeddings = open_caption_embeddings(
+        base,
+        training.items,
+        config,
+        cache,
+        room=room,
+        ahead=None if base.device.type == "cpu" else _captions(plan, first),
+        progress=progress,
+    )
+    move_to(base.device, base.unet)
     adapter, rates = _new_adapter(base, config)
     return TrainingSession(
         plan=plan,
@@ -136,6 +156,13 @@ def open_session(plan: RunPlan, base: Base, accelerator: Accelerator, progress: 
         optimizer=GuardedAdamW(adapter.parameters, rates, config.optimizer, steps=config.train.steps),
         accelerator=accelerator,
     )
+
+
+def _captions(plan: RunPlan, first: int) -> Iterator[str]:
+    """Everything that is encoded from step ``first`` on."""
+    if plan.config.data.caption_dropout:
+        yield ""
+    yield from plan.training.captions(range(first, plan.config.train.steps))
 
 
 def _new_adapter(base: Base, config: Config) -> tuple[Adapter, list[float]]:
