@@ -1,4 +1,4 @@
-"""Tokens to conditioning, pixels to latents, latents to pixels."""
+"""Tokens to conditioning, pixels to latents."""
 
 from __future__ import annotations
 
@@ -73,24 +73,12 @@ def encode_pixels(base: Base, pixels: Tensor) -> Posterior:
     distribution = base.vae.encode(pixels.to(base.device, base.vae.dtype)).latent_dist
     scale = base.checkpoint.latent_scale
     mean, std = distribution.mean.float() * scale, distribution.std.float() * scale
-    _check_finite(base, mean, "the VAE")
+    check_finite(base, mean, "the VAE")
     return Posterior(mean=mean, std=std)
 
 
-@torch.no_grad()
-def decode_latents(base: Base, latents: Tensor) -> Tensor:
-    """Latents (b, 4, h, w) at the latent scale -> pixels (b, 3, 8h, 8w) float32 in [0, 1].
-
-    Raises:
-        BaseModelError: the latents hold NaN or Inf, or the VAE produced them.
-    """
-    _check_finite(base, latents, "the UNet")
-    decoded = base.vae.decode(latents.to(base.vae.dtype) / base.checkpoint.latent_scale).sample.float()
-    _check_finite(base, decoded, "the VAE")
-    return decoded.div(2).add(0.5).clamp(0, 1)
-
-
-def _check_finite(base: Base, values: Tensor, source: str) -> None:
+def check_finite(base: Base, values: Tensor, source: str) -> None:
+    """Raises ``BaseModelError``, naming ``source``, if any of ``values`` is NaN or Inf."""
     if not values.isfinite().all():
         raise BaseModelError(
             f"{base.checkpoint.name}: {source} produced NaN or Inf: the checkpoint is damaged, or its values exceed "

@@ -11,7 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..base.base import Base
-from ..base.encode import decode_latents
+from ..base.checkpoint import BaseCheckpoint
+from ..base.decode import LatentDecoder
 from ..formats.hashes import file_hashes
 from ..lora.merging import temporarily_merged
 from ..progress import Progress, raise_if_stopped
@@ -21,7 +22,8 @@ from .loras import WeightedLora
 from .request import ImageRequest
 from .saving import encoded
 
-IMAGES_AT_ONCE = 4
+IMAGES_AT_ONCE, PIXELS_AT_ONCE = 4, 1024 * 1024
+"""Neighbouring images are generated together, as many as stay within both; at 1024 x 1024 one occupies any device."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,10 +48,13 @@ def generate_images(
     progress: Progress,
     stop: threading.Event | None = None,
     on_image: Callable[[GeneratedImage], None] | None = None,
+    *,
+    vae_tiling: bool = False,
 ) -> list[GeneratedImage]:
     """Generate every request under the same LoRAs, which are merged into ``base`` for as long as this takes.
 
-    ``on_image`` is called with each image as soon as it is done, in the order of ``requests``.
+    ``on_image`` is called with each image as soon as it is done, in the order of ``requests``. ``vae_tiling`` decodes in
+    strips from the start (``base.decode``).
 
     Raises:
         BaseModelError: the UNet or the VAE produced NaN or Inf.
@@ -61,11 +66,12 @@ def generate_images(
     base_autov2 = file_hashes(checkpoint.file, progress).autov2 if checkpoint.file else None
     images: list[GeneratedImage] = []
     progress.start("Generating", sum(request.steps for request in requests))
+    decode = LatentDecoder(base, tiled=vae_tiling)
     with temporarily_merged(base.modules(), [lora.changes() for lora in loras]):
-        for batch in _batches(requests):
+        for batch in _batches(requests, checkpoint):
             latents = denoise(base, batch, progress, stop)
             raise_if_stopped(stop, "stopped while generating")
-            pixels = decode_latents(base, latents).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+            pixels = decode(latents).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
             for request, latent, array in zip(batch, latents, pixels, strict=True):
                 image = GeneratedImage(
                     image=Image.fromarray(array),
@@ -79,11 +85,13 @@ def generate_images(
     return images
 
 
-def _batches(requests: Sequence[ImageRequest]) -> list[list[ImageRequest]]:
-    """Neighbours that differ in nothing but prompts and seeds, at most ``IMAGES_AT_ONCE`` together."""
+def _batches(requests: Sequence[ImageRequest], checkpoint: BaseCheckpoint) -> list[list[ImageRequest]]:
+    """Neighbours that differ in nothing but prompts and seeds, as many as are generated together."""
     batches: list[list[ImageRequest]] = []
     for request in requests:
-        if batches and len(batches[-1]) < IMAGES_AT_ONCE and _settings(batches[-1][0]) == _settings(request):
+        width, height = request.size_on(checkpoint)
+        most = min(IMAGES_AT_ONCE, max(1, PIXELS_AT_ONCE // (width * height)))
+        if batches and len(batches[-1]) < most and _settings(batches[-1][0]) == _settings(request):
             batches[-1].append(request)
         else:
             batches.append([request])
