@@ -209,7 +209,8 @@ class OpenStudio:
         fitted = _fitted(self._checkpoint, loras)
         if self._base is None:
             device = choose_device()
-            dtype = choose_precision(self._precision, device, unet_parameters=self._checkpoint.unet_parameters)
+            parameters = self._checkpoint.unet_parameters
+            dtype = choose_precision(self._precision, device, unet_parameters=parameters, generating=True)
             # Imported late since it brings diffusers: faults of the input are reported before.
             from ..base.load import load_base
 

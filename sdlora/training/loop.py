@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator, PartialState
 
 from ..base.base import Base
-from ..base.device_memory import move_to
+from ..base.device_memory import cast, move_to
 from ..base.load import decoding_dtype, load_base
 from ..base.precision import choose_precision
 from ..errors import Interrupted, TargetError, TrainingError
@@ -27,7 +27,7 @@ from .checkpoint import RUN_KEY, Checkpoint, RunFolder, finished, forget_run, re
 from .course import loss_warning, tail_length
 from .facts import describe_run
 from .plan import RunPlan
-from .samples import write_samples
+from .samples import write_missing_samples, write_samples
 from .session import TrainingSession, open_session
 from .texts import changed_metadata, write_texts
 from .validation import validation_loss
@@ -97,14 +97,15 @@ def run_training(
     """
     began, config = time.time(), plan.config
     output = Path(config.output.path)
-    folder = RunFolder(output, plan.identity)
+    accelerator, folder = Accelerator(), RunFolder(output, plan.identity)
     if restart:
         folder.remove()
     elif finished(output, plan.identity):
-        return TrainReport(result=_complete_already(plan, folder), samples=None)
+        result = _complete_already(plan, folder)
+        drawn = accelerator.is_main_process and write_missing_samples(plan, progress=progress, stop=stop)
+        return TrainReport(result=result, samples=drawn or None)
     start = folder.newest() or Checkpoint(step=0, started_at=began, tensors={})
 
-    accelerator = Accelerator()
     dtype = choose_precision(config.train.precision, accelerator.device, unet_parameters=plan.base.unet_parameters)
     # Parts are in main memory until they work. The VAE encodes in float32, once.
     main_memory = torch.device("cpu")
@@ -131,7 +132,8 @@ def run_training(
     )
     if not accelerator.is_main_process:
         return TrainReport(result=result, samples=None)
-    move_to(base.device, base.unet, base.vae.to(decoding_dtype(dtype)), *base.encoder_models())
+    cast(decoding_dtype(dtype, base.device), base.vae)
+    move_to(base.device, base.unet, base.vae, *base.encoder_models())
     return TrainReport(result=result, samples=write_samples(base, plan, output, progress=progress, stop=stop))
 
 

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from ..base.base import Base
+from ..base.device_memory import cast, out_of_memory
+from ..base.load import decoding_dtype, load_base
+from ..base.precision import choose_device, choose_precision
 from ..data.captions import with_trigger
+from ..errors import SdloraError
 from ..formats.thumbnail import add_thumbnail
 from ..generation.grid import labelled_grid
 from ..generation.infotext import save_png
@@ -16,6 +24,7 @@ from ..progress import Progress
 from .plan import RunPlan
 
 CAPTIONS_SHOWN = 4
+logger = logging.getLogger(__name__)
 
 
 def write_samples(
@@ -25,26 +34,70 @@ def write_samples(
 
     Each image is beneath its prompt, which is shortened if it is long.
 
-    The LoRA is read from ``output`` and merged into ``base``, so the images show what the file does. They equal those of
-    ``sdlora.generate`` with the same base, LoRA and seed; if ``train.precision`` is set, with that precision.
+    The LoRA is read from ``output`` and merged into ``base``, so the images show what the file does. They are made in
+    ``train.precision`` if it is set, else in that of ``sdlora.generate``, and equal its images of the same base, LoRA, seed
+    and precision, except where a GPU trained in bfloat16. There the base, rounded to bfloat16 already, is cast to float16,
+    which keeps more bits of a LoRA that is merged into it. ``base`` is not to be used afterwards.
 
-    Returns the sheet's path, or None without sample prompts.
+    Returns the sheet's path, or None without sample prompts. A sheet that cannot be made is a warning, and None.
 
     Raises:
-        BaseModelError: the UNet or the VAE produced NaN or Inf.
         Interrupted: ``stop`` was set; ``output`` is complete.
     """
+    try:
+        return _write_sheet(base, plan, output, progress, stop)
+    except (SdloraError, OSError, RuntimeError) as error:
+        if not isinstance(error, SdloraError | OSError) and not out_of_memory(error):
+            raise
+        reason = str(error).splitlines()[0]
+    logger.warning(
+        "%s is complete, but its sample sheet could not be made: %s; run the same command to make it", output, reason
+    )
+    return None
+
+
+def write_missing_samples(plan: RunPlan, *, progress: Progress, stop: threading.Event | None) -> Path | None:
+    """As ``write_samples`` for a run that is complete, on a base that is loaded for it; None where the sheet exists."""
+    output = Path(plan.config.output.path)
+    if not sample_prompts(plan) or _sheet_file(output).exists():
+        return None
+    device = choose_device()
+    parameters = plan.base.unet_parameters
+    dtype = choose_precision(plan.config.train.precision, device, unet_parameters=parameters, generating=True)
+    return write_samples(load_base(plan.base, device=device, dtype=dtype), plan, output, progress=progress, stop=stop)
+
+
+def _sheet_file(output: Path) -> Path:
+    return output.with_suffix(".samples.png")
+
+
+def _write_sheet(
+    base: Base, plan: RunPlan, output: Path, progress: Progress, stop: threading.Event | None
+) -> Path | None:
     config = plan.config
     requests = [ImageRequest(prompt=prompt, seed=config.train.seed) for prompt in sample_prompts(plan)]
     if not requests:
         return None
-    images = Studio.on(base, [str(output)]).images(requests, progress=progress, stop=stop)
+    studio = Studio.on(_in_generating_precision(base, config.train.precision), [str(output)])
+    images = studio.images(requests, progress=progress, stop=stop)
     sheet = labelled_grid([[image.image for image in images]], columns=[request.prompt for request in requests])
-    file = output.with_suffix(".samples.png")
+    file = _sheet_file(output)
     save_png(sheet, file, "\n\n".join(image.parameters for image in images))
     if config.output.thumbnail and config.output.metadata == "full":
         add_thumbnail(output, images[0].image)
     return file
+
+
+def _in_generating_precision(base: Base, requested: str) -> Base:
+    """``base`` with its models cast, one tensor after another; a quantised UNet stays as it is."""
+    parameters = base.checkpoint.unet_parameters
+    dtype = choose_precision(requested, base.device, unet_parameters=parameters, generating=True)
+    if any(buffer.dtype in (torch.int8, torch.uint8) for buffer in base.unet.buffers()):
+        dtype = base.dtype
+    for model in (base.unet, *base.encoder_models()):
+        cast(dtype, model)
+    cast(decoding_dtype(dtype, base.device), base.vae)
+    return replace(base, dtype=dtype)
 
 
 def sample_prompts(plan: RunPlan) -> list[str]:
