@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import sys
 import uuid
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager, suppress
@@ -18,6 +20,10 @@ if TYPE_CHECKING:
 
 PARTIAL_SUFFIX = ".partial"
 """Suffix of files and folders that are being written; an old one was left by a process that was killed."""
+WINDOWS_PATH = 259
+"""Characters of a whole path, at most, on a Windows that does not allow long ones (its MAX_PATH without the final zero)."""
+LONGEST_NAME = 255
+"""Characters of the name of a file, at most."""
 
 
 def cache_folder() -> Path:
@@ -49,11 +55,14 @@ def check_target(target: Path, kind: Literal["file", "folder", "new folder"] = "
             place = place.parent
         if not place.is_dir():
             raise TargetError(f"{printable(target)}: {printable(place)} is a file; choose a name within a folder")
-        probe = _partial_name(place / "probe")
+        probe = _probe(place, target)
         try:
             probe.write_bytes(b"probe")
+        except OSError as error:
+            raise OSError(error.errno, _reason(error, probe)) from None
         finally:
-            probe.unlink(missing_ok=True)
+            with suppress(OSError):
+                probe.unlink()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise TargetError(f"{printable(target)}: cannot be written ({reason}); choose another place") from None
@@ -115,7 +124,10 @@ def whole_folder(target: Path) -> Generator[Path]:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial_name(target)
-    partial.mkdir(0o755)
+    try:
+        partial.mkdir(0o755)
+    except OSError as error:
+        raise OSError(error.errno, _reason(error, partial), str(target)) from None
     try:
         yield partial
         if target.is_dir():
@@ -142,7 +154,7 @@ def _written_beside(path: Path, chunks: Iterable[bytes], *, durable: bool) -> Ge
                 os.fsync(file.fileno())
         yield partial
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
+        raise OSError(error.errno, _reason(error, partial), str(path)) from None
     finally:
         with suppress(OSError):
             partial.unlink()
@@ -152,11 +164,43 @@ def _partial_name(path: Path) -> Path:
     return path.with_name(f".{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
 
 
+def _probe(place: Path, target: Path) -> Path:
+    """A new name in ``place``; on Windows as long a path as ``target`` leads to, since its length is refused alike."""
+    probe = _partial_name(place / "probe")
+    if not _is_windows():
+        return probe
+    missing = max(len(os.path.abspath(path)) for path in (target, _partial_name(target))) - len(os.path.abspath(probe))
+    return probe.with_name("x" * min(missing, LONGEST_NAME - len(probe.name)) + probe.name)
+
+
 def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":
+    """Make a new name in ``folder`` last through a power failure, where that can be done.
+
+    Windows opens no folders, nor can a folder be opened that may only be written to; some file systems sync none.
+    """
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
         return
-    handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(handle)
+
+
+def _reason(error: OSError, written: Path) -> str | None:
+    """What ``error`` says of ``written``, or what Windows does not say: that the path is too long."""
+    length = len(os.path.abspath(written))
+    if not _is_windows() or length <= WINDOWS_PATH:
+        return error.strerror
+    return (
+        f"the path has {length} characters and this Windows takes {WINDOWS_PATH}: use a shorter path, or allow long paths "
+        r"with the registry's HKLM\SYSTEM\CurrentControlSet\Control\FileSystem\LongPathsEnabled = 1"
+    )
+
+
+def _is_windows() -> bool:
+    return sys.platform == "win32"

@@ -22,6 +22,7 @@ class Stream(IntEnum):
     TAG_SHUFFLE = 12
     TAG_DROPOUT = 13
     VALIDATION_NOISE = 20
+    COMPARISON_NOISE = 21
 
 
 def generator(seed: int, stream: Stream, *position: int) -> np.random.Generator:

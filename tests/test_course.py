@@ -1,4 +1,4 @@
-"""A run that did not learn says so; one that did, or that is too short to tell, does not."""
+"""A run that learned nothing or diverged says so; one that learned, or that is too short to judge, does not."""
 
 from __future__ import annotations
 
@@ -7,57 +7,141 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 from typer.testing import CliRunner
 
 import sdlora
+from sdlora.base.base import Base
 from sdlora.cli import app
-from sdlora.training.course import loss_warning
-from tests.training_runs import config_for, overrides
+from sdlora.config.loading import load_config
+from sdlora.lora.low_rank import LowRank
+from sdlora.progress import Silence
+from sdlora.training.course import OwnLosses, own_losses, relative_change, run_warning
+from tests.conftest import ROOT
+from tests.training_runs import config_for, overrides, session_for
 
-NOISE = np.random.default_rng(0).gamma(4.0, 0.0075, 300)
-"""Losses of a run in which nothing changes: their spread is half of their mean."""
+ALONE = np.array([0.6, 0.3, 0.2, 0.1, 0.06, 0.04, 0.02, 0.01])
+ONE = np.ones(8)
+TOO_HIGH = "optimizer.learning_rate is probably too high"
 
 
 @pytest.mark.parametrize(
-    ("losses", "first", "said"),
+    ("trained", "alone", "change", "said"),
     [
-        (NOISE, 0, None),
-        (NOISE * np.linspace(2, 1, 300), 0, None),
-        (NOISE * np.linspace(1, 6, 300), 0, "rose from"),
-        (NOISE * np.linspace(1, 6, 300), 1, None),
-        (NOISE[200:], 200, None),
-        (NOISE[280:] + 2, 280, None),
-        (NOISE + 2, 0, "worse than predicting nothing"),
-        (NOISE[200:] + 2, 200, "worse than predicting nothing"),
-        (np.where(np.arange(300) == 290, np.nan, NOISE), 0, "NaN or Inf"),
-        (np.zeros(0), 300, None),
+        (0.97 * ALONE, ALONE, 0.1, None),
+        (0.99 * ALONE, 0.95 * ONE, 0.5, None),
+        (1.2 * ALONE, ALONE, 0.1, f"worse (the loss on its training images is 0.1995 with it, 0.1663.*{TOO_HIGH}"),
+        (np.where(np.arange(8) == 5, np.nan, ALONE), ALONE, 0.1, f"NaN or Inf.*{TOO_HIGH}"),
+        (np.where(np.arange(8) == 5, np.inf, ALONE), ALONE, 0.1, f"NaN or Inf.*{TOO_HIGH}"),
+        (0.97 * ALONE, ALONE, 170.0, f"170 times as large as the layer's weights: {TOO_HIGH}"),
+        (ALONE, ALONE, 1e-9, "learned almost nothing.*optimizer.learning_rate is probably too low"),
+        (0.9995 * ALONE, ALONE, 1e-3, "learned almost nothing.*optimizer.learning_rate is probably too low"),
+        (0.8 * ALONE[::-1] * 4, ALONE[::-1] * 4, 0.1, "base.prediction is probably wrong"),
     ],
+)  # fmt: skip
+def test_losses_with_and_without_the_lora_say_what_happened(
+    trained: np.ndarray, alone: np.ndarray, change: float, said: str | None
+) -> None:
+    warning = run_warning(
+        trained=OwnLosses(losses=trained, of_zero=ONE), alone=OwnLosses(losses=alone, of_zero=ONE), change=change
+    )
+    if said is None:
+        assert warning is None
+    else:
+        assert warning is not None
+        start, _, end = said.partition(".*")
+        assert start in warning
+        assert end in warning
+        assert warning.endswith("with --restart")
+
+
+def test_the_change_is_measured_against_the_weights_that_it_is_added_to() -> None:
+    rng = torch.Generator().manual_seed(0)
+    layers = nn.ModuleDict({name: nn.Linear(6, 5) for name in "abc"})
+    weights, shares = {}, []
+    for name, size in (("a", 1.0), ("b", 3.0), ("c", 50.0)):
+        down, up = torch.randn(2, 6, generator=rng), size * torch.randn(5, 2, generator=rng)
+        weights[name] = LowRank(down=down, up=up, alpha=1.0)
+        shares.append((0.5 * (up @ down).norm() / layers[name].weight.norm()).item())
+
+    class Layers:
+        def modules(self) -> dict[str, nn.Module]:
+            return dict(layers.items())
+
+    base: Base = Layers()  # ty: ignore[invalid-assignment]
+    assert relative_change(weights, base) == pytest.approx(sorted(shares)[1])
+
+
+def trained(base: Path, images: Path, out: Path, *more: str) -> str | None:
+    given = (
+        "train.steps=50",
+        "train.save_every=50",
+        "train.batch_size=1",
+        "optimizer.text_encoder_learning_rate=0",
+        *more,
+    )
+    return sdlora.train(config_for(base, images, out, *given)).result.warning
+
+
+@pytest.mark.parametrize(
+    ("rate", "said"),
+    [("0.9", TOO_HIGH), ("1e-9", "learned almost nothing"), ("1e-7", "learned almost nothing"), ("1e-3", None)],
 )
-def test_the_losses_tell(losses: np.ndarray, first: int, said: str | None) -> None:
-    warning = loss_warning(losses.tolist(), first=first, steps=300, unlearned=0.8)
-    assert (said in warning and "optimizer.learning_rate" in warning) if said and warning else warning is said
+def test_learning_rates_on_a_random_base(
+    rate: str, said: str | None, finished: tuple[Path, Path], tiny_base: Path, tmp_path: Path
+) -> None:
+    warning = trained(tiny_base, finished[0], tmp_path / "x.safetensors", f"optimizer.learning_rate={rate}")
+    assert (said in warning) if said and warning else warning is said
 
 
-def test_noise_alone_and_short_runs_say_nothing() -> None:
-    rng = np.random.default_rng(1)
-    runs = [rng.gamma(1.0, 0.03, 100).tolist() for _ in range(1000)]
-    assert sum(loss_warning(run, first=0, steps=100, unlearned=0.8) is not None for run in runs) <= 5
-    assert loss_warning([5.0] * 99, first=0, steps=99, unlearned=0.8) is None
+def test_a_resumed_run_is_judged_by_the_same_comparison(
+    finished: tuple[Path, Path], tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sdlora.training import loop
+
+    more, judged = ("optimizer.learning_rate=0.9", "train.save_every=45"), []
+    monkeypatch.setattr(loop, "run_warning", lambda **given: judged.append(given) or run_warning(**given))
+    whole = trained(tiny_base, finished[0], tmp_path / "whole.safetensors", *more)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "own_losses", lambda *_: (_ for _ in ()).throw(RuntimeError("stopped")))
+        with pytest.raises(RuntimeError, match="stopped"):
+            trained(tiny_base, finished[0], tmp_path / "x.safetensors", *more)
+    (tmp_path / "x.resume" / "step-00000050.safetensors").unlink(missing_ok=True)
+    assert trained(tiny_base, finished[0], tmp_path / "x.safetensors", *more) == whole
+    assert all(np.array_equal(judged[0][key].losses, judged[1][key].losses) for key in ("trained", "alone"))
+
+
+def test_a_short_run_is_not_judged(finished: tuple[Path, Path], tiny_base: Path, tmp_path: Path) -> None:
+    session = session_for(tiny_base, finished[0], tmp_path / "x.safetensors", "train.steps=49")
+    assert own_losses(session, Silence()) is None
+
+
+def test_a_wrong_kind_of_prediction_is_detected_by_the_base_alone(images: Path, tmp_path: Path) -> None:
+    for prediction, said in (("epsilon", "learned almost nothing"), ("v_prediction", "base.prediction is probably")):
+        more = ("train.steps=50", f"base.prediction={prediction}", "data.resolution=64")
+        session = session_for(Path("mini"), images, tmp_path / "x.safetensors", *more)
+        alone = own_losses(session, Silence())
+        assert alone is not None
+        warning = run_warning(trained=alone, alone=alone, change=0.0)
+        assert warning is not None
+        assert said in warning
 
 
 def test_a_learning_rate_that_is_too_high_is_named(images: Path, tmp_path: Path) -> None:
-    more = ("train.steps=100", "optimizer.learning_rate=0.1", "optimizer.warmup_steps=100", "train.save_every=100")
+    more = ("train.steps=50", "optimizer.learning_rate=0.1", "optimizer.warmup_steps=25", "train.batch_size=1")
     given = overrides(Path("mini"), images, tmp_path / "x.safetensors", *more, "data.resolution=64")
     result = CliRunner().invoke(app, ["train", *given, "--json"])
     assert result.exit_code == 0, result.output
-    assert "optimizer.learning_rate is probably too high" in json.loads(result.stdout)["warning"]
-    assert "optimizer.learning_rate is probably too high" in result.stderr.replace("\n", " ")
+    assert TOO_HIGH in json.loads(result.stdout)["warning"]
+    assert TOO_HIGH in result.stderr.replace("\n", " ")
 
 
-def test_a_usual_learning_rate_says_nothing(finished: tuple[Path, Path], tiny_base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_settings_of_the_quickstart_say_nothing(seed: int, tmp_path: Path) -> None:
     said: list[str] = []
-    more = ("train.steps=100", "train.save_every=100", "optimizer.learning_rate=1e-3")
-    config = config_for(tiny_base, finished[0], tmp_path / "x.safetensors", *more)
-    result = sdlora.train(config, say=said.append).result
-    assert result.warning is None, result
+    given = (f"train.seed={seed}", "train.steps=50", "train.batch_size=1", "data.resolution=64")
+    more = [*given, f"output.path={tmp_path / 'x.safetensors'}"]
+    config = load_config(ROOT / "configs" / "quickstart-blueprint.toml", more)
+    assert sdlora.train(config, say=said.append).result.warning is None
     assert not any("learning_rate" in line for line in said)

@@ -73,3 +73,26 @@ def test_spilled_latents_and_embeddings_train_the_same(
         more = ("train.precision=float32", *FROZEN)
         losses.append(sdlora.train(config_for(tiny_files["sdxl"], images, output, *more)).result.loss)
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_with_fit_a_run_ends_in_less_memory(
+    tiny_files: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    images = write_images(tmp_path / "set", 8)
+    more = (*FROZEN, "data.resolution=256", "train.batch_size=8", "train.micro_batch=8", "samples.prompts=[]")
+
+    def train(name: str, *others: str) -> float:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        output = tmp_path / f"{name}.safetensors"
+        sdlora.train(config_for(tiny_files["sdxl"], images, output, *more, *others))
+        return torch.cuda.max_memory_reserved()
+
+    whole, one = train("whole"), train("one", "train.micro_batch=1")
+    assert one < whole
+    torch.cuda.set_per_process_memory_fraction((whole + one) / 2 / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        train("fit", "train.fit=true")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "out of memory with 8 images at once" in caplog.text

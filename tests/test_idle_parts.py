@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -62,7 +63,7 @@ def opening(config: Config, monkeypatch: pytest.MonkeyPatch) -> tuple[list[set[s
 
     monkeypatch.setattr(latents, "encode_pixels", encode_pixels)
     monkeypatch.setattr(caption_embeddings, "encode_prompts", encode_prompts)
-    monkeypatch.setattr(session, "GuardedAdamW", lambda *_, **__: None)
+    monkeypatch.setattr(session, "GuardedAdamW", MagicMock())
     return seen, base, session.open_session(plan, base, Accelerator(), Silence())
 
 
@@ -200,15 +201,15 @@ def test_images_are_encoded_in_float32_and_samples_decoded_as_when_generating(
     tiny_base: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import sdlora as package
-    from sdlora.training import loop
+    from sdlora.training import sample_sheet
 
     encoding, decoding = set(), set()
-    encode, write = latents.encode_pixels, loop.write_samples
+    encode, write = latents.encode_pixels, sample_sheet.write_samples
     monkeypatch.setattr(
         latents, "encode_pixels", lambda base, pixels: (encoding.add(base.vae.dtype), encode(base, pixels))[1]
     )
     monkeypatch.setattr(
-        loop,
+        sample_sheet,
         "write_samples",
         lambda base, *given, **named: (decoding.add(base.vae.dtype), write(base, *given, **named))[1],
     )

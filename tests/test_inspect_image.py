@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -41,3 +42,22 @@ def test_an_image_without_a_recipe_and_what_is_no_image(tmp_path: Path) -> None:
         inspect(tmp_path / "y.png")
     with pytest.raises(DataError, match=r"z\.png: no such file"):
         inspect(tmp_path / "z.png")
+
+
+def test_weights_of_both_notations_are_shown_and_given_as_options(tmp_path: Path) -> None:
+    text = PngImagePlugin.PngInfo()
+    tags = "<lora:a:0.25:0.5> <lora:b:te=0.25:unet=0.5> <lora:c:0.7> <lora:d:much>"
+    text.add_itxt("parameters", f"a fox {tags}\nSteps: 20, Sampler: DDIM, CFG scale: 7")
+    Image.new("RGB", (64, 48)).save(tmp_path / "x.png", pnginfo=text)
+    shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "x.png")]).stdout.splitlines()
+    assert shown[-3:] == [
+        "  note: a: UNet 0.5, text encoder 0.25 (--lora a.safetensors:0.5:0.25)",
+        "  note: b: UNet 0.5, text encoder 0.25 (--lora b.safetensors:0.5:0.25)",
+        "  problem: <lora:d:much>: 'much' is not a weight; expected a number",
+    ]
+    found = json.loads(CliRunner().invoke(app, ["inspect", str(tmp_path / "x.png"), "--json"]).stdout)["recipe"]
+    assert found["prompt"] == "a fox"
+    assert [(lora["name"], lora["unet"], lora["text_encoder"]) for lora in found["loras"]] == [
+        ("a", 0.5, 0.25), ("b", 0.5, 0.25), ("c", 0.7, 0.7),
+    ]  # fmt: skip
+    assert found["fields"] == {"Steps": "20", "Sampler": "DDIM", "CFG scale": "7"}

@@ -36,7 +36,8 @@ def copies(base: Base, *, sampler: str, steps: int, cfg: float = 5.0) -> list[tu
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_a_full_size_image_is_denoised_without_reading_back(family: str, tiny_files: dict[str, Path]) -> None:
     made = copies(full_size_base(tiny_files[family], torch.float16), sampler="dpm++2m", steps=2)
-    assert made.count(LATENTS) == 1
+    # The noise, the timesteps, and the sizes of the image for both prompts.
+    assert made == [(2, 6), LATENTS, (2,)]
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -20,8 +20,9 @@ FOREIGN = ROOT / "tests" / "foreign" / "kohya-sd1.safetensors"
     ("tag", "instead"),
     [
         ("<lora:style:1>", "--lora style.safetensors:1 "),
-        ("<lora:my style:0.8:0.5>", "--lora my style.safetensors:0.8 "),
-        ("<lora:x:te=0.5:unet=1>", "--lora x.safetensors "),
+        ("<lora:my style:0.8:0.5>", "--lora my style.safetensors:0.5:0.8 "),
+        ("<lora:x:te=0.5:unet=1>", "--lora x.safetensors:1:0.5 "),
+        ("<lora:x:strong>", "'strong' is not a weight"),
         ("<lyco:x:1>", "--lora x.safetensors:1 "),
         ("<hypernet:x:1>", "hypernetworks are not supported"),
     ],

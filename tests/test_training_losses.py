@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from sdlora.base.conditioning import Framing
+from sdlora.base.conditioning import Framing, time_ids
 from sdlora.training.loss import denoising_loss
 from sdlora.training.plan import plan_config
+from sdlora.training.preparation import stack_masks
 from tests.conftest import write_images
 from tests.training_runs import config_for, losses, session_for, toml
 
@@ -24,12 +25,12 @@ def test_masks_weigh_the_squared_errors(tiny_base: Path, tmp_path: Path) -> None
     latents, noise = (torch.from_numpy(rng.standard_normal((2, *shape), dtype=np.float32)) for _ in range(2))
     masks = torch.from_numpy(rng.random((2, 1, *shape[1:]), dtype=np.float32))
     masks[1, :, :2] = 0
-    timesteps, framings = torch.tensor([100, 700]), [Framing.whole(64, 64)] * 2
+    timesteps, sizes = torch.tensor([100, 700]), time_ids([Framing.whole(64, 64)] * 2)
     conditioning = session.embeddings.encode(["a", "b"])
 
     def loss(masks: torch.Tensor | None, noise: torch.Tensor) -> torch.Tensor:
         return denoising_loss(
-            base, latents, noise, timesteps, conditioning, framings, min_snr_gamma=5.0, masks=masks
+            base, latents, noise, timesteps, conditioning, sizes, min_snr_gamma=5.0, masks=masks
         ).detach()
 
     signal = base.schedule.alphas_cumprod.double()[timesteps].view(2, 1, 1, 1)
@@ -88,7 +89,7 @@ def test_masks_out_of_files(tiny_base: Path, tmp_path: Path) -> None:
     side = 64 // session.base.checkpoint.latent_factor
     expected = (levels / 255).reshape(side, 64 // side, side, 64 // side).mean((1, 3))
     np.testing.assert_allclose(masked[0].numpy(), expected, atol=1e-6)
-    both = session.masks(list(session.images.values()))
+    both = stack_masks(list(session.images.values()))
     assert both is not None
     assert torch.equal(both[0], torch.ones_like(both[0]))
     assert losses(session, 1)[0] > 0

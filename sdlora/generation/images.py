@@ -17,7 +17,7 @@ from ..base.checkpoint import BaseCheckpoint
 from ..base.conditioning import Conditioning
 from ..base.decode import LatentDecoder
 from ..base.device_memory import free_memory, move_to, out_of_memory, release_memory
-from ..errors import SdloraError
+from ..errors import DeviceMemoryError
 from ..formats.hashes import file_hashes
 from ..lora.merging import temporarily_merged
 from ..progress import Progress, raise_if_stopped
@@ -66,7 +66,7 @@ def generate_images(
 
     Raises:
         BaseModelError: the UNet or the VAE produced NaN or Inf.
-        SdloraError: the device's memory does not suffice for one image.
+        DeviceMemoryError: the device's memory does not suffice for one image.
         Interrupted: ``stop`` was set.
     """
     if not requests:
@@ -124,7 +124,7 @@ def _denoised(
     """``denoise``, one image after another where memory does not suffice for all of ``batch``.
 
     Raises:
-        SdloraError: it does not suffice for one.
+        DeviceMemoryError: it does not suffice for one.
     """
     try:
         return denoise(base, batch, conditioning, progress, stop)
@@ -135,7 +135,7 @@ def _denoised(
     release_memory(base.device)
     width, height = batch[0].size_on(base.checkpoint)
     if len(batch) == 1:
-        raise SdloraError(
+        raise DeviceMemoryError(
             f"the {base.device.type} has too little memory for an image of {width} x {height} pixels; choose a smaller "
             "size, or end other programs that use its memory"
         )

@@ -7,10 +7,10 @@ import re
 from collections.abc import Iterable
 
 from ..errors import SdloraError
+from ..formats.recipe import TAG, LoraTag
 
 logger = logging.getLogger(__name__)
 
-_TAG = re.compile(r"<(lora|lyco|hypernet):([^<>]*)>")
 _UNSUPPORTED = (
     ("wildcards are", re.compile(r"__[\w./*-]+__")),
     ("alternatives are", re.compile(r"\{[^{}]*\|[^{}]*\}|(?<!\\)\[[^\[\]]*\|[^\[\]]*\]")),
@@ -28,7 +28,7 @@ def check_syntax(prompts: Iterable[str]) -> None:
         SdloraError: a tag such as ``<lora:name:1>``, which would load nothing here; with the option to use instead.
     """
     texts = list(dict.fromkeys(prompts))
-    problems = dict.fromkeys(_refusal(match) for text in texts for match in _TAG.finditer(text))
+    problems = dict.fromkeys(_refusal(match) for text in texts for match in TAG.finditer(text))
     if problems:
         raise SdloraError(list(problems))
     found = [(match[0], title) for text in texts for title, pattern in _UNSUPPORTED for match in pattern.finditer(text)]
@@ -39,6 +39,8 @@ def check_syntax(prompts: Iterable[str]) -> None:
 def _refusal(match: re.Match[str]) -> str:
     if match[1] == "hypernet":
         return f"prompt: {match[0]}: hypernetworks are not supported; remove the tag"
-    name, *weights = match[2].split(":")
-    file = f"{name}.safetensors:{weights[0]}" if weights and "=" not in weights[0] else f"{name}.safetensors"
+    try:
+        file = LoraTag.parse(match[2]).option
+    except ValueError as error:
+        return f"prompt: {match[0]}: {error}; a tag loads nothing here; remove it and use --lora FILE:WEIGHT"
     return f"prompt: {match[0]}: a tag loads nothing here; remove it and use --lora {file} (in Python loras=['{file}'])"

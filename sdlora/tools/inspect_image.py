@@ -8,6 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..errors import DataError
+from ..formats.recipe import Recipe, parse_recipe
 from .inspect_report import InspectReport
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
@@ -33,6 +34,7 @@ def image_report(file: Path) -> InspectReport:
         raise DataError(f"{file}: cannot be read as an image: {error}") from None
     if "parameters" not in text and isinstance(comment, bytes | str) and comment:
         text["parameters"] = _comment(comment)
+    recipe = parse_recipe(text["parameters"]) if "parameters" in text else None
     return InspectReport(
         kind="image",
         file=file.name,
@@ -41,10 +43,22 @@ def image_report(file: Path) -> InspectReport:
         modules={},
         dtype=None,
         prediction=None,
-        problems=(),
-        notes=() if "parameters" in text else ("it contains no recipe: no parameters of A1111, Forge or sdlora",),
+        problems=recipe.problems if recipe else (),
+        notes=_notes(recipe),
+        recipe=recipe,
         hashes={},
         metadata=text,
+    )
+
+
+def _notes(recipe: Recipe | None) -> tuple[str, ...]:
+    """Which weight of a LoRA is whose, where its two differ."""
+    if recipe is None:
+        return ("it contains no recipe: no parameters of A1111, Forge or sdlora",)
+    return tuple(
+        f"{lora.name}: UNet {lora.unet:g}, text encoder {lora.text_encoder:g} (--lora {lora.option})"
+        for lora in recipe.loras
+        if lora.unet != lora.text_encoder
     )
 
 

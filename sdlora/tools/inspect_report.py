@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
+from ..formats.recipe import Recipe
+
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
@@ -84,6 +86,8 @@ class InspectReport:
     """What is worth knowing and not wrong."""
     hashes: dict[str, str]
     metadata: dict[str, str]
+    recipe: Recipe | None = None
+    """What an image was made with."""
 
     def to_json(self) -> dict[str, Any]:
         """All fields by their names, except that ``format`` has another key, which programs know."""
@@ -100,7 +104,8 @@ def as_text(report: InspectReport) -> str:
     if report.kind == "image":
         recipe = report.metadata.get("parameters", "").splitlines()
         first = f"{report.file}: image, {report.format}"
-        return "\n".join([first, *(f"  {line}" for line in recipe), *(f"  note: {note}" for note in report.notes)])
+        notes = [f"note: {note}" for note in report.notes] + [f"problem: {problem}" for problem in report.problems]
+        return "\n".join([first, *(f"  {line}" for line in (*recipe, *notes))])
     names = "" if report.format == "unknown" else f", {report.format} names"
     what = report.title or f"{report.kind}, {report.family or 'unknown family'}"
     lines = [f"{report.file}: {what}{names}"]

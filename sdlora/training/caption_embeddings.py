@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,6 +55,10 @@ class CaptionEmbeddings(Protocol):
         """
         ...
 
+    def token_ids(self, captions: Sequence[str]) -> tuple[np.ndarray, ...]:
+        """What ``encode_ids`` takes for each text encoder, (b, chunks, 77) int64; () where the text encoders are frozen."""
+        ...
+
     def close(self) -> None:
         """Bring the disk cache under its cap if anything was written to it."""
         ...
@@ -75,8 +80,8 @@ def open_caption_embeddings(
     With None they compute each when it is needed.
     """
     limit = config.data.max_token_length
-    tokens = CaptionTokens(base, chunks=max([1, *(most_chunks(base, item, limit) for item in items)]), limit=limit)
-    if config.optimizer.text_encoder_learning_rate:
+    tokens = CaptionTokens(base, chunks=chunks_of(base, items, limit), limit=limit)
+    if config.optimizer.text_encoder_rate(base.checkpoint.family):
         move_to(base.device, *base.encoder_models())
         return TrainedEmbeddings(base, tokens)
     fingerprint = text_fingerprint(base) if config.cache.disk else ""
@@ -115,6 +120,11 @@ class TrainedEmbeddings:
     def encode(self, captions: Sequence[str]) -> Conditioning:
         """As in ``CaptionEmbeddings``, with gradients to the text encoders."""
         return encode_prompts(self._base, [self._tokens.of(caption) for caption in captions])
+
+    def token_ids(self, captions: Sequence[str]) -> tuple[np.ndarray, ...]:
+        """As in ``CaptionEmbeddings``."""
+        prompts = [self._tokens.of(caption) for caption in captions]
+        return tuple(np.stack([tokens.ids.numpy() for tokens in encoder]) for encoder in zip(*prompts, strict=True))
 
     def close(self) -> None:
         """Nothing is kept on disk."""
@@ -170,6 +180,10 @@ class FrozenEmbeddings:
         rows = [self._ahead.get(caption) or self._row(caption) for caption in captions]
         return Conditioning.stack([row.to(self._base.device) for row in rows])
 
+    def token_ids(self, captions: Sequence[str]) -> tuple[np.ndarray, ...]:
+        """Nothing: a caption is encoded once."""
+        return ()
+
     def close(self) -> None:
         """Bring the disk cache under its cap if anything was written to it."""
         if self._writer is not None:
@@ -218,6 +232,11 @@ class FrozenEmbeddings:
             dtype=self._base.dtype,
             device=self._base.device,
         )
+
+
+def chunks_of(base: Base, items: Iterable[ExaminedImage], limit: int) -> int:
+    """Number of chunks to which all captions of ``items`` are padded: ``most_chunks`` of the longest."""
+    return max([1, *(most_chunks(base, item, limit) for item in items)])
 
 
 def most_chunks(base: Base, item: ExaminedImage, limit: int) -> int:

@@ -1,50 +1,122 @@
-"""Whether the losses of a run say that it learned: a warning where they do not."""
+"""Whether a run learned: its LoRA against the base alone, on the images that it was trained on."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
-LEAST_STEPS = 10
-"""Steps that a mean is taken over, at least. Losses depend on the timesteps that are drawn, so fewer say little."""
-MARGIN = 4.0
-"""Standard errors by which the mean at the end must be above that at the start: noise alone hardly reaches it."""
-WORSE = 1.5
-"""Times the loss of predicting nothing that a run ends above, to be called worse: an untrained base lies near 1."""
+from ..base.base import Base
+from ..base.conditioning import time_ids
+from ..lora.low_rank import LowRank
+from ..progress import Progress
+from ..randomness import Stream, generator
+from .loss import denoising_loss
+from .session import TrainingSession
+
+LEAST_STEPS = 50
+"""Steps of a run that is judged, at least: fewer say nothing of its settings, and the comparison would take long."""
+COMPARED = 8
+"""Number of images that are compared, each at a noise level of its own."""
+LEAST_GAIN = 0.001
+"""Share of the loss that a run that learned anything takes away. Usual settings take 1 % and more in 50 steps."""
+LARGEST_CHANGE = 2.0
+"""Times the norm of a layer's weights that its change reaches at most. In runs that work it stays below a half."""
+WORSE_THAN_NOTHING = 1.5
+"""Times the loss of predicting zero that a base has, at high noise, if its kind of prediction is the wrong one."""
 
 
 def tail_length(steps: int) -> int:
-    """Steps at either end of a run that its losses are averaged over: 10 %."""
+    """Steps at the end of a run that its loss is averaged over: 10 %."""
     return max(1, steps // 10)
 
 
-def loss_warning(losses: Sequence[float], *, first: int, steps: int, unlearned: float) -> str | None:
-    """A sentence on a run whose loss rose, or ended far above ``unlearned``; None where all is well or too little is known.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class OwnLosses:
+    """Losses on the training images, one for each of evenly spaced noise levels, from low to high."""
+
+    losses: np.ndarray
+    """(n,) float64; the same noise in every measurement of a run, so that a difference is what was learned."""
+    of_zero: np.ndarray
+    """(n,) float64: about the loss of a model that predicts zero."""
+
+
+@torch.no_grad()
+def own_losses(session: TrainingSession, progress: Progress) -> OwnLosses | None:
+    """Losses on the images of the last steps, with the layers that are attached now; None for runs too short to judge."""
+    plan, base = session.plan, session.base
+    training, steps = plan.training, plan.config.train.steps
+    if steps < LEAST_STEPS:
+        return None
+    shown = (sample for step in reversed(range(steps)) for sample in training.batch(step))
+    own = (sample for sample in shown if training.items[sample.view.item].source.role == "train")
+    samples = [sample for sample, _ in zip(own, range(COMPARED), strict=False)]
+    levels, gamma = len(base.schedule.alphas_cumprod), plan.config.objective.min_snr_gamma
+    measured = []
+    progress.start("Comparing with the base", len(samples))
+    for position, sample in enumerate(samples):
+        timestep = (2 * position + 1) * levels // (2 * len(samples))
+        image = session.images[sample.view]
+        rng = generator(plan.config.train.seed, Stream.COMPARISON_NOISE, position)
+        timesteps = torch.tensor([timestep], device=base.device)
+        loss = denoising_loss(
+            base,
+            image.mean[None].to(base.device),
+            torch.from_numpy(rng.standard_normal((1, *image.mean.shape), dtype=np.float32)).to(base.device),
+            timesteps,
+            session.embeddings.encode([sample.caption]),
+            time_ids([image.framing]).to(base.device),
+            min_snr_gamma=gamma,
+        )
+        measured.append(torch.cat([loss, base.schedule.min_snr_weight(timesteps, gamma)]))
+        progress.advance()
+    losses, of_zero = torch.stack(measured).cpu().double().numpy().T
+    return OwnLosses(losses=losses, of_zero=of_zero)
+
+
+def relative_change(weights: Mapping[str, LowRank], base: Base) -> float:
+    """Norm of the change over that of the weights that it is added to: the median of the plain linear layers."""
+    modules = base.modules()
+    layers = ((change, modules[name]) for name, change in weights.items())
+    shares = [change.norm() / _norm(layer.weight) for change, layer in layers if type(layer) is nn.Linear]
+    return float(np.median(shares)) if shares else 0.0
+
+
+def _norm(weight: Tensor) -> float:
+    return max(torch.linalg.vector_norm(weight.detach(), dtype=torch.float32).item(), 1e-12)
+
+
+def run_warning(*, trained: OwnLosses, alone: OwnLosses, change: float) -> str | None:
+    """A sentence on a run that learned nothing or diverged; None where all is well.
 
     Args:
-        losses: one for each step from ``first`` (0 unless the run was resumed) to the last.
-        steps: steps of the whole run.
-        unlearned: mean loss of a model that always predicts zero.
+        trained: with the LoRA.
+        alone: of the base without it, on the same images and noise.
+        change: ``relative_change`` of the LoRA.
     """
-    length = tail_length(steps)
-    if length < LEAST_STEPS or len(losses) < length:
-        return None
-    end = np.asarray(losses[-length:], np.float64)
     cause = "optimizer.learning_rate is probably too high; lower it and start over with --restart"
-    if not np.isfinite(end).all():
+    if not np.isfinite(trained.losses).all():
         return f"the loss was NaN or Inf at the end: {cause}"
-    if end.mean() > WORSE * unlearned:
+    highest = slice(-max(1, len(alone.losses) // 4), None)
+    if alone.losses[highest].sum() > WORSE_THAN_NOTHING * alone.of_zero[highest].sum():
         return (
-            f"the loss ended at {end.mean():.4f}, worse than predicting nothing ({unlearned:.4f}): "
-            "optimizer.learning_rate is probably too high, or base.prediction is wrong; correct it and start over "
-            "with --restart"
+            "at high noise the base without the LoRA is worse than predicting nothing: base.prediction is probably wrong; "
+            "correct it and start over with --restart"
         )
-    if first or len(losses) < 2 * length:
-        return None
-    start = np.asarray(losses[:length], np.float64)
-    error = math.sqrt((start.var(ddof=1) + end.var(ddof=1)) / length)
-    if end.mean() > start.mean() + MARGIN * error:
-        return f"the loss rose from {start.mean():.4f} at the start to {end.mean():.4f} at the end: {cause}"
+    ratio = np.exp(np.log(np.maximum(trained.losses, 1e-12) / np.maximum(alone.losses, 1e-12)).mean())
+    means = (
+        f"the loss on its training images is {trained.losses.mean():.4f} with it, {alone.losses.mean():.4f} without it"
+    )
+    if ratio > 1 + LEAST_GAIN:
+        return f"the LoRA makes the base worse ({means}): {cause}"
+    if change > LARGEST_CHANGE:
+        return f"the LoRA's change of a layer is {change:.3g} times as large as the layer's weights: {cause}"
+    if ratio > 1 - LEAST_GAIN:
+        return (
+            f"the LoRA learned almost nothing ({means}): optimizer.learning_rate is probably too low; raise it and start "
+            "over with --restart"
+        )
     return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +9,10 @@ from pathlib import Path
 import torch
 
 from ..base.base import Base
-from ..base.device_memory import cast, out_of_memory
-from ..base.load import decoding_dtype, load_base
-from ..base.precision import choose_device, choose_precision
+from ..base.device_memory import cast
+from ..base.load import decoding_dtype
+from ..base.precision import choose_precision
 from ..data.captions import with_trigger
-from ..errors import SdloraError
 from ..formats.thumbnail import add_thumbnail
 from ..generation.grid import labelled_grid
 from ..generation.infotext import save_png
@@ -24,7 +22,6 @@ from ..progress import Progress
 from .plan import RunPlan
 
 CAPTIONS_SHOWN = 4
-logger = logging.getLogger(__name__)
 
 
 def write_samples(
@@ -39,41 +36,12 @@ def write_samples(
     and precision, except where a GPU trained in bfloat16. There the base, rounded to bfloat16 already, is cast to float16,
     which keeps more bits of a LoRA that is merged into it. ``base`` is not to be used afterwards.
 
-    Returns the sheet's path, or None without sample prompts. A sheet that cannot be made is a warning, and None.
+    Returns the sheet's path, or None without sample prompts.
 
     Raises:
+        BaseModelError: the UNet or the VAE produced NaN or Inf.
         Interrupted: ``stop`` was set; ``output`` is complete.
     """
-    try:
-        return _write_sheet(base, plan, output, progress, stop)
-    except (SdloraError, OSError, RuntimeError) as error:
-        if not isinstance(error, SdloraError | OSError) and not out_of_memory(error):
-            raise
-        reason = str(error).splitlines()[0]
-    logger.warning(
-        "%s is complete, but its sample sheet could not be made: %s; run the same command to make it", output, reason
-    )
-    return None
-
-
-def write_missing_samples(plan: RunPlan, *, progress: Progress, stop: threading.Event | None) -> Path | None:
-    """As ``write_samples`` for a run that is complete, on a base that is loaded for it; None where the sheet exists."""
-    output = Path(plan.config.output.path)
-    if not sample_prompts(plan) or _sheet_file(output).exists():
-        return None
-    device = choose_device()
-    parameters = plan.base.unet_parameters
-    dtype = choose_precision(plan.config.train.precision, device, unet_parameters=parameters, generating=True)
-    return write_samples(load_base(plan.base, device=device, dtype=dtype), plan, output, progress=progress, stop=stop)
-
-
-def _sheet_file(output: Path) -> Path:
-    return output.with_suffix(".samples.png")
-
-
-def _write_sheet(
-    base: Base, plan: RunPlan, output: Path, progress: Progress, stop: threading.Event | None
-) -> Path | None:
     config = plan.config
     requests = [ImageRequest(prompt=prompt, seed=config.train.seed) for prompt in sample_prompts(plan)]
     if not requests:
@@ -81,7 +49,7 @@ def _write_sheet(
     studio = Studio.on(_in_generating_precision(base, config.train.precision), [str(output)])
     images = studio.images(requests, progress=progress, stop=stop)
     sheet = labelled_grid([[image.image for image in images]], columns=[request.prompt for request in requests])
-    file = _sheet_file(output)
+    file = sheet_file(output)
     save_png(sheet, file, "\n\n".join(image.parameters for image in images))
     if config.output.thumbnail and config.output.metadata == "full":
         add_thumbnail(output, images[0].image)
@@ -98,6 +66,11 @@ def _in_generating_precision(base: Base, requested: str) -> Base:
         cast(dtype, model)
     cast(decoding_dtype(dtype, base.device), base.vae)
     return replace(base, dtype=dtype)
+
+
+def sheet_file(output: Path) -> Path:
+    """Where the sample sheet of the trained file ``output`` is."""
+    return output.with_suffix(".samples.png")
 
 
 def sample_prompts(plan: RunPlan) -> list[str]:

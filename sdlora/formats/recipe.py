@@ -1,0 +1,109 @@
+"""The recipe of an image as A1111, Forge and sdlora write it: prompts, LoRAs with their weights, parameters."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+TAG = re.compile(r"<(lora|lyco|hypernet):([^<>]*)>")
+"""A tag in a prompt that loads a network: its kind, and its name with the weights."""
+_FIELD = re.compile(r'\s*(\w[\w \-/]*):\s*("(?:\\.|[^\\"])*"|\{[^{}]*\}|[^,]*)(?:,|$)')
+"""``Key: value`` of the last line; a value with commas is quoted, except for the hashes."""
+_NEGATIVE = "Negative prompt:"
+_LEAST_FIELDS = 3
+"""Fields of a last line that is one of parameters, at least: in A1111 too, a line with fewer belongs to the prompt."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraTag:
+    """A LoRA that a prompt names, with the weights of its UNet part and of its text encoder part."""
+
+    name: str
+    unet: float
+    text_encoder: float
+
+    @classmethod
+    def parse(cls, text: str) -> LoraTag:
+        """Read ``name``, ``name:1``, ``name:TE:UNET`` or ``name:te=TE:unet=UNET``, as A1111 and Forge do.
+
+        A single weight is that of both parts, ``te`` alone too. What follows (``dyn``) changes no weight and is left out.
+
+        Raises:
+            ValueError: there is no name, or a weight is not a finite number; the message says which.
+        """
+        name, *items = text.split(":")
+        if not name.strip():
+            raise ValueError("it names no LoRA")
+        named = dict(item.split("=", 1) for item in items if "=" in item)
+        positional = [item for item in items if "=" not in item]
+        text_encoder = _number(named.get("te", positional[0] if positional else "1"))
+        unet = named.get("unet", positional[1] if len(positional) > 1 else None)
+        return cls(name=name, unet=text_encoder if unet is None else _number(unet), text_encoder=text_encoder)
+
+    @property
+    def option(self) -> str:
+        """What follows ``--lora``: the file with its weights, UNet first."""
+        weights = [self.unet] if self.unet == self.text_encoder else [self.unet, self.text_encoder]
+        return ":".join([f"{self.name}.safetensors", *(f"{weight:.12g}" for weight in weights)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What an image was made with, as its parameters state it."""
+
+    prompt: str
+    """Without the tags of ``loras``."""
+    negative: str
+    loras: tuple[LoraTag, ...]
+    fields: Mapping[str, str]
+    """Key -> value of the last line, such as ``Sampler`` -> ``Euler a``; quotes around a value are removed."""
+    problems: tuple[str, ...]
+    """One line for each tag that cannot be read; it is left out of ``loras``."""
+
+
+def parse_recipe(text: str) -> Recipe:
+    """Read the ``parameters`` of an image. Any text is one: what has no form of its own belongs to the prompt."""
+    *lines, last = text.strip().split("\n")
+    found = _FIELD.findall(last)
+    if len(found) < _LEAST_FIELDS:
+        lines, found = [*lines, last], []
+    start = next((number for number, line in enumerate(lines) if line.startswith(_NEGATIVE)), len(lines))
+    prompt, negative = "\n".join(lines[:start]), "\n".join(lines[start:]).removeprefix(_NEGATIVE).strip()
+    loras, problems = [], []
+    for match in TAG.finditer(prompt):
+        if match[1] == "hypernet":
+            continue
+        try:
+            loras.append(LoraTag.parse(match[2]))
+        except ValueError as error:
+            problems.append(f"{match[0]}: {error}")
+    return Recipe(
+        prompt=re.sub(r" {2,}", " ", TAG.sub(lambda match: match[0] if match[1] == "hypernet" else "", prompt)).strip(),
+        negative=negative,
+        loras=tuple(loras),
+        fields={key: _unquoted(value) for key, value in found},
+        problems=tuple(problems),
+    )
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"{text!r} is not a weight; expected a number")
+    return value
+
+
+def _unquoted(value: str) -> str:
+    if not value.startswith('"'):
+        return value.strip()
+    try:
+        text = json.loads(value)
+    except ValueError:
+        return value
+    return text if isinstance(text, str) else value
