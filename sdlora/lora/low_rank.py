@@ -18,6 +18,7 @@ class LowRank(Change):
     """
 
     kind = "lora"
+    reads_weight = False
     down: Tensor
     up: Tensor
     alpha: float
