@@ -84,10 +84,11 @@ def test_round_trips_keep_every_change(family: str, data: st.DataObject, tmp_pat
         for name in chosen
     }
     if data.draw(st.booleans()):
-        first = changes[chosen[0]]
-        changes[chosen[0]] = Decomposed(
-            inner=first, magnitude=torch.rand(first.up.shape[0], *[1] * (first.up.ndim - 1))
-        )  # ty: ignore[invalid-assignment]
+        part = chosen[0].partition(".")[0]
+        for name in (name for name in chosen if name.startswith(f"{part}.")):
+            inner = changes[name]
+            magnitude = torch.rand(inner.up.shape[0], *[1] * (inner.up.ndim - 1))
+            changes[name] = Decomposed(inner=inner, magnitude=magnitude)  # ty: ignore[invalid-assignment]
     for old in tmp_path.iterdir():
         old.unlink()
     facts = {"family": FAMILIES[family], "base_modules": published_modules(family), "dtype": torch.float32}

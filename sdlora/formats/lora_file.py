@@ -143,7 +143,9 @@ def _read_adapter_folder(folder: Path) -> LoraFile:
         settings = json.loads(config.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as fault:
         raise LoraFileError(f"{config}: cannot be read as JSON: {fault}") from None
-    scale_of = scales_from(config, {"": settings} if isinstance(settings, dict) else {})
+    if not isinstance(settings, dict):
+        raise LoraFileError(f"{config}: expected a JSON object with PEFT's settings")
+    scale_of = scales_from(config, {"": settings})
     return replace(_read(open_tensor_file(weights, LoraFileError), scale_of), path=folder)
 
 

@@ -52,13 +52,14 @@ def write_lora(
         bundled: the tensors of embeddings, for kohya's format alone: one of them makes diffusers refuse a file.
 
     Raises:
-        LoraFileError: the format cannot hold a module's kind, or kohya's tools, ComfyUI or diffusers would not know its
-            name (nothing is written then); or the file, read back, lacks a module.
+        LoraFileError: the format cannot hold a module's kind, or the kinds of a part together, or kohya's tools, ComfyUI
+            or diffusers would not know its name (nothing is written then); or the file, read back, lacks a module.
     """
     if format == "kohya":
         modules = _with_whole_attention(modules, family, base_modules or {})
         tensors, described = _kohya(modules, family, base_modules or {}) | dict(bundled or {}), {}
     else:
+        modules = _all_or_none_dora(modules, format)
         tensors = _peft(modules, format, dtype)
         described = {"format": "pt", "lora_adapter_metadata": _adapter_metadata(modules)}
     tensors = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
@@ -143,6 +144,28 @@ def _peft(modules: Mapping[str, Change], format: str, dtype: torch.dtype) -> dic
     return tensors
 
 
+def _all_or_none_dora(modules: Mapping[str, Change], format: str) -> dict[str, Change]:
+    """``modules`` as PEFT can hold them: in each part it takes all for DoRA or none.
+
+    It would give a module without a magnitude the norms of the base's weight. So such modules are left out beside DoRA
+    if their change is zero, and refused otherwise.
+    """
+    kept = dict(modules)
+    for part in LORA_PARTS:
+        changes = {name: change for name, change in modules.items() if name.startswith(f"{part}.")}
+        plain = {name: change for name, change in changes.items() if not isinstance(change, Decomposed)}
+        if len(plain) == len(changes):
+            continue
+        zero = {name for name, change in plain.items() if isinstance(change, LowRank) and not change.up.any()}
+        if lost := plain.keys() - zero:
+            raise LoraFileError(
+                f"{format} files hold DoRA for all modules of {part} or for none; this LoRA has {len(lost)} without, such "
+                f"as {min(lost)}, and {len(changes) - len(plain)} with it; kohya's format can hold both"
+            )
+        kept = {name: change for name, change in kept.items() if name not in zero}
+    return kept
+
+
 def _scaled(change: LowRank, dtype: torch.dtype) -> Tensor:
     """``up`` times alpha / rank in ``dtype``: computed in float32, or in float64 for float32, and rounded once."""
     wide = torch.float64 if dtype == torch.float32 else torch.float32
@@ -174,7 +197,8 @@ def _adapter_metadata(modules: Mapping[str, Change]) -> str:
         if not changes:
             continue
         ranks = {name: change.rank for name, change in changes.items()}
-        rank = Counter(ranks.values()).most_common(1)[0][0]
+        counts = Counter(ranks.values())
+        rank = min(counts, key=lambda rank: (-counts[rank], rank))
         others = {name: value for name, value in sorted(ranks.items()) if value != rank}
         settings = {
             "peft_type": "LORA",

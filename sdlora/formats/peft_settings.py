@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ MAX_SECONDS = 5.0
 """For all patterns and modules of a file. Those of real files take milliseconds."""
 _LITERAL = regex.compile(r"[\w.]+")
 _LYCORIS = ("LOHA", "LOKR")
+_MOST_SHOWN = 60
+"""Characters of a faulty value in a message."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,14 +38,17 @@ def scales_in(path: Path, metadata: Mapping[str, str]) -> Callable[[str], Scale]
     """From the header of a diffusers file (``lora_adapter_metadata``): keys are a part, a dot, a PEFT setting.
 
     Raises:
-        LoraFileError: a pattern is no regular expression, or takes too long.
+        LoraFileError: the header is not JSON, an alpha or a rank is not a finite number, or a pattern is no regular
+            expression or takes too long.
     """
     try:
         flat = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    except (ValueError, RecursionError):
-        flat = {}
+    except (ValueError, RecursionError) as fault:
+        raise LoraFileError(f"{path}: lora_adapter_metadata cannot be read as JSON: {fault}") from None
+    if not isinstance(flat, dict):
+        raise LoraFileError(f"{path}: lora_adapter_metadata is {_shown(flat)}; expected a JSON object")
     settings: dict[str, dict[str, Any]] = {}
-    for key, value in flat.items() if isinstance(flat, dict) else ():
+    for key, value in flat.items():
         part, _, name = key.partition(".")
         settings.setdefault(f"{part}.", {})[name] = value
     return scales_from(path, settings)
@@ -55,6 +60,8 @@ def scales_from(path: Path, settings: Mapping[str, Mapping[str, Any]]) -> Callab
     Raises:
         LoraFileError: as ``scales_in``.
     """
+    if faults := [fault for prefix, setting in settings.items() for fault in _faults(path, prefix, setting)]:
+        raise LoraFileError(faults)
     clock = _Clock()
     readers = {prefix: _reader(path, setting, clock) for prefix, setting in settings.items()}
 
@@ -65,6 +72,26 @@ def scales_from(path: Path, settings: Mapping[str, Mapping[str, Any]]) -> Callab
         return Scale()
 
     return scale_of
+
+
+def _faults(path: Path, prefix: str, setting: Mapping[str, Any]) -> Iterator[str]:
+    """A line for each alpha and rank of ``setting`` that PEFT could not compute with; null counts as absent."""
+    for key in ("alpha" if setting.get("peft_type") in _LYCORIS else "lora_alpha", "r"):
+        value = setting.get(key)
+        if value is not None and _number(value) is None:
+            yield f"{path}: {prefix}{key} is {_shown(value)}; expected a finite number"
+    for key in ("alpha_pattern", "rank_pattern"):
+        patterns = setting.get(key)
+        if patterns is not None and not isinstance(patterns, dict):
+            yield f"{path}: {prefix}{key} is {_shown(patterns)}; expected an object of patterns and numbers"
+        for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
+            if _number(value) is None:
+                yield f"{path}: {prefix}{key} has {_shown(value)} for {_shown(pattern)}; expected a finite number"
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}…"
 
 
 def _reader(path: Path, setting: Mapping[str, Any], clock: _Clock) -> Callable[[str], Scale]:
@@ -84,7 +111,7 @@ def _reader(path: Path, setting: Mapping[str, Any], clock: _Clock) -> Callable[[
 
 def _number(value: object) -> float | None:
     try:
-        number = float(value) if isinstance(value, int | float) else math.nan
+        number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
     except OverflowError:
         return None
     return number if math.isfinite(number) else None

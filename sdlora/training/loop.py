@@ -231,7 +231,10 @@ def train_steps(
                 raise
             losses[step - first] = loss
             if done % REPORT_EVERY == 0 or done == steps:
-                progress.advance(done - reported, f"loss {losses[reported - first : done - first].mean().item():.4f}")
+                recent = losses[reported - first : done - first]
+                if session.accelerator.num_processes > 1:  # Each has its share of every loss.
+                    torch.distributed.all_reduce(recent)
+                progress.advance(done - reported, f"loss {recent.mean().item():.4f}")
                 reported = done
             if done % train.save_every == 0 and done < steps:
                 _check_skipped(session, done)
