@@ -28,7 +28,7 @@ import torch
 from accelerate import Accelerator
 
 from sdlora.base.base import Base
-from sdlora.base.conditioning import Framing
+from sdlora.base.conditioning import Framing, time_ids
 from sdlora.base.encode import encode_prompts
 from sdlora.base.load import load_base
 from sdlora.base.precision import choose_precision
@@ -56,7 +56,7 @@ def our_step(base: Base, plan: RunPlan) -> Callable[[], None]:
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Inputs:
     latents: torch.Tensor
-    framings: list[Framing]
+    time_ids: torch.Tensor
     prompts: list[PromptTokens]
 
     def loss(self, base: Base) -> torch.Tensor:
@@ -64,7 +64,7 @@ class Inputs:
         timesteps = torch.randint(0, 1000, (len(noise),), device=base.device)
         conditioning = encode_prompts(base, self.prompts)
         return denoising_loss(
-            base, self.latents, noise, timesteps, conditioning, self.framings, min_snr_gamma=5.0
+            base, self.latents, noise, timesteps, conditioning, self.time_ids, min_snr_gamma=5.0
         ).mean()
 
 
@@ -73,7 +73,7 @@ def inputs(base: Base, batch: int) -> Inputs:
     side = resolution // base.checkpoint.latent_factor
     return Inputs(
         latents=torch.randn(batch, 4, side, side, device=base.device),
-        framings=[Framing.whole(resolution, resolution)] * batch,
+        time_ids=time_ids([Framing.whole(resolution, resolution)] * batch).to(base.device),
         prompts=[tokenize(base, plain("blupaper, a red apple"))] * batch,
     )
 

@@ -121,6 +121,33 @@ def test_gradients_arrive_in_the_float32_masters(dtype: torch.dtype) -> None:
     assert not torch.equal(master.grad, gradient)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_of_several_backward_passes_add_up_in_float32(dtype: torch.dtype) -> None:
+    """The second is so much smaller than the first that bfloat16 and float16 would lose it in a sum."""
+    block = Block().to(dtype)
+    inputs = [scale * torch.randn(5, 6, dtype=dtype) for scale in (64.0, 2**-5)]
+    adapter = new_adapter(block)
+    adapter.attach(named(block))
+    fill_up_matrices(adapter)
+    (master,) = adapter.parameters
+
+    def gradient(*passes: torch.Tensor) -> torch.Tensor:
+        adapter.begin_step()
+        for x in passes:
+            block(x).float().sum().backward()
+            adapter.end_backward()
+        assert master.grad is not None
+        return master.grad.clone()
+
+    large, small = (gradient(x) for x in inputs)
+    both = gradient(*inputs)
+    if dtype == torch.float32:
+        torch.testing.assert_close(both, large + small, rtol=1e-5, atol=1e-5)
+    else:
+        assert torch.equal(both, large + small)
+        assert not torch.equal(both, both.to(dtype).float())
+
+
 def test_initial_values_depend_on_seed_and_name_alone() -> None:
     first, again, other = (new_adapter(Block(), seed=seed).weights() for seed in (1, 1, 2))
     for name in first:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import sdlora
-from sdlora.base.conditioning import Conditioning, Framing
+from sdlora.base.conditioning import Conditioning, Framing, time_ids
 from sdlora.base.encode import encode_prompts
 from sdlora.base.tokens import plain, tokenize
 from tests.tiny import opened
@@ -31,8 +31,8 @@ def test_prediction_is_the_unets_own_and_float32(tiny_files: dict[str, Path], fa
     base = opened(tiny_files[family], dtype)
     one = encode_prompts(base, [tokenize(base, plain("a fox"))])
     conditioning = Conditioning.stack([one, one])
-    noisy, framings = torch.randn(2, 4, 8, 8), [Framing.whole(64, 64)] * 2
-    predicted = base.predict(noisy, torch.tensor(500), conditioning, framings)
+    noisy, sizes = torch.randn(2, 4, 8, 8), time_ids([Framing.whole(64, 64)] * 2)
+    predicted = base.predict(noisy, torch.tensor(500), conditioning, sizes)
     added = None
     if family == "sdxl":
         sizes = torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2)

@@ -12,9 +12,10 @@ from PIL import Image, ImageChops
 import sdlora
 from sdlora.base import load
 from sdlora.base.base import Base
+from sdlora.errors import BaseModelError
 from sdlora.generation.grid import LABEL_LINES, labelled_grid
 from sdlora.lora.layers import LoraLinear
-from sdlora.training import loop
+from sdlora.training import loop, sample_sheet
 from tests.conftest import write_images
 from tests.tiny import tiny_pipeline
 from tests.training_runs import config_for
@@ -115,3 +116,34 @@ def test_a_long_prompt_is_wrapped_and_cut_to_the_width_of_its_image() -> None:
     for x, image in enumerate(images):
         box = (x * 102, above, x * 102 + 96, above + 32)
         assert ImageChops.difference(long.crop(box), image).getbbox() is None
+
+
+@pytest.mark.parametrize("fault", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    BaseModelError("tiny: the VAE produced NaN or Inf"),
+    OSError(28, "No space left on device"),
+])  # fmt: skip
+def test_a_sheet_that_fails_is_a_warning_and_the_same_command_makes_it(
+    fault: Exception, tiny_base: Path, images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    output = tmp_path / "x.safetensors"
+    config = config_for(tiny_base, images, output, "samples.prompts=['a red fox']", "train.steps=2")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise fault
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample_sheet, "write_samples", fail)
+        report = sdlora.train(config)
+    assert report.samples is None
+    assert report.result.loss is not None
+    assert f"{output} is complete, but its samples were not drawn" in caplog.text
+    assert "Tried to allocate" not in caplog.text
+    report = sdlora.train(config)
+    assert report.samples == tmp_path / "x.samples.png"
+    assert report.result.loss is None
+    (drawn,) = sdlora.generate("zorb, a red fox", base=str(tiny_base), loras=[str(output)], seed=0)
+    with Image.open(report.samples) as sheet:
+        expected = labelled_grid([[drawn.image]], columns=["zorb, a red fox"])
+        assert ImageChops.difference(sheet, expected).getbbox() is None
+    assert sdlora.train(config).samples is None

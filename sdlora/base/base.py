@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from ..families import TextEncoderFacts
 from .checkpoint import BaseCheckpoint
-from .conditioning import Conditioning, Framing
+from .conditioning import Conditioning
 from .models import AutoencoderKL, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, UNet2DConditionModel
 from .schedule import NoiseSchedule
 
@@ -45,6 +44,7 @@ class Base:
     vae: AutoencoderKL
     schedule: NoiseSchedule
     device: torch.device
+    """Where the base works. Parts that are idle may be in main memory meanwhile."""
     dtype: torch.dtype
     """Dtype of the UNet and the text encoders. Kept here since diffusers searches a whole model for its dtype or device."""
 
@@ -57,9 +57,11 @@ class Base:
                     named[f"{encoder.facts.part}.{encoder.nesting}{name}"] = module
         return named
 
-    def predict(
-        self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, framings: Sequence[Framing]
-    ) -> Tensor:
+    def encoder_models(self) -> tuple[nn.Module, ...]:
+        """The models of the text encoders."""
+        return tuple(encoder.model for encoder in self.text_encoders)
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, time_ids: Tensor) -> Tensor:
         """The UNet's prediction (ε or v, see ``schedule.prediction``) for b noisy latents, (b, 4, h, w) float32.
 
         Training, validation and sampling all call the UNet here. Gradients flow to ``noisy``, ``conditioning`` and
@@ -69,18 +71,16 @@ class Base:
             noisy: (b, 4, h, w) at the latent scale, float32; computed in the base's dtype.
             timesteps: (b,), or () for the same timestep in every row; int64, or float32 where a sampler has it so.
             conditioning: b rows.
-            framings: one for each row; only families with size conditioning (SDXL) read them.
+            time_ids: (b, 6) float32, made by ``time_ids``; only families with size conditioning (SDXL) read them.
         """
-        added = self._added_conditions(conditioning, framings)
+        added = self._added_conditions(conditioning, time_ids)
         latents = noisy.to(self.dtype)
         return self.unet(latents, timesteps, conditioning.context, added_cond_kwargs=added, return_dict=False)[
             0
         ].float()
 
-    def _added_conditions(self, conditioning: Conditioning, framings: Sequence[Framing]) -> dict[str, Tensor] | None:
+    def _added_conditions(self, conditioning: Conditioning, time_ids: Tensor) -> dict[str, Tensor] | None:
         """diffusers' ``added_cond_kwargs``; None where the family has no size conditioning."""
         if not self.checkpoint.family.unet.size_conditioning or conditioning.pooled is None:
             return None
-        # float32 whatever the base computes in: bfloat16 represents whole numbers exactly only up to 256.
-        numbers = torch.tensor([framing.numbers for framing in framings], dtype=torch.float32)
-        return {"text_embeds": conditioning.pooled, "time_ids": numbers.to(self.device, non_blocking=True)}
+        return {"text_embeds": conditioning.pooled, "time_ids": time_ids}

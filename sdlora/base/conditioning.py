@@ -26,10 +26,21 @@ class Conditioning:
         pooled = [row.pooled for row in rows if row.pooled is not None]
         return cls(context=torch.cat([row.context for row in rows]), pooled=torch.cat(pooled) if pooled else None)
 
+    def to(self, device: torch.device) -> Conditioning:
+        """The same on ``device``; a copy from pinned memory makes nobody wait."""
+        unwaited = device.type == "cuda"
+        pooled = None if self.pooled is None else self.pooled.to(device, non_blocking=unwaited)
+        return Conditioning(context=self.context.to(device, non_blocking=unwaited), pooled=pooled)
+
     def row(self, number: int) -> Conditioning:
         """The embeddings of one prompt, as a batch of one."""
         pooled = None if self.pooled is None else self.pooled[number : number + 1]
         return Conditioning(context=self.context[number : number + 1], pooled=pooled)
+
+    def zeroed(self, rows: Tensor) -> Conditioning:
+        """The same with zeros in the rows where ``rows``, (b,) bool on its device, is true; see ``zeros``."""
+        pooled = None if self.pooled is None else self.pooled.masked_fill(rows[:, None], 0)
+        return Conditioning(context=self.context.masked_fill(rows[:, None, None], 0), pooled=pooled)
 
     def zeros(self) -> Conditioning:
         """Zeros of the same shapes, which SDXL reads as an empty negative prompt."""
@@ -57,3 +68,11 @@ class Framing:
     def numbers(self) -> tuple[int, ...]:
         """The six numbers in the order that SDXL was trained with (Podell et al. 2023, section 2.2; heights first)."""
         return (self.original_height, self.original_width, self.top, self.left, self.height, self.width)
+
+
+def time_ids(framings: Sequence[Framing]) -> Tensor:
+    """(b, 6) float32, on the CPU: ``numbers`` of each, which diffusers calls so.
+
+    float32 whatever the base computes in: bfloat16 represents whole numbers exactly only up to 256.
+    """
+    return torch.tensor([framing.numbers for framing in framings], dtype=torch.float32)

@@ -21,16 +21,26 @@ def encode_prompts(base: Base, prompts: Sequence[PromptTokens]) -> Conditioning:
     Each chunk is encoded separately and the results are concatenated; the pooled output is that of the first chunk. The
     outputs of several encoders are concatenated in the last axis (Podell et al. 2023, section 2.1).
     """
+    encoders = range(len(base.text_encoders))
+    ids = [torch.stack([prompt[number].ids for prompt in prompts]).to(base.device) for number in encoders]
+    weights = [torch.stack([prompt[number].weights for prompt in prompts]) for number in encoders]
+    return encode_ids(base, ids, weights)
+
+
+def encode_ids(base: Base, ids: Sequence[Tensor], weights: Sequence[Tensor] = ()) -> Conditioning:
+    """As ``encode_prompts``, for token ids of each text encoder, (b, chunks, 77) int64 on the base's device.
+
+    ``weights`` of the tokens, (b, chunks, 77) float32, are on the CPU; without them every weight is 1.
+    """
     contexts, pooled = [], None
-    for number, encoder in enumerate(base.text_encoders):
-        ids = torch.stack([prompt[number].ids for prompt in prompts]).to(base.device)
-        weights = torch.stack([prompt[number].weights for prompt in prompts])
-        hidden, summary = _encode(base, encoder, ids.view(-1, TOKENS_IN_CHUNK))
-        if (weights != 1).any():
-            hidden = _weighted(hidden, weights.view(-1, TOKENS_IN_CHUNK).to(hidden))
-        contexts.append(hidden.view(len(prompts), -1, hidden.shape[-1]))
+    for number, (encoder, of_encoder) in enumerate(zip(base.text_encoders, ids, strict=True)):
+        count = of_encoder.shape[0]
+        hidden, summary = _encode(base, encoder, of_encoder.view(-1, TOKENS_IN_CHUNK))
+        if weights and (weights[number] != 1).any():
+            hidden = _weighted(hidden, weights[number].view(-1, TOKENS_IN_CHUNK).to(hidden))
+        contexts.append(hidden.view(count, -1, hidden.shape[-1]))
         if summary is not None:
-            pooled = summary.view(len(prompts), -1, summary.shape[-1])[:, 0]
+            pooled = summary.view(count, -1, summary.shape[-1])[:, 0]
     return Conditioning(context=torch.cat(contexts, -1), pooled=pooled)
 
 

@@ -101,7 +101,7 @@ def generate(
 def _write_strip(prompts: list[str], target: ImageTarget, options: dict[str, Any]) -> list[Path]:
     from ..generation.studio import generate_strip
 
-    image, parameters = generate_strip(prompts, scale=2, **options)
+    image, parameters = generate_strip(prompts, scale=2, say=_say, **options)
     title = f"{_slug(prompts[0])}-strip"
     return [target.save(image, parameters, seed=options["seed"], title=title, alone=True)]
 
@@ -118,11 +118,15 @@ def _write_images(prompts: list[str], count: int, target: ImageTarget, options: 
         files.append(target.save(image.image, image.parameters, **names, alone=total == 1))
 
     try:
-        generate(prompts, count=count, on_image=write, **options)
+        generate(prompts, count=count, on_image=write, say=_say, **options)
     except (Interrupted, KeyboardInterrupt):
         done = f", the last is {files[-1]}" if files else ""
         raise Interrupted(f"interrupted: {len(files)} of {total} images are written{done}") from None
     return files
+
+
+def _say(line: str) -> None:
+    typer.echo(line, err=True)
 
 
 def _slug(prompt: str) -> str:

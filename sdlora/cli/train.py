@@ -16,6 +16,18 @@ if TYPE_CHECKING:
 
 
 DATA, LORA, TRAINING, OUTPUT = "Data", "LoRA", "Training", "Output"
+RestartOption = Annotated[
+    bool, typer.Option("--restart", help="Start over, whatever an earlier run left.", rich_help_panel=TRAINING)
+]
+OutOption = Annotated[str | None, typer.Option(metavar="FILE", help="The LoRA file to write.", rich_help_panel=OUTPUT)]
+DeviceChangeOption = Annotated[
+    bool,
+    typer.Option(
+        "--allow-device-change",
+        help="Resume on another type of device or in another precision too.",
+        rich_help_panel=TRAINING,
+    ),
+]
 
 
 @app.command(
@@ -53,12 +65,9 @@ def train(
     learning_rate: Annotated[
         float | None, typer.Option(help="Peak for the UNet; optimizer.learning_rate.", rich_help_panel=TRAINING)
     ] = None,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Start over, whatever an earlier run left.", rich_help_panel=TRAINING)
-    ] = False,
-    out: Annotated[
-        str | None, typer.Option(metavar="FILE", help="The LoRA file to write.", rich_help_panel=OUTPUT)
-    ] = None,
+    restart: RestartOption = False,
+    allow_device_change: DeviceChangeOption = False,
+    out: OutOption = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object on standard output.", rich_help_panel=OUTPUT)
     ] = False,
@@ -89,7 +98,9 @@ def train(
     from ..training.run import train as train_lora
 
     with progress_bar() as progress:
-        report = train_lora(config, restart=restart, progress=progress, say=progress.say)
+        report = train_lora(
+            config, restart=restart, allow_device_change=allow_device_change, progress=progress, say=progress.say
+        )
     if as_json:
         keys = ("output", "steps", "seconds", "loss", "validation_loss", "resumed_from", "warning", "texts_written")
         emit({**{key: getattr(report.result, key) for key in keys}, "samples": report.samples})

@@ -9,6 +9,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from ..families import Family
 from .data_section import DataSection, ImageSettings, MaskKind, SetSection
 from .setting import Affects, Section, Setting, setting_of
 
@@ -96,9 +97,9 @@ class OptimizerSection(Section):
     """The optimizer."""
     learning_rate: Annotated[float, Field(ge=0, lt=1), Setting(kohya="learning_rate")] = 3e-4
     """Peak learning rate of the UNet's modules."""
-    text_encoder_learning_rate: Annotated[float, Field(ge=0, lt=1), Setting(kohya="text_encoder_lr")] = 5e-5
+    text_encoder_learning_rate: Annotated[float | None, Field(ge=0, lt=1), Setting(kohya="text_encoder_lr")] = None
     """Peak learning rate of the text encoder's modules. 0 does not train the text encoder; captions are then encoded
-    once, which is faster."""
+    once, which is faster. By default 5e-5, and 0 for SDXL."""
     schedule: Annotated[Literal["constant", "cosine", "linear"], Setting(kohya="lr_scheduler")] = "cosine"
     """How the learning rates develop after warmup: they stay, or fall to 0 at the last step along a cosine or a line."""
     warmup_steps: Annotated[int, Field(ge=0), Setting(kohya="lr_warmup_steps")] = 20
@@ -107,6 +108,11 @@ class OptimizerSection(Section):
     """Weight decay of AdamW. In kohya's trainer it is one of the ``optimizer_args``."""
     max_grad_norm: Annotated[float, Field(gt=0), Setting(kohya="max_grad_norm")] = 1.0
     """Gradients are scaled down to this norm, over all modules together."""
+
+    def text_encoder_rate(self, family: Family) -> float:
+        """``text_encoder_learning_rate``, or the default for ``family``."""
+        stated = self.text_encoder_learning_rate
+        return family.text_encoder_learning_rate if stated is None else stated
 
 
 class TrainSection(Section):
@@ -117,8 +123,10 @@ class TrainSection(Section):
     batch_size: Annotated[int, Field(ge=1), Setting(kohya="train_batch_size")] = 4
     """Images in one step, over all processes together."""
     precision: Annotated[Literal["auto", "float32", "bfloat16", "float16"], Setting(kohya="mixed_precision")] = "auto"
-    """Precision of the frozen base. ``auto`` is bfloat16 where the device multiplies it in hardware and the base is large
-    enough to gain from it, and float32 elsewhere. The LoRA itself is always trained in float32."""
+    """Precision of the frozen base. ``auto`` is bfloat16 on a GPU that multiplies it in hardware, float16 on other NVIDIA
+    GPUs and on Apple's, and on a CPU float32, or bfloat16 where the CPU multiplies it in hardware and the base is large
+    enough to gain from it. With float16 the loss is scaled so that small gradients are kept. The LoRA itself is always
+    trained in float32."""
     gradient_checkpointing: Annotated[
         Literal["auto"] | bool,
         Setting(kohya="gradient_checkpointing", affects="nothing", values='"auto", true or false'),
@@ -135,6 +143,9 @@ class TrainSection(Section):
     fit: Annotated[bool, Setting(affects="nothing")] = False
     """What to do where the device runs out of memory: stop and say what to change, or, with true, halve the micro-batch,
     then turn gradient checkpointing on, and go on with the same batches."""
+    deterministic: Annotated[bool, Setting(affects="nothing")] = False
+    """Whether a GPU uses deterministic algorithms alone, so that repeating or resuming a run gives the same bits on the
+    same model of GPU. That is slower, and not possible with xformers. On a CPU results are the same in any case."""
     seed: Annotated[int, Field(ge=0, lt=2**32), Setting(kohya="seed")] = 0
     """Seed of everything that is drawn: order, captions, crops, flips, noise and timesteps."""
     save_every: Annotated[int, Field(ge=1), Setting(affects="nothing")] = 100
@@ -149,6 +160,10 @@ class SamplesSection(Section):
 
 
 MISSING_TRIGGER = "data.trigger is missing; name the trigger word: --trigger WORD"
+NOT_DETERMINISTIC = (
+    'train.deterministic = true is not possible with base.attention = "xformers"; set base.attention to "sdpa", or '
+    "train.deterministic to false"
+)
 
 
 def _lora_file(value: str) -> str:
@@ -218,6 +233,12 @@ class Config(DatasetConfig):
     def _has_a_trigger(self) -> Config:
         if self.data.trigger is None:
             raise PydanticCustomError("settings", "{problems}", {"problems": MISSING_TRIGGER})
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_deterministic(self) -> Config:
+        if self.train.deterministic and self.base.attention == "xformers":
+            raise PydanticCustomError("settings", "{problems}", {"problems": NOT_DETERMINISTIC})
         return self
 
     def flat(self, affecting: Collection[Affects] = get_args(Affects)) -> dict[str, str]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..base.base import Base
-from ..base.conditioning import Conditioning, Framing
+from ..base.conditioning import Conditioning, Framing, time_ids
 from ..base.encode import encode_prompts
 from ..base.tokens import padded, tokenize
 from ..progress import Progress, raise_if_stopped
@@ -36,7 +36,7 @@ def denoise(
     guided = first.cfg != 1.0
     conditioning = _conditioning(base, requests, guided=guided)
     width, height = first.size_on(base.checkpoint)
-    framings = [Framing.whole(width, height)] * conditioning.context.shape[0]
+    sizes = time_ids([Framing.whole(width, height)] * conditioning.context.shape[0]).to(base.device)
     factor = base.checkpoint.latent_factor
     shape = (1, base.unet.config["in_channels"], height // factor, width // factor)
     generators = [torch.Generator("cpu").manual_seed(request.seed) for request in requests]
@@ -46,7 +46,7 @@ def denoise(
     for timestep in scheduler.timesteps:
         raise_if_stopped(stop, "stopped while generating")
         noisy = scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, timestep)
-        predicted = base.predict(noisy, timestep, conditioning, framings)
+        predicted = base.predict(noisy, timestep, conditioning, sizes)
         if guided:
             unconditional, conditional = predicted.chunk(2)
             predicted = unconditional + first.cfg * (conditional - unconditional)

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from ..base.checkpoint import BaseCheckpoint, find_base
+from ..base.device import device_facts
 from ..base.gpu_build import why_not_cuda
-from ..base.precision import choose_device, choose_precision
+from ..base.precision import choose_device, describe_precision, explain_precision
 from ..config.sections import BaseSection
 from ..errors import SdloraError
 from ..progress import Progress, progress_or_bar
@@ -48,6 +49,7 @@ def generate(
     progress: Progress | None = None,
     stop: threading.Event | None = None,
     on_image: Callable[[GeneratedImage], None] | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> list[GeneratedImage]:
     """Generate ``count`` images of each prompt, with seeds ``seed``, ``seed + 1`` …, under all ``loras`` at once.
 
@@ -62,6 +64,7 @@ def generate(
         progress: receives reports; by default a bar in a terminal.
         stop: set it, from any thread, to stop after the current step.
         on_image: called with each image as soon as it is done.
+        say: called with the device, the precision and the free memory, before the base is loaded.
 
     Raises:
         SdloraError: a base, LoRA, size, sampler or precision that cannot be used, found before anything is generated.
@@ -70,7 +73,7 @@ def generate(
     with open(base, precision=precision) as studio:
         return studio.generate(
             prompts, loras=loras, negative=negative, seed=seed, count=count, steps=steps, cfg=cfg, size=size,
-            sampler=sampler, progress=progress, stop=stop, on_image=on_image,
+            sampler=sampler, progress=progress, stop=stop, on_image=on_image, say=say,
         )  # fmt: skip
 
 
@@ -90,6 +93,7 @@ def generate_strip(
     precision: str = "auto",
     progress: Progress | None = None,
     stop: threading.Event | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> tuple[Image.Image, str]:
     """One labelled image: a row for each prompt, a column for each strength of each LoRA, and a last one for all LoRAs.
 
@@ -99,7 +103,7 @@ def generate_strip(
     with open(base, precision=precision) as studio:
         return studio.generate_strip(
             prompts, loras=loras, strengths=strengths, scale=scale, negative=negative, seed=seed, steps=steps, cfg=cfg,
-            size=size, sampler=sampler, progress=progress, stop=stop,
+            size=size, sampler=sampler, progress=progress, stop=stop, say=say,
         )  # fmt: skip
 
 
@@ -153,6 +157,7 @@ class OpenStudio:
         progress: Progress | None = None,
         stop: threading.Event | None = None,
         on_image: Callable[[GeneratedImage], None] | None = None,
+        say: Callable[[str], None] = lambda line: None,
     ) -> list[GeneratedImage]:
         """As the function ``generate``, on this base.
 
@@ -164,7 +169,7 @@ class OpenStudio:
             prompts, seed=seed, count=count, size=size, negative=negative, steps=steps, cfg=cfg, sampler=sampler
         )
         check_syntax(text for request in requests for text in (request.prompt, request.negative))
-        studio = self.prepared(requests, loras)
+        studio = self.prepared(requests, loras, say)
         return studio.images(requests, progress=progress, stop=stop, on_image=on_image)
 
     def generate_strip(
@@ -182,13 +187,14 @@ class OpenStudio:
         sampler: str = ImageRequest.sampler,
         progress: Progress | None = None,
         stop: threading.Event | None = None,
+        say: Callable[[str], None] = lambda line: None,
     ) -> tuple[Image.Image, str]:
         """As the function ``generate_strip``, on this base. Raises as ``generate``."""
         requests = image_requests(
             prompts, seed=seed, count=1, size=size, negative=negative, steps=steps, cfg=cfg, sampler=sampler
         )
         check_syntax(text for request in requests for text in (request.prompt, request.negative))
-        studio = self.prepared(requests, loras)
+        studio = self.prepared(requests, loras, say)
         columns = _columns(studio.loras, strengths)
         with progress_or_bar(progress) as reports:
             images = [
@@ -198,8 +204,13 @@ class OpenStudio:
         sheet = labelled_grid(rows, columns=[label for label, _ in columns], scale=scale)
         return sheet, "\n\n".join(column[row].parameters for row in range(len(requests)) for column in images)
 
-    def prepared(self, requests: Sequence[ImageRequest], loras: LoraArgument | Sequence[LoraArgument]) -> Studio:
-        """The loaded base with ``loras``; before it is loaded, they and ``requests`` are checked.
+    def prepared(
+        self,
+        requests: Sequence[ImageRequest],
+        loras: LoraArgument | Sequence[LoraArgument],
+        say: Callable[[str], None] = lambda line: None,
+    ) -> Studio:
+        """The loaded base with ``loras``; before it is loaded, they and ``requests`` are checked, and ``say`` is called.
 
         Raises:
             SdloraError: a request or a LoRA that does not fit the base, or the studio is closed.
@@ -212,11 +223,13 @@ class OpenStudio:
             if unused := why_not_cuda():
                 logger.warning("%s", unused)
             device = choose_device()
-            dtype = choose_precision(self._precision, device, unet_parameters=self._checkpoint.unet_parameters)
+            facts, parameters = device_facts(device), self._checkpoint.unet_parameters
+            chosen = explain_precision(self._precision, facts, unet_parameters=parameters, generating=True)
+            say(describe_precision(facts, chosen))
             # Imported late since it brings diffusers: faults of the input are reported before.
             from ..base.load import load_base
 
-            self._base = load_base(self._checkpoint, device=device, dtype=dtype)
+            self._base = load_base(self._checkpoint, device=device, dtype=chosen.dtype)
         return Studio(base=self._base, loras=fitted)
 
 

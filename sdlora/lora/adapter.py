@@ -80,34 +80,39 @@ class Adapter:
         self._working_copies.append(working)
         position = 0
         for name, module in group.items():
-            leaves, masters = [], []
+            leaves, masters, gradients = [], [], []
             for rows, columns in ((rank, module.in_features), (module.out_features, rank)):
                 span = slice(position, position + rows * columns)
-                leaf = working.values[span].view(rows, columns).requires_grad_()
-                leaf.grad = working.gradients[span].view(rows, columns)
-                leaves.append(leaf)
+                leaves.append(working.values[span].view(rows, columns).requires_grad_())
+                gradients.append(working.gradients[span].view(rows, columns))
                 masters.append(master.detach()[span].view(rows, columns))
                 position = span.stop
             down, up = leaves
             down_master, up_master = masters
             down_master.copy_(_kaiming_uniform(down.shape, seed, name))
             self._masters[name] = (down_master, up_master)
-            self._layers[name] = LoraLinear(module, down, up, self.alpha / rank)
+            self._layers[name] = LoraLinear(module, down, up, self.alpha / rank, gradients=(gradients[0], gradients[1]))
             self._frozen[name] = module
 
     @torch.no_grad()
     def begin_step(self) -> None:
         """Copy the masters to the layers, and clear the gradients."""
         for master, working in zip(self.parameters, self._working_copies, strict=True):
+            working.gradients.zero_()
             if working.values.dtype != master.dtype:
                 working.values.copy_(master)
-            working.gradients.zero_()
+                if master.grad is not None:
+                    master.grad.zero_()
 
     def end_backward(self) -> None:
-        """Copy the gradients of the layers to the masters."""
+        """Add the gradients of the layers to those of the masters, and clear them; once after each backward pass."""
         for master, working in zip(self.parameters, self._working_copies, strict=True):
-            if master.grad is not None and working.gradients.dtype != master.dtype:
-                master.grad.copy_(working.gradients)
+            if working.gradients.dtype == master.dtype:
+                master.grad = working.gradients
+                continue
+            master.grad = torch.zeros_like(master) if master.grad is None else master.grad
+            master.grad.add_(working.gradients)
+            working.gradients.zero_()
 
     def attach(self, modules: Mapping[str, nn.Module]) -> None:
         """Put the trainable layers in place; ``modules`` maps every canonical name, parents too, to its module."""

@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,11 +20,13 @@ from ..config.setting import DECIDES_RESUMING
 from ..errors import ResumeError
 from ..files import write_whole
 from ..formats.safetensors_file import read_header, serialise
+from .step_shape import StepShape
 
 KEPT = 2
 """Checkpoints that are kept, the newest."""
 FORMAT = 2
 """Format number of ``RunIdentity.to_json``; raised when settings change their names or meaning. Format 1 has no number."""
+PRECISION_SETTING = "train.precision"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,10 @@ class RunIdentity:
     dataset: str
     base: str
     format: int = FORMAT
+    device: str | None = None
+    """Type of the device as torch has it; None where it is not known, as in runs of earlier versions."""
+    precision: str | None = None
+    """Dtype that the base computes in, without ``torch.``; None where it is not known."""
 
     @classmethod
     def of(cls, config: Config, *, dataset: str, base: BaseCheckpoint) -> RunIdentity:
@@ -44,10 +50,20 @@ class RunIdentity:
         settings["base.path"] = json.dumps(base.name)
         return cls(config=settings, dataset=dataset, base=base.fingerprint)
 
+    def on(self, device: str, dtype: torch.dtype) -> RunIdentity:
+        """This identity, on a type of device, computing in ``dtype``."""
+        return replace(self, device=device, precision=str(dtype).removeprefix("torch."))
+
+    def moved_to(self, other: RunIdentity) -> RunIdentity:
+        """This identity, on the device and in the precision of ``other``."""
+        config = {**self.config, PRECISION_SETTING: other.config[PRECISION_SETTING]}
+        return replace(self, config=config, device=other.device, precision=other.precision)
+
     def differences(self, other: RunIdentity) -> list[str]:
         """One phrase for each difference between ``other``, the earlier run, and this one.
 
-        A setting that an earlier version did not have counts with its default.
+        A setting that an earlier version did not have counts with its default; a device or precision that is not known
+        counts as the same.
         """
         if self.format != other.format:
             return ["another version of sdlora, with other settings, made it"]
@@ -61,12 +77,17 @@ class RunIdentity:
             found.append("the images or captions have changed")
         if self.base != other.base:
             found.append("the base checkpoint has changed")
+        computed = (("device", other.device, self.device), ("precision", other.precision, self.precision))
+        found += [
+            f"the {what} was {before}, is now {now}"
+            for what, before, now in computed
+            if before and now and before != now
+        ]
         return found
 
     def to_json(self) -> str:
         """As text for the metadata of a file; equal identities give equal text."""
-        fields = {"config": dict(self.config), "dataset": self.dataset, "base": self.base, "format": self.format}
-        return json.dumps(fields, sort_keys=True)
+        return json.dumps({**vars(self), "config": dict(self.config)}, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> RunIdentity:
@@ -77,6 +98,8 @@ class RunIdentity:
             dataset=fields["dataset"],
             base=fields["base"],
             format=fields.get("format", 1),
+            device=fields.get("device"),
+            precision=fields.get("precision"),
         )
 
 
@@ -88,6 +111,13 @@ class Checkpoint:
     started_at: float
     """Seconds since 1970 when the run started."""
     tensors: Mapping[str, torch.Tensor]
+    shape: StepShape | None
+    """Shape of its last step; None where it is not known."""
+
+    @classmethod
+    def none(cls, started_at: float) -> Checkpoint:
+        """That of a run which starts now."""
+        return cls(step=0, started_at=started_at, tensors={}, shape=None)
 
 
 RUN_KEY = "sdlora_run"
@@ -95,7 +125,7 @@ RUN_KEY = "sdlora_run"
 
 
 def finished(output: Path, identity: RunIdentity) -> bool:
-    """Whether ``output`` exists, made by a run of this identity.
+    """Whether ``output`` exists, made by a run of this identity on whatever device.
 
     Raises:
         ResumeError: it exists, but another run made it; the message lists the differences.
@@ -104,7 +134,8 @@ def finished(output: Path, identity: RunIdentity) -> bool:
         return False
     try:
         stated = read_header(output, ResumeError).metadata.get(RUN_KEY)
-        differences = identity.differences(RunIdentity.from_json(stated or _recorded(output)))
+        earlier = RunIdentity.from_json(stated or _recorded(output))
+        differences = identity.differences(replace(earlier, device=None, precision=None))
     except (ResumeError, OSError, ValueError, KeyError, TypeError):
         differences = ["it is not the output of a training run of this program"]
     if differences:
@@ -150,11 +181,12 @@ class RunFolder:
         self._folder = output.with_suffix(".resume")
         self._output, self._identity = output, identity
 
-    def newest(self) -> Checkpoint | None:
+    def newest(self, *, allow_device_change: bool = False) -> Checkpoint | None:
         """The newest complete checkpoint, tensors on the CPU; None if there is none.
 
         Raises:
-            ResumeError: it belongs to a run with other settings, images or base; the message lists the differences.
+            ResumeError: it belongs to a run with other settings, images or base, or, unless ``allow_device_change``, on
+                another type of device or in another precision; the message lists the differences.
         """
         for file in reversed(self._files()):
             try:
@@ -162,15 +194,18 @@ class RunFolder:
                 earlier = RunIdentity.from_json(metadata["identity"])
                 tensors = load_file(file)
                 step, started_at = int(metadata["step"]), float(metadata["started_at"])
+                shape = StepShape.from_json(metadata["shape"]) if "shape" in metadata else None
             except (ResumeError, ValueError, KeyError, TypeError):
                 continue
-            differences = self._identity.differences(earlier)
+            moved = earlier.moved_to(self._identity)
+            differences = self._identity.differences(moved if allow_device_change else earlier)
             if differences:
+                accept = "" if self._identity.differences(moved) else "accept it with --allow-device-change, "
                 raise ResumeError(
                     f"{self._output}: a half-done run differs: {'; '.join(differences)}; "
-                    "undo that, choose another output.path, or start over with --restart"
+                    f"undo that, {accept}choose another output.path, or start over with --restart"
                 )
-            return Checkpoint(step=step, started_at=started_at, tensors=tensors)
+            return Checkpoint(step=step, started_at=started_at, tensors=tensors, shape=shape)
         return None
 
     def save(self, checkpoint: Checkpoint) -> None:
@@ -179,6 +214,7 @@ class RunFolder:
             "identity": self._identity.to_json(),
             "step": str(checkpoint.step),
             "started_at": repr(checkpoint.started_at),
+            **({} if checkpoint.shape is None else {"shape": checkpoint.shape.to_json()}),
         }
         header, payload = serialise(checkpoint.tensors, metadata)
         write_whole(self._folder / f"step-{checkpoint.step:08}.safetensors", header, payload)

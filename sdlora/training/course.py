@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.base import Base
+from ..base.conditioning import time_ids
 from ..lora.low_rank import LowRank
 from ..progress import Progress
 from ..randomness import Stream, generator
@@ -67,7 +68,7 @@ def own_losses(session: TrainingSession, progress: Progress) -> OwnLosses | None
             torch.from_numpy(rng.standard_normal((1, *image.mean.shape), dtype=np.float32)).to(base.device),
             timesteps,
             session.embeddings.encode([sample.caption]),
-            [image.framing],
+            time_ids([image.framing]).to(base.device),
             min_snr_gamma=gamma,
         )
         measured.append(torch.cat([loss, base.schedule.min_snr_weight(timesteps, gamma)]))

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from ..base.base import Base
-from ..base.conditioning import Conditioning, Framing
+from ..base.conditioning import Conditioning
 
 
 def denoising_loss(
@@ -16,20 +14,20 @@ def denoising_loss(
     noise: Tensor,
     timesteps: Tensor,
     conditioning: Conditioning,
-    framings: Sequence[Framing],
+    time_ids: Tensor,
     *,
     min_snr_gamma: float,
     masks: Tensor | None = None,
 ) -> Tensor:
     """Loss of each image, (b,) float32: min-SNR weighted mean squared error of the base's prediction.
 
-    ``latents`` and ``noise`` are (b, 4, h, w) float32, ``timesteps`` (b,) int64; ``conditioning`` and
-    ``framings`` have a row for each. ``masks``, (b, 1, h, w) float32 in [0, 1], are multiplied into the squared errors
+    ``latents`` and ``noise`` are (b, 4, h, w) float32, ``timesteps`` (b,) int64; ``conditioning`` and ``time_ids`` (see
+    ``Base.predict``) have a row for each. ``masks``, (b, 1, h, w) float32 in [0, 1], are multiplied into the squared errors
     before the mean over all of them, as in kohya's trainer: masking half of an image halves its loss.
     """
     schedule = base.schedule
     noisy = schedule.add_noise(latents, noise, timesteps)
-    predicted = base.predict(noisy, timesteps, conditioning, framings)
+    predicted = base.predict(noisy, timesteps, conditioning, time_ids)
     errors = (predicted - schedule.target(latents, noise, timesteps)).square()
     if masks is not None:
         errors = errors * masks

@@ -13,7 +13,7 @@ from ..config.sections import Config
 from ..families import WORDS_IN_CHUNK, Family, Prediction
 from ..formats.hashes import FileHashes
 from ..formats.metadata import MODELSPEC_PREDICTIONS, family_metadata
-from .optimizer import BETAS
+from .adamw import BETAS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +192,7 @@ def _network(config: Config) -> dict[str, object]:
 
 def _optimization(config: Config, run: RunFacts) -> dict[str, object]:
     train, optimizer = config.train, config.optimizer
-    text_encoder_rate = optimizer.text_encoder_learning_rate
+    text_encoder_rate = optimizer.text_encoder_rate(run.family)
     return {
         "ss_learning_rate": optimizer.learning_rate,
         "ss_unet_lr": optimizer.learning_rate,
@@ -210,7 +210,7 @@ def _optimization(config: Config, run: RunFacts) -> dict[str, object]:
         "ss_total_batch_size": train.batch_size,
         "ss_gradient_accumulation_steps": 1,
         "ss_gradient_checkpointing": train.gradient_checkpointing is True,
-        "ss_mixed_precision": {"bfloat16": "bf16"}.get(run.precision, "no"),
+        "ss_mixed_precision": {"bfloat16": "bf16", "float16": "fp16"}.get(run.precision, "no"),
         "ss_seed": train.seed,
     }
 

@@ -10,9 +10,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..config.sections import OptimizerSection
+from .adamw import adamw
+from .loss_scale import LossScale
 
-BETAS = (0.9, 0.99)
-"""AdamW's decay rates of the means of gradients and of their squares (Kingma & Ba 2015, algorithm 1)."""
+MOMENTS = 2
+"""Values that the optimizer remembers of each parameter, float32: the means of gradients and of their squares."""
 
 
 def rate_factor(step: int, section: OptimizerSection, *, steps: int) -> float:
@@ -26,61 +28,92 @@ def rate_factor(step: int, section: OptimizerSection, *, steps: int) -> float:
 
 
 class GuardedAdamW:
-    """AdamW (Loshchilov & Hutter 2019) over flat parameters, each with its own learning rate.
+    """AdamW (Loshchilov & Hutter 2019) over flat float32 parameters, each with its own learning rate.
 
     A step whose gradients hold NaN or Inf changes nothing and is counted. Nothing here waits for the device, except
-    ``skipped_steps``.
+    ``skipped_steps`` and ``settling_steps``.
     """
 
     def __init__(
-        self, parameters: Sequence[nn.Parameter], rates: Sequence[float], section: OptimizerSection, *, steps: int
+        self,
+        parameters: Sequence[nn.Parameter],
+        rates: Sequence[float],
+        section: OptimizerSection,
+        *,
+        steps: int,
+        dtype: torch.dtype = torch.float32,
     ):
-        groups = [{"params": [p], "lr": torch.tensor(0.0, device=p.device)} for p in parameters]
+        """``dtype`` is that in which the gradients are computed; for float16 the loss is scaled."""
         self._rates, self._section, self._steps = tuple(rates), section, steps
-        self._adam = torch.optim.AdamW(groups, betas=BETAS, weight_decay=section.weight_decay, fused=True)
+        self._adam = adamw(parameters, weight_decay=section.weight_decay)
         self._parameters = list(parameters)
         self._skipped = torch.zeros((), device=parameters[0].device)
+        self._scale = LossScale(parameters[0].device) if dtype == torch.float16 else None
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """What to differentiate instead of ``loss``, () float32: in float16 its product with the loss scale.
+
+        ``step`` divides the gradients by the same scale.
+        """
+        return loss if self._scale is None else loss * self._scale.value
 
     def step(self, step: int, accelerator: Accelerator | None = None) -> None:
         """Apply the parameters' gradients at the rates of ``step`` (from 0), clipped to ``max_grad_norm`` together.
 
-        With several processes, ``accelerator`` first sums their gradients.
+        With several processes, known from ``accelerator``, their gradients are first summed in place.
         """
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         if accelerator is not None and accelerator.num_processes > 1:
             for gradient in gradients:
-                gradient.copy_(accelerator.reduce(gradient, "sum"))
+                torch.distributed.all_reduce(gradient)
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
         finite = norm.isfinite()
-        clip = (self._section.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(gradients, clip)
-        factor = rate_factor(step, self._section, steps=self._steps)
-        for group, rate in zip(self._adam.param_groups, self._rates, strict=True):
-            group["lr"].fill_(rate * factor)
-        # The fused kernel leaves parameters and moments unchanged where found_inf is 1.
-        setattr(self._adam, "found_inf", (~finite).float())  # noqa: B010
-        self._adam.step()
+        if self._scale is not None:
+            norm = norm / self._scale.value
+        factor = (self._section.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        if self._scale is not None:
+            factor = factor / self._scale.value
+        torch._foreach_mul_(gradients, factor)
+        rate = rate_factor(step, self._section, steps=self._steps)
+        self._adam.update([each * rate for each in self._rates], finite)
         self._skipped += ~finite
+        if self._scale is not None:
+            self._scale.update(finite)
+
+    def allocate(self) -> None:
+        """Make the moments, all zero, before the first step: a step that runs out of memory has then changed nothing."""
+        for p in self._parameters:
+            moments = {name: torch.zeros_like(p.detach()) for name in ("exp_avg", "exp_avg_sq")}
+            self._adam.state[p] = {"step": torch.zeros((), device=p.device), **moments}
 
     def skipped_steps(self) -> int:
         """Number of steps skipped so far; waits for the device."""
         return int(self._skipped.item())
+
+    def settling_steps(self) -> int:
+        """How many of the skipped steps only lowered the loss scale, which is no fault of the run; waits for the device."""
+        return 0 if self._scale is None else int(self._scale.drops.item())
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor that ``restore`` needs, by name; views of the live tensors, on the device."""
         tensors = {"skipped": self._skipped}
         for i, parameter in enumerate(self._parameters):
             tensors[f"parameter.{i}"] = parameter.detach()
-            for name, tensor in self._adam.state[parameter].items():
+            for name, tensor in self._adam.state.get(parameter, {}).items():
                 tensors[f"{name}.{i}"] = tensor
-        return tensors
+        return tensors if self._scale is None else tensors | self._scale.state()
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """The inverse of ``state``. Raises ``KeyError`` or ``RuntimeError`` where the tensors do not fit."""
+        """The inverse of ``state``. Raises ``KeyError`` or ``RuntimeError`` where the tensors do not fit.
+
+        A loss scale is restored where both sides have one.
+        """
         self._skipped.copy_(tensors["skipped"])
         for i, parameter in enumerate(self._parameters):
             parameter.copy_(tensors[f"parameter.{i}"])
             self._adam.state[parameter] = {
                 name: tensors[f"{name}.{i}"].to(parameter.device).clone() for name in ("step", "exp_avg", "exp_avg_sq")
             }
+        if self._scale is not None:
+            self._scale.restore(tensors)

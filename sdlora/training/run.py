@@ -26,6 +26,7 @@ def train(
     config: Config | str | Path,
     *,
     restart: bool = False,
+    allow_device_change: bool = False,
     progress: Progress | None = None,
     stop: threading.Event | None = None,
     say: Callable[[str], None] = lambda line: None,
@@ -37,11 +38,12 @@ def train(
     Args:
         config: a configuration, or the path of its TOML file.
         restart: start over, whatever an earlier run left.
+        allow_device_change: resume a half-done run on another type of device or in another precision too.
         progress: receives reports; by default a bar in a terminal.
         stop: set it, from any thread, to save and stop after the current step, as Ctrl-C does in the main thread.
-        say: called with what is worth knowing about the images and captions, line by line, before a model is loaded,
-            with a warning of an NVIDIA card that cannot be used, and after the training with a warning where the
-            losses say that it failed.
+        say: called with what is worth knowing about the images and captions, line by line, with a warning of an NVIDIA card
+            that cannot be used, and with the device, the precision and the free memory, before a model is loaded; and
+            after the training with a warning where the losses say that it failed.
 
     Raises:
         SdloraError: a fault of the input, found before a model is loaded wherever that is possible.
@@ -60,6 +62,7 @@ def train(
         dataset = examine_dataset(config, progress=reports)
         raise_errors(dataset.findings)
         # Imported late since they bring diffusers: faults of the input are reported before.
+        from .determinism import deterministic_algorithms
         from .lock import locked
         from .loop import run_training
         from .plan import plan_run
@@ -72,9 +75,15 @@ def train(
             if unused := why_not_cuda():
                 say(f"warning: {unused}")
         raise_if_stopped(stop, "stopped before the first step; run the same command to start")
-        with locked(Path(config.output.path)) if is_main else nullcontext():
+        lock = locked(Path(config.output.path)) if is_main else nullcontext()
+        with lock, deterministic_algorithms(plan.config.train.deterministic):
             report = run_training(
-                plan, restart=restart, progress=reports, stop=stop, say=say if is_main else lambda line: None
+                plan,
+                restart=restart,
+                progress=reports,
+                stop=stop,
+                allow_device_change=allow_device_change,
+                say=say if is_main else lambda line: None,
             )
         if is_main and report.result.warning:
             say(f"warning: {report.result.warning}")

@@ -40,11 +40,16 @@ def write_samples(
         return None
     images = Studio.on(base, [str(output)]).images(requests, progress=progress, stop=stop)
     sheet = labelled_grid([[image.image for image in images]], columns=[request.prompt for request in requests])
-    file = output.with_suffix(".samples.png")
+    file = sheet_file(output)
     save_png(sheet, file, "\n\n".join(image.parameters for image in images))
     if config.output.thumbnail and config.output.metadata == "full":
         add_thumbnail(output, images[0].image)
     return file
+
+
+def sheet_file(output: Path) -> Path:
+    """Where the sample sheet of the trained file ``output`` is."""
+    return output.with_suffix(".samples.png")
 
 
 def sample_prompts(plan: RunPlan) -> list[str]:

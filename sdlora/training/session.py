@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+import math
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from ..base.base import Base
+from ..base.conditioning import Conditioning
+from ..base.device_memory import Room, free_memory, move_to
+from ..base.encode import encode_ids
 from ..cache.store import open_cache
-from ..config.sections import Config
 from ..data.views import View
-from ..lora.adapter import Adapter, choose_targets
+from ..lora.adapter import Adapter
 from ..progress import Progress
-from .batches import draw, share
-from .caption_embeddings import CaptionEmbeddings, open_caption_embeddings
-from .fit import StepShape, choose_shape
+from .caption_embeddings import CaptionEmbeddings, chunks_of, open_caption_embeddings
+from .fit import Fit, choose_fit
 from .latents import EncodedImage, encode_views
 from .loss import denoising_loss
+from .memory import step_memory
+from .new_adapter import new_adapter
 from .optimizer import GuardedAdamW
 from .plan import RunPlan
+from .preparation import Preparation, StepInputs, StepsAhead
+from .shortage import CLOSE_OTHERS, explained
+from .step_shape import StepShape
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -52,101 +59,143 @@ class TrainingSession:
             if checkpointing:
                 self.base.unet.disable_gradient_checkpointing()
             self.adapter.detach(modules)
+            self._ahead.close()
 
     def step(self, step: int) -> Tensor:
-        """Do step ``step`` (from 0); returns this process's share of its mean loss, () float32 on the device."""
+        """Do step ``step`` (from 0); returns this process's share of its mean loss, () float32 on the device.
+
+        The images are computed in parts of ``shape.micro_batch``, whose gradients add up in the float32 masters.
+        """
+        prepared = self._ahead.take(step)
         self.adapter.begin_step()
-        loss = self._backward(step)
-        self.adapter.end_backward()
+        loss = torch.zeros((), device=self.base.device)
+        for inputs in prepared.parts(self.base.device, self.shape.micro_batch):
+            loss += self._backward(inputs, batch_size=prepared.batch_size)
+            self.adapter.end_backward()
         self.optimizer.step(step, self.accelerator)
         return loss
 
-    def _backward(self, step: int) -> Tensor:
-        train, samples = self.plan.config.train, self.plan.training.batch(step)
-        processes = self.accelerator.num_processes
-        slots = share(len(samples), process=self.accelerator.process_index, processes=processes)
-        if not slots:
-            return torch.zeros((), device=self.base.device)
-        chosen = [self.images[samples[slot].view] for slot in slots]
-        draws = [
-            draw(
-                seed=train.seed,
-                step=step,
-                slot=slot,
-                slots=len(samples),
-                shape=tuple(chosen[0].mean.shape),
-                timesteps=len(self.base.schedule.alphas_cumprod),
-                caption_dropout=self.plan.config.data.caption_dropout,
-            )
-            for slot in slots
-        ]
-        mean, std = self.stacked([image.mean for image in chosen]), self.stacked([image.std for image in chosen])
-        latents = mean + std * self.on_device([drawn.posterior for drawn in draws])
-        captions = [
-            "" if drawn.drop_caption else samples[slot].caption for drawn, slot in zip(draws, slots, strict=True)
-        ]
+    def _backward(self, inputs: StepInputs, *, batch_size: int) -> Tensor:
+        """Add the gradients of some images' share of the mean loss over the batch; returns that share, () float32."""
         losses = denoising_loss(
             self.base,
-            latents,
-            self.on_device([drawn.noise for drawn in draws]),
-            torch.tensor([drawn.timestep for drawn in draws], device=self.base.device),
-            self.embeddings.encode(captions),
-            [image.framing for image in chosen],
+            inputs.latents,
+            inputs.noise,
+            inputs.timesteps,
+            self._conditioning(inputs),
+            inputs.time_ids,
             min_snr_gamma=self.plan.config.objective.min_snr_gamma,
-            masks=self.masks(chosen),
+            masks=inputs.masks,
         )
-        weights = torch.tensor([samples[slot].weight for slot in slots], device=self.base.device)
-        loss = (losses * weights).sum() / len(samples)
-        loss.backward()
+        loss = (losses * inputs.weights).sum() / batch_size
+        self.optimizer.scaled(loss).backward()
         return loss.detach()
 
-    def masks(self, images: Sequence[EncodedImage]) -> Tensor | None:
-        """Masks at latent size, (b, 1, h, w) float32, all ones for images without one; None if no image has a mask."""
-        if all(image.mask is None for image in images):
-            return None
-        return self.stacked(
-            [image.mean.new_ones(1, *image.mean.shape[1:]) if image.mask is None else image.mask for image in images]
+    def _conditioning(self, inputs: StepInputs) -> Conditioning:
+        """That of each image; all zeros where a dropped caption is what sampling takes for an empty negative prompt."""
+        if inputs.token_ids:
+            conditioning = encode_ids(self.base, inputs.token_ids)
+        else:
+            conditioning = self.embeddings.encode(inputs.captions)
+        return conditioning if inputs.zeroed is None else conditioning.zeroed(inputs.zeroed)
+
+    @cached_property
+    def _ahead(self) -> StepsAhead:
+        preparation = Preparation(
+            plan=self.plan,
+            base=self.base,
+            images=self.images,
+            embeddings=self.embeddings,
+            process=self.accelerator.process_index,
+            processes=self.accelerator.num_processes,
         )
-
-    def stacked(self, tensors: Sequence[Tensor]) -> Tensor:
-        """One tensor, (b, ...), on the device."""
-        return torch.stack([tensor.to(self.base.device, non_blocking=True) for tensor in tensors])
-
-    def on_device(self, arrays: Sequence[np.ndarray]) -> Tensor:
-        """One tensor, (b, ...), on the device."""
-        return torch.from_numpy(np.stack(arrays)).to(self.base.device, non_blocking=True)
+        return StepsAhead(preparation, steps=self.plan.config.train.steps)
 
 
-def open_session(plan: RunPlan, base: Base, accelerator: Accelerator, progress: Progress) -> TrainingSession:
-    """Encode the images and make a fresh adapter and optimizer for ``plan`` on the loaded ``base``."""
+def open_session(
+    plan: RunPlan,
+    base: Base,
+    accelerator: Accelerator,
+    progress: Progress,
+    *,
+    first: int = 0,
+    recorded: StepShape | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> TrainingSession:
+    """Encode the images and make a fresh adapter and optimizer for ``plan`` on the loaded ``base``.
+
+    Parts of ``base`` that are in main memory come to its device one after another, each when it works: the VAE, the text
+    encoders, which compute the captions of the steps from ``first`` on, and the UNet, which stays there.
+
+    ``recorded`` is the shape of the steps so far, for a run that is resumed. ``say`` is called with what was chosen to fit
+    into the device's memory.
+
+    Raises:
+        DeviceMemoryError: the device has too little memory for a part.
+    """
     config, training = plan.config, plan.training
     views = (*training.views(config.train.steps), *training.validation)
     cache = open_cache(config.cache)
-    images = encode_views(base, training.items, views, config, cache, plan.kept, progress)
+    fit = fit_run(plan, base, processes=accelerator.num_processes, recorded=recorded)
+    if fit.line:
+        say(fit.line)
+    room = Room(base.device, fit.room)
+    with explained("encoding images", f"lower data.resolution, or {CLOSE_OTHERS}"):
+        images = encode_views(base, training.items, views, config, cache, plan.kept, progress, room)
     plan.kept.clear()
-    embeddings = open_caption_embeddings(base, training.items, config, cache)
-    adapter, rates = _new_adapter(base, config)
+    with explained("encoding captions", CLOSE_OTHERS):
+        embeddings = open_caption_embeddings(
+            base,
+            training.items,
+            config,
+            cache,
+            room=room,
+            ahead=None if base.device.type == "cpu" else _captions(plan, first),
+            progress=progress,
+        )
+    with explained("placing the UNet and the LoRA", f"lower lora.rank, or {CLOSE_OTHERS}"):
+        move_to(base.device, base.unet)
+        adapter, rates = new_adapter(base, config)
+        optimizer = GuardedAdamW(
+            adapter.parameters, rates, config.optimizer, steps=config.train.steps, dtype=base.dtype
+        )
+        optimizer.allocate()
     return TrainingSession(
         plan=plan,
-        shape=choose_shape(config.train),
+        shape=fit.shape,
         base=base,
         images=images,
         embeddings=embeddings,
         adapter=adapter,
-        optimizer=GuardedAdamW(adapter.parameters, rates, config.optimizer, steps=config.train.steps),
+        optimizer=optimizer,
         accelerator=accelerator,
     )
 
 
-def _new_adapter(base: Base, config: Config) -> tuple[Adapter, list[float]]:
-    """A fresh adapter on the parts that are trained, and the learning rate of each of its parameters."""
-    targets = choose_targets(base.modules(), config.lora.targets)
-    parts = {"unet": config.optimizer.learning_rate}
-    parts |= {encoder.facts.part: config.optimizer.text_encoder_learning_rate for encoder in base.text_encoders}
-    groups = [
-        ({n: m for n, m in targets.items() if n.startswith(f"{part}.")}, rate) for part, rate in parts.items() if rate
-    ]
-    adapter = Adapter(
-        [group for group, _ in groups], rank=config.lora.rank, alpha=config.lora.alpha, seed=config.train.seed
-    )
-    return adapter, [rate for _, rate in groups]
+def fit_run(plan: RunPlan, base: Base, *, processes: int, recorded: StepShape | None) -> Fit:
+    """The shape of the steps of ``plan``, while nothing of ``base`` is on its device; see ``choose_fit``."""
+    config, free = plan.config, free_memory(base.device)
+    width, height = max((views.size for views in plan.training.shown), key=math.prod)
+    chunks = 1 if math.isinf(free) else chunks_of(base, plan.items, config.data.max_token_length)
+
+    def needed(shape: StepShape) -> float:
+        return step_memory(
+            plan.base,
+            config,
+            width=width,
+            height=height,
+            shape=shape,
+            dtype=base.dtype,
+            chunks=chunks,
+            device_type=base.device.type,
+        ).total
+
+    images = math.ceil(config.train.batch_size / processes)
+    return choose_fit(config.train, images=images, free=free, needed=needed, recorded=recorded)
+
+
+def _captions(plan: RunPlan, first: int) -> Iterator[str]:
+    """Everything that is encoded from step ``first`` on."""
+    if plan.config.data.caption_dropout:
+        yield ""
+    yield from plan.training.captions(range(first, plan.config.train.steps))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from ..base.conditioning import time_ids
 from ..progress import Progress
 from ..randomness import Stream, generator
 from .batches import share
@@ -28,6 +29,7 @@ def validation_loss(session: TrainingSession, progress: Progress) -> float | Non
         return None
     levels = len(base.schedule.alphas_cumprod)
     timesteps = [(2 * k + 1) * levels // (2 * TIMESTEPS) for k in range(TIMESTEPS)]
+    on_device = torch.tensor(timesteps, device=base.device)
     total = torch.zeros((), device=base.device)
     numbers = share(len(views), process=accelerator.process_index, processes=accelerator.num_processes)
     progress.start("Validation", len(numbers))
@@ -35,18 +37,20 @@ def validation_loss(session: TrainingSession, progress: Progress) -> float | Non
         view = views[number]
         image, source = session.images[view], plan.training.items[view.item].source
         conditioning = session.embeddings.encode([source.rules.plain(source.captions)])
-        for timestep in timesteps:
+        mean, sizes = image.mean[None].to(base.device), time_ids([image.framing]).to(base.device)
+        masks = None if image.mask is None else image.mask[None].to(base.device)
+        for level, timestep in enumerate(timesteps):
             rng = generator(plan.config.train.seed, Stream.VALIDATION_NOISE, timestep, view.item)
             noise = rng.standard_normal(tuple(image.mean.shape), dtype=np.float32)
             total += denoising_loss(
                 base,
-                session.stacked([image.mean]),
-                session.on_device([noise]),
-                torch.tensor([timestep], device=base.device),
+                mean,
+                torch.from_numpy(noise)[None].to(base.device),
+                on_device[level, None],
                 conditioning,
-                [image.framing],
+                sizes,
                 min_snr_gamma=plan.config.objective.min_snr_gamma,
-                masks=session.masks([image]),
+                masks=masks,
             )[0]
         progress.advance()
     if accelerator.num_processes > 1:

@@ -1,0 +1,39 @@
+"""Facts of the device that a base computes on, known before anything is loaded on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceFacts:
+    """What is decided by, and said of, a device."""
+
+    kind: str
+    """Type as torch has it: cuda, mps, cpu."""
+    name: str
+    """For people: the model of a GPU."""
+    bfloat16: bool
+    """Whether it multiplies bfloat16 in hardware."""
+    free: int | None
+    """Bytes of memory that can still be taken; None where the device does not say."""
+
+
+def device_facts(device: torch.device) -> DeviceFacts:
+    """Ask ``device`` for its facts."""
+    free: int | None = None
+    if device.type == "cuda":
+        bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        name, (free, _) = torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)
+    elif device.type == "cpu":
+        bfloat16 = torch.cpu._is_amx_tile_supported()
+        name, free = f"CPU with {torch.get_num_threads()} threads", psutil.virtual_memory().available
+    elif device.type == "mps":
+        bfloat16, name = False, "Apple GPU"
+        free = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    else:
+        bfloat16, name = False, device.type
+    return DeviceFacts(kind=device.type, name=name, bfloat16=bfloat16, free=free)

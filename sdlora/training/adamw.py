@@ -1,0 +1,90 @@
+"""AdamW that leaves out broken steps on the device: torch's fused kernel, and the same in plain operators."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+BETAS = (0.9, 0.99)
+"""AdamW's decay rates of the means of gradients and of their squares (Kingma & Ba 2015, algorithm 1)."""
+EPSILON = 1e-8
+"""Added to the root of the mean square (Kingma & Ba 2015, algorithm 1)."""
+FUSED_ON = ("cuda", "cpu")
+"""Types of device whose fused kernel skips a step where ``found_inf`` is 1.
+
+Metal's ignores it in the versions of torch before https://github.com/pytorch/pytorch/pull/186360.
+"""
+
+
+class AdamW(Protocol):
+    """AdamW (Loshchilov & Hutter 2019, algorithm 2) over flat parameters, each with its own learning rate."""
+
+    state: dict[Any, dict[str, Tensor]]
+    """Parameter -> ``step`` () float32, ``exp_avg`` and ``exp_avg_sq`` of its shape; empty before the first step."""
+
+    def update(self, rates: Sequence[float], finite: Tensor) -> None:
+        """Apply the gradients at ``rates``, one for each parameter; change nothing where ``finite``, () bool, is false."""
+
+
+def adamw(parameters: Sequence[nn.Parameter], *, weight_decay: float) -> AdamW:
+    """The fastest AdamW that skips broken steps on the parameters' device."""
+    chosen = FusedAdamW if parameters[0].device.type in FUSED_ON else SelectedAdamW
+    return chosen(parameters, weight_decay=weight_decay)
+
+
+class FusedAdamW:
+    """``torch.optim.AdamW`` as one kernel, which reads ``found_inf``."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], *, weight_decay: float):
+        groups = [{"params": [p], "lr": torch.tensor(0.0, device=p.device)} for p in parameters]
+        self._adam = torch.optim.AdamW(groups, betas=BETAS, eps=EPSILON, weight_decay=weight_decay, fused=True)
+        self.state: dict[Any, dict[str, Tensor]] = self._adam.state
+
+    def update(self, rates: Sequence[float], finite: Tensor) -> None:
+        for group, rate in zip(self._adam.param_groups, rates, strict=True):
+            group["lr"].fill_(rate)
+        # The fused kernel leaves parameters and moments unchanged where found_inf is 1.
+        setattr(self._adam, "found_inf", (~finite).float())  # noqa: B010
+        self._adam.step()
+
+
+class SelectedAdamW:
+    """The same result in operators that every device has, in float32; new values are selected with ``torch.where``."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], *, weight_decay: float):
+        self._weight_decay = weight_decay
+        self._parameters = list(parameters)
+        self.state: dict[Any, dict[str, Tensor]] = {}
+
+    @torch.no_grad()
+    def update(self, rates: Sequence[float], finite: Tensor) -> None:
+        for parameter, rate in zip(self._parameters, rates, strict=True):
+            if parameter.grad is None:
+                continue
+            if parameter not in self.state:
+                moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                self.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
+            self._update_one(parameter, parameter.grad, self.state[parameter], rate, finite)
+
+    def _update_one(
+        self, parameter: nn.Parameter, gradient: Tensor, state: dict[str, Tensor], rate: float, finite: Tensor
+    ) -> None:
+        first, second = BETAS
+        # A broken gradient would make NaN of a moment even where it is not selected.
+        gradient = torch.where(finite, gradient, 0.0)
+        step = state["step"] + 1
+        mean = state["exp_avg"].lerp(gradient, 1 - first)
+        square = (state["exp_avg_sq"] * second).addcmul_(gradient, gradient, value=1 - second)
+        # 1 - beta**step, exact in float32 for small steps too.
+        mean_correction, square_correction = (-torch.expm1(step * math.log(beta)) for beta in BETAS)
+        root = (square.sqrt() / square_correction.sqrt()).add_(EPSILON)
+        moved = parameter * (1 - rate * self._weight_decay) - (mean / root) * (rate / mean_correction)
+        for old, new in zip((parameter, *(state[name] for name in _STATE)), (moved, step, mean, square), strict=True):
+            old.copy_(torch.where(finite, new, old))
+
+
+_STATE = ("step", "exp_avg", "exp_avg_sq")
