@@ -43,8 +43,7 @@ def train(
         stop: set it, from any thread, to save and stop after the current step, as Ctrl-C does in the main thread.
         say: called with what is worth knowing about the images and captions, line by line, with a warning of an NVIDIA card
             that cannot be used, and with the device, the precision and the free memory, before a model is loaded; and
-            after the training with a warning where the
-            losses say that it failed.
+            after the training with a warning where the losses say that it failed.
 
     Raises:
         SdloraError: a fault of the input, found before a model is loaded wherever that is possible.
