@@ -37,7 +37,7 @@ STEPS = (
     ("SDXL, 1024 x 1024, gradient checkpointing, base in 4 bits", "sdxl", 1024, "nf4", True, 7.0),
 )
 """Name, family, side in pixels, quantization, checkpointing, and the gigabytes that it must stay below."""
-SAMPLING = "SDXL, 1024 x 1024, sampling with merged LoRAs, decoded in strips"
+SAMPLING = "SDXL, 1024 x 1024, sampling with merged LoRAs, where memory is short"
 BOUNDS = {name: bound for name, *_, bound in STEPS} | {SAMPLING: 8.0}
 
 
@@ -73,7 +73,7 @@ def rows(folder: Path) -> list[Row]:
     base = load_base(bases["sdxl"], device=META, dtype=torch.float16)
     sampling = sampling_memory(base, width=1024, height=1024, device_type="cuda")
     parts = {part: _gb(size) for part, size in vars(sampling).items()}
-    return [*table, Row(name=SAMPLING, gigabytes=_gb(sampling.in_strips), parts=parts, measured=None)]
+    return [*table, Row(name=SAMPLING, gigabytes=_gb(sampling.least), parts=parts, measured=None)]
 
 
 def measured_step(checkpoint: BaseCheckpoint, config: Config, *, side: int, shape: StepShape) -> int:

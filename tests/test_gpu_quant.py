@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,14 @@ from sdlora.base.load import load_base
 from sdlora.config.sections import BaseSection
 from sdlora.lora import quantized
 from sdlora.lora.layers import LoraLinear
-from sdlora.lora.quantized import QUANTIZED, NF4Linear, bitsandbytes
+from sdlora.lora.quantized import QUANTIZED, NF4Linear, bitsandbytes_works
 from tests.conftest import write_images
 from tests.training_runs import config_for
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.filterwarnings("ignore"),  # bitsandbytes warns when it is imported.
 ]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 OUT, IN = 10240, 1280
@@ -39,15 +41,16 @@ def test_codes_and_weights_are_those_of_the_cpu(kind: str, dtype: torch.dtype, m
     assert there.device.type == "cuda"
     for ours, reference in zip(there.buffers(), here.buffers(), strict=True):
         assert torch.equal(ours.cpu(), reference)
-    monkeypatch.setattr(quantized, "bitsandbytes", lambda: None)
+    monkeypatch.setattr(quantized, "bitsandbytes_works", lambda device: False)
     assert torch.equal(there.dense().cpu(), here.dense())
 
 
-@pytest.mark.skipif(bitsandbytes() is None, reason="needs the extra quant")
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs the extra quant")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_the_kernel_of_bitsandbytes_expands_the_same_weights(dtype: torch.dtype) -> None:
     layer = whole(dtype)
     here, there = (NF4Linear(layer, device).dense().cpu() for device in (CPU, CUDA))
+    assert bitsandbytes_works(torch.device("cuda", 0))
     torch.testing.assert_close(there, here, rtol=torch.finfo(dtype).eps, atol=1e-7)
 
 

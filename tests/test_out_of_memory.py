@@ -51,7 +51,7 @@ def sentence(base: Path, images: Path, out: Path, *more: str) -> str:
     (loop, "load_base", "loading the base; close other programs"),
     (latents, "encode_pixels", "encoding images; lower data.resolution"),
     ("sdlora.training.session", "GuardedAdamW", "placing the UNet and the LoRA; lower lora.rank"),
-    (loop, "validation_loss", "measuring the validation loss; close other programs"),
+    (loop, "validation_loss", "measuring losses after the last step; close other programs"),
     (loop, "write_lora", "writing "),
 ])  # fmt: skip
 def test_each_phase_has_its_sentence_and_the_same_command_goes_on(

@@ -7,8 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from sdlora.base.quantize import quantize_unet
+from sdlora.lora import quantized
 from sdlora.lora.layers import LoraLinear
-from sdlora.lora.quantized import NF4, QUANTIZED, NF4Linear, QuantizedLinear, expanded_by_bitsandbytes
+from sdlora.lora.quantized import (
+    NF4,
+    QUANTIZED,
+    NF4Linear,
+    QuantizedLinear,
+    bitsandbytes_works,
+    expanded_by_bitsandbytes,
+)
 from tests.published import UNET_PARAMETERS, published
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -113,6 +121,7 @@ GOLDEN_NF4 = [
 @pytest.mark.filterwarnings("ignore")
 def test_bitsandbytes_reads_and_writes_the_same_codes() -> None:
     library = pytest.importorskip("bitsandbytes.functional", reason="needs the extra quant")
+    assert bitsandbytes_works(CPU)
     whole = linear(128, 192)
     layer = NF4Linear(whole, CPU)
     codes, state = library.quantize_4bit(whole.weight, blocksize=64, quant_type="nf4")
@@ -126,6 +135,23 @@ def test_bitsandbytes_reads_and_writes_the_same_codes() -> None:
         ours = NF4Linear(linear(128, 192, dtype=dtype), CPU)
         theirs = expanded_by_bitsandbytes(ours.codes, ours.largest, (128, 192), dtype)
         torch.testing.assert_close(ours.dense(), theirs, rtol=torch.finfo(dtype).eps, atol=1e-7)
+
+
+def test_a_library_that_is_missing_fails_or_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object) -> Tensor:
+        raise ModuleNotFoundError
+
+    def failing(*_: object) -> Tensor:
+        raise RuntimeError("no kernel image is available for execution on the device")
+
+    def wrong(codes: Tensor, largest: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        return 1.01 * quantized.expanded(codes, largest, shape, dtype)
+
+    found = []
+    for library in (missing, failing, wrong, quantized.expanded):
+        monkeypatch.setattr(quantized, "expanded_by_bitsandbytes", library)
+        found.append(bitsandbytes_works.__wrapped__(CPU))
+    assert found == [False, False, False, True]
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -12,15 +12,18 @@ from torch import nn
 import sdlora
 from sdlora.base.checkpoint import find_base
 from sdlora.base.load import load_base
+from sdlora.base.quantize import quantize_unet
 from sdlora.config.sections import BaseSection
 from sdlora.errors import Interrupted, ResumeError
 from sdlora.lora.quantized import QUANTIZED, QuantizedLinear
 from sdlora.training.session import TrainingSession
 from tests.conftest import write_images
+from tests.full_size import META, Watch, full_size_base
+from tests.test_meta_device import new_plan, session_on
 from tests.tiny import opened
 from tests.training_runs import config_for, same_but_for_times, session_for
 
-CPU, META = torch.device("cpu"), torch.device("meta")
+CPU = torch.device("cpu")
 
 
 def quantized_modules(unet: nn.Module) -> dict[str, QuantizedLinear]:
@@ -111,3 +114,15 @@ def test_gradients_are_those_of_the_expanded_weights(tiny_base: Path, tmp_path: 
             found.append([session.step(step) for step in range(2)])
         found[-1].extend(parameter.detach() for parameter in session.adapter.parameters)
     assert all(torch.equal(ours, reference) for ours, reference in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_a_step_on_sdxl_of_full_size_reads_nothing_back(tiny_files: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    plan = new_plan(tiny_files["sdxl"], tmp_path)
+    base = full_size_base(tiny_files["sdxl"], torch.float16)
+    quantize_unet(base.unet, kind, META)
+    session = session_on(base, plan, side=1024)
+    with session.attached(), Watch() as watch:
+        loss = session.step(0)
+    assert loss.device == META
+    assert len(watch.copied) == 1

@@ -72,7 +72,7 @@ def load_base(
             "vae",
             lambda: AutoencoderKL.from_config(dict(vae)),
             home,
-            vae_dtype or decoding_dtype(dtype),
+            vae_dtype or decoding_dtype(dtype, device),
         ),
         schedule=NoiseSchedule.of(checkpoint.schedule).to(device),
         device=device,
@@ -82,9 +82,15 @@ def load_base(
     return base
 
 
-def decoding_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of the VAE beside a UNet of ``dtype``: bfloat16 with bfloat16, else float32, as SDXL's overflows in float16."""
-    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+def decoding_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Dtype of the VAE beside a UNet of ``dtype``, never float16, in which SDXL's overflows.
+
+    It is bfloat16 with bfloat16, and with float16 on a GPU that multiplies bfloat16 in hardware: decoding needs half the
+    memory of float32 there. Else it is float32.
+    """
+    in_hardware = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    halved = dtype == torch.bfloat16 or (dtype == torch.float16 and in_hardware)
+    return torch.bfloat16 if halved else torch.float32
 
 
 def _filled_unet(

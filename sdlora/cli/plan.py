@@ -75,7 +75,7 @@ def _lines(forecast: Forecast) -> list[str]:
         f"memory while training: {_gb(step.total)} (weights {_gb(step.weights)}, LoRA {_gb(step.trainable)}, "
         f"activations {_gb(step.activations)}, temporary {_gb(step.temporary)})",
         f"memory while encoding: {', '.join(encoding)}",
-        f"memory while sampling: {_gb(sampling.total)}, or {_gb(sampling.in_strips)} with the image decoded in strips",
+        f"memory while sampling: {_gb(sampling.total)}, or {_gb(sampling.least)} where it is short",
         f"disk: {_gb(disk)} (cache {_gb(forecast.cache_bytes)}, checkpoints {_gb(forecast.checkpoint_bytes)})",
         f"LoRA file: {forecast.file_bytes / 1e6:.1f} MB",
     ]

@@ -6,7 +6,6 @@ import importlib
 import math
 from abc import ABC, abstractmethod
 from functools import cache
-from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
@@ -90,18 +89,17 @@ class NF4Linear(QuantizedLinear):
         largest = blocks.abs().amax(dim=1).clamp_(max=limits.max).to(torch.float16)
         self.register_buffer("largest", largest)
         values = _nf4_pairs(weight.device)[:16, 1]
+        if weight.is_cuda:
+            bitsandbytes_works(weight.device)  # Tried here, so that no step waits for it.
         middles = (values[1:] + values[:-1]) / 2
         codes = torch.bucketize(blocks / _positive(largest.float())[:, None], middles, out_int32=True).to(torch.uint8)
         self.register_buffer("codes", codes[:, ::2] * 16 + codes[:, 1::2])
 
     def dense(self) -> Tensor:
         shape = (self.out_features, self.in_features)
-        if self.codes.is_cuda and bitsandbytes() is not None:
+        if self.codes.is_cuda and bitsandbytes_works(self.device):
             return expanded_by_bitsandbytes(self.codes, self.largest, shape, self.dtype)
-        values = F.embedding(self.codes.int(), _nf4_pairs(self.device)).view(-1, BLOCK)
-        dense = torch.empty(shape, dtype=self.dtype, device=self.device)
-        torch.mul(values, self.largest[:, None], out=dense.view(-1, BLOCK))
-        return dense
+        return expanded(self.codes, self.largest, shape, self.dtype)
 
 
 FrozenLinear = nn.Linear | QuantizedLinear
@@ -146,15 +144,27 @@ def _nf4_pairs(device: torch.device) -> Tensor:
     return torch.stack([values.repeat_interleave(16), values.repeat(16)], dim=1)
 
 
-@cache
-def bitsandbytes() -> ModuleType | None:
-    """The library of the extra ``quant``; None where it is not installed or cannot be loaded."""
-    try:
-        return importlib.import_module("bitsandbytes")
-    except (ImportError, OSError, RuntimeError):
-        return None
+def expanded(codes: Tensor, largest: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """The weight of an ``NF4Linear`` of ``shape``, rounded to ``dtype`` once."""
+    values = F.embedding(codes.int(), _nf4_pairs(codes.device)).view(-1, BLOCK)
+    dense = torch.empty(shape, dtype=dtype, device=codes.device)
+    torch.mul(values, largest[:, None], out=dense.view(-1, BLOCK))
+    return dense
 
 
 def expanded_by_bitsandbytes(codes: Tensor, largest: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """The weight of an ``NF4Linear`` by bitsandbytes' kernel, which must be loaded."""
+    """The same by the kernel of bitsandbytes, the library of the extra ``quant``."""
+    importlib.import_module("bitsandbytes")
     return torch.ops.bitsandbytes.dequantize_4bit(codes.view(-1, 1), largest.float(), BLOCK, "nf4", shape, dtype)
+
+
+@cache
+def bitsandbytes_works(device: torch.device) -> bool:
+    """Whether bitsandbytes is installed and expands on ``device`` as ``expanded`` does; tried once, with every byte."""
+    codes = torch.arange(256, dtype=torch.uint8, device=device).view(8, 32)
+    largest = torch.ones(8, dtype=torch.float16, device=device)
+    try:
+        theirs = expanded_by_bitsandbytes(codes, largest, (8, 64), torch.float32)
+    except (ImportError, OSError, RuntimeError, AttributeError):
+        return False
+    return torch.allclose(theirs, expanded(codes, largest, (8, 64), torch.float32), rtol=1e-6, atol=1e-6)

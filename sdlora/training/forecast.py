@@ -93,7 +93,7 @@ class Forecast:
             "step_gb": step | {"total": _gb(self.step.total)},
             "encoding_gb": {part: _gb(size) for part, size in self.encoding.items()},
             "sampling_gb": _gb(self.sampling.total),
-            "sampling_in_strips_gb": _gb(self.sampling.in_strips),
+            "sampling_least_gb": _gb(self.sampling.least),
             "disk_gb": _gb(self.cache_bytes + self.checkpoint_bytes + self.file_bytes),
             "file_mb": round(self.file_bytes / 1e6, 3),
             "gpu_gb": self.gpu_gb,

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from accelerate import Accelerator, PartialState
 
 from ..base.base import Base
 from ..base.device import device_facts
-from ..base.device_memory import move_to, out_of_memory
+from ..base.device_memory import cast, move_to, out_of_memory
 from ..base.load import decoding_dtype, load_base
 from ..base.precision import describe_precision, explain_precision
 from ..errors import DeviceMemoryError, Interrupted, TargetError, TrainingError
@@ -28,7 +29,7 @@ from .facts import describe_run
 from .fitted_steps import FittedSteps, fitted
 from .interruption import InterruptFlag, interrupt_flag
 from .plan import RunPlan
-from .sample_sheet import draw_samples
+from .sample_sheet import draw_samples, lacks_samples
 from .session import TrainingSession, open_session
 from .shortage import CLOSE_OTHERS, explained
 from .texts import changed_metadata, write_texts
@@ -42,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
+    """What a call of ``train`` did, and where its file is."""
+
     output: Path
     steps: int
     seconds: float
@@ -107,21 +110,21 @@ def run_training(
     chosen = explain_precision(config.train.precision, facts, unet_parameters=plan.base.unet_parameters)
     plan = replace(plan, identity=plan.identity.on(facts.kind, chosen.dtype))
     folder = RunFolder(output, plan.identity)
+    loaded = partial(load_base, plan.base, device=accelerator.device, dtype=chosen.dtype)
     if restart:
         folder.remove()
     elif finished(output, plan.identity):
-        return TrainReport(result=_complete_already(plan, folder), samples=None)
+        result = _complete_already(plan, folder)
+        wanted = accelerator.is_main_process and lacks_samples(plan)
+        return TrainReport(
+            result=result,
+            samples=draw_samples(plan, loaded, progress=progress, stop=stop) if wanted else None,
+        )
     start = folder.newest(allow_device_change=allow_device_change) or Checkpoint.none(began)
     say(describe_precision(facts, chosen))
     with explained("loading the base", CLOSE_OTHERS):
         # Its parts are in main memory until they work, and its VAE encodes in float32.
-        base = load_base(
-            plan.base,
-            device=accelerator.device,
-            dtype=chosen.dtype,
-            vae_dtype=torch.float32,
-            home=torch.device("cpu"),
-        )
+        base = loaded(vae_dtype=torch.float32, home=torch.device("cpu"))
     trained = train_lora(plan, base, accelerator, folder, start, progress, stop, say)
     if accelerator.is_main_process:
         try:
@@ -151,7 +154,8 @@ def run_training(
 
 def _complete(base: Base) -> Base:
     """``base`` with all parts on its device, and the VAE as for generating."""
-    move_to(base.device, base.unet, base.vae.to(decoding_dtype(base.dtype)), *base.encoder_models())
+    cast(decoding_dtype(base.dtype, base.device), base.vae)
+    move_to(base.device, base.unet, base.vae, *base.encoder_models())
     return base
 
 
@@ -230,7 +234,10 @@ def train_steps(
                 raise
             losses[step - first] = loss
             if done % REPORT_EVERY == 0 or done == steps:
-                progress.advance(done - reported, f"loss {losses[reported - first : done - first].mean().item():.4f}")
+                recent = losses[reported - first : done - first]
+                if session.accelerator.num_processes > 1:  # Each has its share of every loss.
+                    torch.distributed.all_reduce(recent)
+                progress.advance(done - reported, f"loss {recent.mean().item():.4f}")
                 reported = done
             if done % train.save_every == 0 and done < steps:
                 _check_skipped(session, done)

@@ -25,20 +25,25 @@ class SamplingMemory:
     """Bytes on the device while one image is generated, LoRAs merged into the weights."""
 
     weights: int
-    """UNet, text encoders and VAE."""
+    """UNet and VAE."""
+    encoders: int
+    """Text encoders, which a small device does not keep while it denoises."""
+    merging: int
+    """Two copies of the largest weight in float32, while LoRAs are merged."""
     denoising: int
     """The most that a step under guidance needs besides."""
     decoding: int
-    """The most that decoding the image at once needs besides; in strips, it is a fraction of that."""
+    """The most that decoding the image at once needs besides."""
 
     @property
     def total(self) -> int:
-        return self.weights + max(self.denoising, self.decoding)
+        return self.weights + self.encoders + max(self.merging, self.denoising, self.decoding)
 
     @property
-    def in_strips(self) -> int:
-        """The same where the image is decoded in strips, which happens by itself where it does not fit at once."""
-        return self.weights + max(self.denoising, min(self.decoding, STRIPS))
+    def least(self) -> int:
+        """The same where memory is short: text encoders leave after encoding, and the image is decoded in strips."""
+        alone = max(self.denoising, min(self.decoding, STRIPS))
+        return self.weights + max(self.encoders + self.merging, alone)
 
 
 def encoding_memory(base: Base, *, width: int, height: int, chunks: int, device_type: str) -> dict[str, int]:
@@ -66,7 +71,6 @@ def encoding_memory(base: Base, *, width: int, height: int, chunks: int, device_
 def sampling_memory(base: Base, *, width: int, height: int, device_type: str) -> SamplingMemory:
     """What one image of ``width`` x ``height`` pixels needs under guidance; ``base`` is on the meta device."""
     factor, channels = base.checkpoint.latent_factor, base.unet.config["in_channels"]
-    models = (base.unet, base.vae, *(encoder.model for encoder in base.text_encoders))
     with torch.no_grad(), attention_of(device_type):
         with LiveBytes() as denoising:
             noisy = torch.zeros(GUIDED_ROWS, channels, height // factor, width // factor, device=base.device)
@@ -76,5 +80,9 @@ def sampling_memory(base: Base, *, width: int, height: int, device_type: str) ->
         with LiveBytes() as decoding:
             base.vae.decode(torch.zeros_like(noisy[:1], dtype=base.vae.dtype))
     return SamplingMemory(
-        weights=sum(model_bytes(model) for model in models), denoising=denoising.peak, decoding=decoding.peak
+        weights=model_bytes(base.unet) + model_bytes(base.vae),
+        encoders=sum(map(model_bytes, base.encoder_models())),
+        merging=2 * torch.float32.itemsize * max(parameter.numel() for parameter in base.unet.parameters()),
+        denoising=denoising.peak,
+        decoding=decoding.peak,
     )
