@@ -28,7 +28,7 @@ SURFACE = {
     },
     "generate": {
         *("prompt", "base", "lora", "negative", "seed", "steps", "cfg", "size", "count", "sampler", "strip"),
-        *("precision", "out", "as_json", "clip_skip", "vae", "text_encoder", "prediction", "attention"),
+        *("precision", "out", "as_json", "clip_skip", "vae", "text_encoder", "prediction", "attention", "vae_tiling"),
     },
     "inspect": {"file", "with_hashes", "as_json"},
     "convert": {"source", "target", "to", "base", "precision", "as_json"},

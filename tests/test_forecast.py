@@ -98,6 +98,7 @@ def test_the_time_is_measured_on_two_steps(tiny_base: Path, tmp_path: Path, imag
     measured = forecast(config, probe=True, say=said.append)
     assert measured.seconds is not None
     assert 0 < measured.seconds < 60
+    assert said[0].startswith("5 images: ")
     assert any("--no-probe" in line for line in said)
     stop = threading.Event()
     stop.set()

@@ -22,6 +22,8 @@ from ..errors import ConfigError
 from ..families import TOKENS_IN_CHUNK
 from ..files import check_target
 from ..formats.lora_writer import kohya_file_bytes
+from ..lint.report import LintReport, summary_lines
+from ..lint.run import examine_dataset
 from ..lora.adapter import choose_targets
 from ..lora.low_rank import LowRank
 from ..lora.quantized import QUANTIZED
@@ -32,7 +34,7 @@ from .fit import CONTEXT, ROUNDED_UP, choose_fit
 from .memory import META, StepMemory, step_memory
 from .optimizer import MOMENTS
 from .part_memory import SamplingMemory, encoding_memory, sampling_memory
-from .plan import RunPlan, plan_config
+from .plan import RunPlan, plan_run
 from .probe import step_seconds
 from .step_shape import StepShape
 
@@ -127,7 +129,7 @@ def plan(
             at hand, since the time on a CPU would say nothing.
         progress: receives reports; by default a bar in a terminal.
         stop: set it, from any thread, to stop.
-        say: called with what is worth knowing, line by line.
+        say: called with what is worth knowing about the images and captions, and about what is measured, line by line.
 
     Raises:
         SdloraError: a fault of the input, as ``train`` raises it.
@@ -142,7 +144,10 @@ def plan(
         raise ConfigError(f"--gpu {gpu}: expected the memory of a GPU in gigabytes, such as 8")
     check_target(Path(config.output.path))
     with progress_or_bar(progress) as reports:
-        run = plan_config(config, reports)
+        dataset = examine_dataset(config, progress=reports)
+        run = plan_run(config, dataset)
+        for line in summary_lines(LintReport(dataset=dataset)):
+            say(line)
         forecast = forecast_run(run, choose_device(), gpu=gpu)
         if probe and (gpu is None or choose_device().type != "cpu"):
             seconds = step_seconds(run, forecast.shape, progress=reports, stop=stop, say=say)

@@ -37,11 +37,12 @@ class SamplingMemory:
 
     @property
     def total(self) -> int:
+        """The most that is on the device at once, in bytes, where everything stays there."""
         return self.weights + self.encoders + max(self.merging, self.denoising, self.decoding)
 
     @property
     def least(self) -> int:
-        """The same where memory is short: text encoders leave after encoding, and the image is decoded in strips."""
+        """The most where memory is short: text encoders leave after encoding, and the image is decoded in strips."""
         alone = max(self.denoising, min(self.decoding, STRIPS))
         return self.weights + max(self.encoders + self.merging, alone)
 
