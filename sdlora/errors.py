@@ -9,6 +9,7 @@ SdloraError              the input is at fault; the message says which, what was
 ├── ResumeError          a half-done or finished run that does not fit the command
 ├── TargetError          a place that cannot be written to
 ├── CaptionerError       a captioning model
+├── DeviceMemoryError    a device, or the main memory, with too little room for what was asked
 └── TrainingError        a run that went numerically wrong
 Interrupted              stopped by the user, after a safe save
 """
@@ -56,6 +57,10 @@ class TargetError(SdloraError):
 
 class CaptionerError(SdloraError):
     """A captioning model."""
+
+
+class DeviceMemoryError(SdloraError):
+    """A device, or the main memory, with too little room for what was asked."""
 
 
 class TrainingError(SdloraError):

@@ -84,6 +84,8 @@ class Family:
     """Whether an empty negative prompt is all zeros rather than the empty prompt's embedding."""
     timestep_spacing: str | None
     """That of the published scheduler; None leaves it to the sampler."""
+    text_encoder_learning_rate: float = 5e-5
+    """Where the configuration has none; SDXL's users train the UNet alone."""
     kohya_v2: bool
     """``ss_v2``."""
     kohya_version: str
@@ -198,6 +200,7 @@ SDXL = Family(
     clip_norm=False,
     zeros_for_empty_negative=True,
     timestep_spacing="leading",
+    text_encoder_learning_rate=0.0,
     kohya_v2=False,
     kohya_version="sdxl_base_v1-0",
     kohya_version_v="sdxl_base_v1-0",

@@ -12,9 +12,10 @@ from PIL import Image, ImageChops
 import sdlora
 from sdlora.base import load
 from sdlora.base.base import Base
+from sdlora.errors import BaseModelError
 from sdlora.generation.grid import LABEL_LINES, labelled_grid
 from sdlora.lora.layers import LoraLinear
-from sdlora.training import loop
+from sdlora.training import loop, sample_sheet, samples
 from tests.conftest import write_images
 from tests.tiny import tiny_pipeline
 from tests.training_runs import config_for
@@ -93,6 +94,30 @@ def test_a_set_precision_is_that_of_the_samples(
         assert ImageChops.difference(sheet, expected).getbbox() is None
 
 
+def test_where_a_gpu_trains_in_bfloat16_samples_are_made_in_float16(
+    tiny_base: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is merged into bfloat16 is rounded away by half: the sheet would not show what the LoRA does."""
+
+    def as_on_a_gpu(requested: str, device: object, *, unet_parameters: int, generating: bool) -> torch.dtype:
+        assert (requested, generating) == ("auto", True)
+        return torch.float16
+
+    loaded = counted_loads(monkeypatch)
+    monkeypatch.setattr(samples, "choose_precision", as_on_a_gpu)
+    output = tmp_path / "x.safetensors"
+    report = sdlora.train(config_for(tiny_base, images, output, "samples.prompts=['a fox']", "train.steps=2"))
+    assert len(loaded) == 1
+    places = {"unet": loaded[0].unet, "vae": loaded[0].vae, "text": loaded[0].text_encoders[0].model}
+    found = {name: {parameter.dtype for parameter in model.parameters()} for name, model in places.items()}
+    assert found == {"unet": {torch.float16}, "vae": {torch.float32}, "text": {torch.float16}}
+    (drawn,) = sdlora.generate("zorb, a fox", base=str(tiny_base), loras=[str(output)], seed=0, precision="float16")
+    assert report.samples is not None
+    with Image.open(report.samples) as sheet:
+        expected = labelled_grid([[drawn.image]], columns=["zorb, a fox"])
+        assert ImageChops.difference(sheet, expected).getbbox() is None
+
+
 def test_captions_are_the_prompts_where_none_are_set(tiny_base: Path, tmp_path: Path) -> None:
     output = tmp_path / "x.safetensors"
     config = config_for(tiny_base, write_images(tmp_path / "images", 5), output, "train.steps=2")
@@ -115,3 +140,34 @@ def test_a_long_prompt_is_wrapped_and_cut_to_the_width_of_its_image() -> None:
     for x, image in enumerate(images):
         box = (x * 102, above, x * 102 + 96, above + 32)
         assert ImageChops.difference(long.crop(box), image).getbbox() is None
+
+
+@pytest.mark.parametrize("fault", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    BaseModelError("tiny: the VAE produced NaN or Inf"),
+    OSError(28, "No space left on device"),
+])  # fmt: skip
+def test_a_sheet_that_fails_is_a_warning_and_the_same_command_makes_it(
+    fault: Exception, tiny_base: Path, images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    output = tmp_path / "x.safetensors"
+    config = config_for(tiny_base, images, output, "samples.prompts=['a red fox']", "train.steps=2")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise fault
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample_sheet, "write_samples", fail)
+        report = sdlora.train(config)
+    assert report.samples is None
+    assert report.result.loss is not None
+    assert f"{output} is complete, but its samples were not drawn" in caplog.text
+    assert "Tried to allocate" not in caplog.text
+    report = sdlora.train(config)
+    assert report.samples == tmp_path / "x.samples.png"
+    assert report.result.loss is None
+    (drawn,) = sdlora.generate("zorb, a red fox", base=str(tiny_base), loras=[str(output)], seed=0)
+    with Image.open(report.samples) as sheet:
+        expected = labelled_grid([[drawn.image]], columns=["zorb, a red fox"])
+        assert ImageChops.difference(sheet, expected).getbbox() is None
+    assert sdlora.train(config).samples is None

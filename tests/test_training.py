@@ -43,18 +43,29 @@ def test_two_processes_train_what_one_trains(tiny_base: Path, tmp_path: Path) ->
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "sdlora.cli"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     more = ("train.precision=float32", *everything(tmp_path))
-    subprocess.run(
-        [sys.executable, *launch, "train", *overrides(tiny_base, None, output, *more)],
-        check=True, capture_output=True, env=environment, timeout=300,
+    pair = subprocess.run(
+        [sys.executable, *launch, "train", *overrides(tiny_base, None, output, *more), "--json"],
+        check=True, capture_output=True, env=environment, timeout=300, text=True,
     )  # fmt: skip
     alone = tmp_path / "alone.safetensors"
-    package.train(config_for(tiny_base, None, alone, *more))
+    single = package.train(config_for(tiny_base, None, alone, *more)).result
+    assert pair.stdout
+    for line in pair.stdout.splitlines():
+        assert json.loads(line)["loss"] == pytest.approx(single.loss, rel=1e-2)
     measured = [float(read_header(file, ResumeError).metadata["sdlora_validation_loss"]) for file in (alone, output)]
     assert measured[0] == pytest.approx(measured[1], rel=1e-2)
     one, two = load_file(alone), load_file(output)
     assert one.keys() == two.keys()
     for key in one:
         torch.testing.assert_close(one[key].float(), two[key].float(), rtol=2e-2, atol=2e-3)
+
+
+def test_torchrun_has_its_own_exit_code_and_the_error_is_printed(tmp_path: Path) -> None:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1", "-m", "sdlora"]
+    command = [sys.executable, *launch, "train", "--images", "nowhere", "--trigger", "zorb"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 1
+    assert "error: nowhere: no such folder" in result.stderr
 
 
 def test_frozen_text_encoder_is_left_out(finished: tuple[Path, Path], tiny_base: Path, tmp_path: Path) -> None:

@@ -10,6 +10,10 @@ import torch
 from PIL import Image
 
 from sdlora.base.conditioning import Framing, time_ids
+from sdlora.generation.denoise import denoise
+from sdlora.generation.request import ImageRequest
+from sdlora.progress import Silence
+from sdlora.training.batches import draw
 from sdlora.training.loss import denoising_loss
 from sdlora.training.plan import plan_config
 from sdlora.training.preparation import stack_masks
@@ -119,3 +123,43 @@ def test_regularisation_images_that_are_never_shown_are_reported(tiny_base: Path
     plan = plan_config(config_for(tiny_base, None, tmp_path / "x.safetensors", f"data.sets={sets}"))
     (finding,) = (finding for finding in plan.findings if finding.code == "regularisation-unused")
     assert "3 of 5 regularisation images" in str(finding)
+
+
+@pytest.mark.parametrize("text_rate", ["0", "1e-3"])
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_a_dropped_caption_is_what_sampling_takes_for_no_negative_prompt(
+    tiny_files: dict[str, Path], tmp_path: Path, family: str, text_rate: str
+) -> None:
+    """SDXL samples without a negative prompt from zeros, the others from the embedding of an empty prompt."""
+    rate = f"optimizer.text_encoder_learning_rate={text_rate}"
+    more = ("data.caption_dropout=0.5", "data.resolution=64", rate)
+    images = write_images(tmp_path / "set", 2)
+    session = session_for(tiny_files[family], images, tmp_path / "x.safetensors", *more)
+    base, given = session.base, []
+    base.unet.register_forward_pre_hook(lambda _, places, named: given.append((places, named)), with_kwargs=True)
+
+    def conditions() -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        """The context and the pooled summary of every row that the UNet was given since the last call."""
+        rows = []
+        for (_, _, context), named in given:
+            pooled = (named["added_cond_kwargs"] or {}).get("text_embeds")
+            rows += [(row, None if pooled is None else pooled[number]) for number, row in enumerate(context.detach())]
+        given.clear()
+        return rows
+
+    denoise(base, [ImageRequest(prompt="zorb", steps=1, size=(64, 64), sampler="euler")], Silence())
+    context, pooled = conditions()[0]
+    losses(session, 8)
+    seed, dropout = session.plan.config.train.seed, session.plan.config.data.caption_dropout
+    dropped = [
+        draw(seed=seed, step=step, slot=slot, slots=2, shape=(1,), timesteps=1000, caption_dropout=dropout).drop_caption
+        for step in range(8)
+        for slot in range(2)
+    ]
+    assert {*dropped} == {True, False}
+    for drop, (row, summary) in zip(dropped, conditions(), strict=True):
+        assert torch.allclose(row, context, atol=1e-5) == drop
+        if pooled is not None:
+            assert summary is not None
+            assert torch.allclose(summary, pooled, atol=1e-5) == drop
+    assert bool(context.any()) == (family == "sd1")

@@ -44,6 +44,7 @@ class Base:
     vae: AutoencoderKL
     schedule: NoiseSchedule
     device: torch.device
+    """Where the base works. Parts that are idle may be in main memory meanwhile."""
     dtype: torch.dtype
     """Dtype of the UNet and the text encoders. Kept here since diffusers searches a whole model for its dtype or device."""
 
@@ -55,6 +56,10 @@ class Base:
                 if name:
                     named[f"{encoder.facts.part}.{encoder.nesting}{name}"] = module
         return named
+
+    def encoder_models(self) -> tuple[nn.Module, ...]:
+        """The models of the text encoders."""
+        return tuple(encoder.model for encoder in self.text_encoders)
 
     def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, time_ids: Tensor) -> Tensor:
         """The UNet's prediction (ε or v, see ``schedule.prediction``) for b noisy latents, (b, 4, h, w) float32.

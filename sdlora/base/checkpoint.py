@@ -50,6 +50,7 @@ class BaseCheckpoint:
 
     @property
     def unet_parameters(self) -> int:
+        """Number of parameters of the UNet, from its shapes alone."""
         return self.parts["unet"].parameters()
 
     def module_shapes(self) -> dict[str, tuple[int, ...]]:

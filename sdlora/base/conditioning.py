@@ -26,6 +26,12 @@ class Conditioning:
         pooled = [row.pooled for row in rows if row.pooled is not None]
         return cls(context=torch.cat([row.context for row in rows]), pooled=torch.cat(pooled) if pooled else None)
 
+    def to(self, device: torch.device) -> Conditioning:
+        """The same on ``device``; a copy from pinned memory makes nobody wait."""
+        unwaited = device.type == "cuda"
+        pooled = None if self.pooled is None else self.pooled.to(device, non_blocking=unwaited)
+        return Conditioning(context=self.context.to(device, non_blocking=unwaited), pooled=pooled)
+
     def row(self, number: int) -> Conditioning:
         """The embeddings of one prompt, as a batch of one."""
         pooled = None if self.pooled is None else self.pooled[number : number + 1]

@@ -28,18 +28,27 @@ from .schedule import NoiseSchedule
 from .words import clip_merges, clip_vocabulary
 
 
-def load_base(checkpoint: BaseCheckpoint, *, device: torch.device, dtype: torch.dtype) -> Base:
+def load_base(
+    checkpoint: BaseCheckpoint,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    vae_dtype: torch.dtype | None = None,
+    home: torch.device | None = None,
+) -> Base:
     """Load every part, frozen and in evaluation mode.
 
-    On the ``meta`` device nothing is read, and the models have shapes alone.
-
-    The VAE is never float16, in which SDXL's overflows: it is bfloat16 with a bfloat16 UNet, else float32.
+    Args:
+        device: where the base works. On the ``meta`` device nothing is read, and the models have shapes alone.
+        vae_dtype: by default that of ``decoding_dtype``.
+        home: where the parts are loaded to, if not to ``device``: a caller who needs one part at a time brings each to the
+            device (``base.device_memory``).
 
     Raises:
         BaseModelError: a part cannot be built from its tensors; the message names the part and the reason.
     """
-    parts = checkpoint.parts
-    encoders = tuple(_load_encoder(checkpoint, facts, device, dtype) for facts in checkpoint.family.text_encoders)
+    parts, home = checkpoint.parts, home or device
+    encoders = tuple(_load_encoder(checkpoint, facts, home, dtype) for facts in checkpoint.family.text_encoders)
     pooled = [encoder.model.config.projection_dim for encoder in encoders if encoder.facts.pooled]
     unet = parts["unet"].config or _inferred(
         checkpoint,
@@ -56,14 +65,14 @@ def load_base(checkpoint: BaseCheckpoint, *, device: torch.device, dtype: torch.
     )
     base = Base(
         checkpoint=checkpoint,
-        unet=_filled_unet(checkpoint, lambda: UNet2DConditionModel.from_config(dict(unet)), device, dtype, home=device),
+        unet=_filled_unet(checkpoint, lambda: UNet2DConditionModel.from_config(dict(unet)), device, dtype, home=home),
         text_encoders=encoders,
         vae=_filled(
             checkpoint,
             "vae",
             lambda: AutoencoderKL.from_config(dict(vae)),
-            device,
-            torch.bfloat16 if dtype == torch.bfloat16 else torch.float32,
+            home,
+            vae_dtype or decoding_dtype(dtype, device),
         ),
         schedule=NoiseSchedule.of(checkpoint.schedule).to(device),
         device=device,
@@ -71,6 +80,17 @@ def load_base(checkpoint: BaseCheckpoint, *, device: torch.device, dtype: torch.
     )
     use_attention(base.unet, checkpoint.attention)
     return base
+
+
+def decoding_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Dtype of the VAE beside a UNet of ``dtype``, never float16, in which SDXL's overflows.
+
+    It is bfloat16 with bfloat16, and with float16 on a GPU that multiplies bfloat16 in hardware: decoding needs half the
+    memory of float32 there. Else it is float32.
+    """
+    in_hardware = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    halved = dtype == torch.bfloat16 or (dtype == torch.float16 and in_hardware)
+    return torch.bfloat16 if halved else torch.float32
 
 
 def _filled_unet(

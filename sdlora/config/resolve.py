@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from ..families import Family
 from .kohya_dataset import read_dataset_config
 from .sections import Config, DataSection, SetSection, TrainSection
 
 
-def resolve_config(config: Config) -> Config:
+def resolve_config(config: Config, family: Family | None = None) -> Config:
     """``config`` with resolved ``data`` and ``train``; resolving it again changes nothing.
+
+    With the ``family`` of the base, the defaults that depend on it are resolved too.
 
     Raises:
         ConfigError: ``data.dataset_config`` is at fault.
     """
     data, train = _resolve(config.data, config.train)
-    return config.model_copy(update={"data": data, "train": train})
+    optimizer = config.optimizer
+    if family is not None:
+        rate = optimizer.text_encoder_rate(family)
+        optimizer = optimizer.model_copy(update={"text_encoder_learning_rate": rate})
+    return config.model_copy(update={"data": data, "train": train, "optimizer": optimizer})
 
 
 def resolve_data(data: DataSection) -> DataSection:

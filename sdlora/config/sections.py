@@ -9,6 +9,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from ..families import Family
 from .data_section import DataSection, ImageSettings, MaskKind, SetSection
 from .setting import Affects, Section, Setting, setting_of
 
@@ -100,9 +101,9 @@ class OptimizerSection(Section):
     """The optimizer."""
     learning_rate: Annotated[float, Field(ge=0, lt=1), Setting(kohya="learning_rate")] = 3e-4
     """Peak learning rate of the UNet's modules."""
-    text_encoder_learning_rate: Annotated[float, Field(ge=0, lt=1), Setting(kohya="text_encoder_lr")] = 5e-5
+    text_encoder_learning_rate: Annotated[float | None, Field(ge=0, lt=1), Setting(kohya="text_encoder_lr")] = None
     """Peak learning rate of the text encoder's modules. 0 does not train the text encoder; captions are then encoded
-    once, which is faster."""
+    once, which is faster. By default 5e-5, and 0 for SDXL."""
     schedule: Annotated[Literal["constant", "cosine", "linear"], Setting(kohya="lr_scheduler")] = "cosine"
     """How the learning rates develop after warmup: they stay, or fall to 0 at the last step along a cosine or a line."""
     warmup_steps: Annotated[int, Field(ge=0), Setting(kohya="lr_warmup_steps")] = 20
@@ -111,6 +112,11 @@ class OptimizerSection(Section):
     """Weight decay of AdamW. In kohya's trainer it is one of the ``optimizer_args``."""
     max_grad_norm: Annotated[float, Field(gt=0), Setting(kohya="max_grad_norm")] = 1.0
     """Gradients are scaled down to this norm, over all modules together."""
+
+    def text_encoder_rate(self, family: Family) -> float:
+        """``text_encoder_learning_rate``, or the default for ``family``."""
+        stated = self.text_encoder_learning_rate
+        return family.text_encoder_learning_rate if stated is None else stated
 
 
 class TrainSection(Section):

@@ -20,6 +20,7 @@ from ..config.setting import DECIDES_RESUMING
 from ..errors import ResumeError
 from ..files import write_whole
 from ..formats.safetensors_file import read_header, serialise
+from .step_shape import StepShape
 
 KEPT = 2
 """Checkpoints that are kept, the newest."""
@@ -44,6 +45,7 @@ class RunIdentity:
 
     @classmethod
     def of(cls, config: Config, *, dataset: str, base: BaseCheckpoint) -> RunIdentity:
+        """The identity of a run by ``config``, on the images with the digest ``dataset``, on ``base``."""
         settings = config.flat(DECIDES_RESUMING)
         settings["base.path"] = json.dumps(base.name)
         return cls(config=settings, dataset=dataset, base=base.fingerprint)
@@ -84,10 +86,12 @@ class RunIdentity:
         return found
 
     def to_json(self) -> str:
+        """As text for the metadata of a file; equal identities give equal text."""
         return json.dumps({**vars(self), "config": dict(self.config)}, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> RunIdentity:
+        """The inverse of ``to_json``. Raises ``ValueError``, ``KeyError`` or ``TypeError`` for another text."""
         fields = json.loads(text)
         return cls(
             config=fields["config"],
@@ -107,6 +111,13 @@ class Checkpoint:
     started_at: float
     """Seconds since 1970 when the run started."""
     tensors: Mapping[str, torch.Tensor]
+    shape: StepShape | None
+    """Shape of its last step; None where it is not known."""
+
+    @classmethod
+    def none(cls, started_at: float) -> Checkpoint:
+        """That of a run which starts now."""
+        return cls(step=0, started_at=started_at, tensors={}, shape=None)
 
 
 RUN_KEY = "sdlora_run"
@@ -183,6 +194,7 @@ class RunFolder:
                 earlier = RunIdentity.from_json(metadata["identity"])
                 tensors = load_file(file)
                 step, started_at = int(metadata["step"]), float(metadata["started_at"])
+                shape = StepShape.from_json(metadata["shape"]) if "shape" in metadata else None
             except (ResumeError, ValueError, KeyError, TypeError):
                 continue
             moved = earlier.moved_to(self._identity)
@@ -193,7 +205,7 @@ class RunFolder:
                     f"{self._output}: a half-done run differs: {'; '.join(differences)}; "
                     f"undo that, {accept}choose another output.path, or start over with --restart"
                 )
-            return Checkpoint(step=step, started_at=started_at, tensors=tensors)
+            return Checkpoint(step=step, started_at=started_at, tensors=tensors, shape=shape)
         return None
 
     def save(self, checkpoint: Checkpoint) -> None:
@@ -202,6 +214,7 @@ class RunFolder:
             "identity": self._identity.to_json(),
             "step": str(checkpoint.step),
             "started_at": repr(checkpoint.started_at),
+            **({} if checkpoint.shape is None else {"shape": checkpoint.shape.to_json()}),
         }
         header, payload = serialise(checkpoint.tensors, metadata)
         write_whole(self._folder / f"step-{checkpoint.step:08}.safetensors", header, payload)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..base.base import Base
 from ..base.conditioning import Framing
+from ..base.device_memory import Room, working_on
 from ..base.encode import encode_pixels
 from ..base.fingerprints import vae_fingerprint
 from ..cache.filling import Job, fill
@@ -34,15 +35,14 @@ SCALED_IMAGES = 16
 """Number of scaled images kept for further crops of them; a few more than threads load at once."""
 PIXELS_AT_ONCE = 2**20
 """Pixels that several cores encode at once: about three gigabytes of activations."""
-DEVICE_BYTES = 2**31
-"""Bytes of latents kept on the device; the others stay in main memory and are copied when they are needed."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EncodedImage:
     """Latent distribution of a view: ``mean`` and ``std`` are (4, h, w) float32, at the latent scale and resolution.
 
-    ``mask``, (1, h, w) float32 in [0, 1], weights the loss; None without a mask.
+    ``mask``, (1, h, w) float32 in [0, 1], weights the loss; None without a mask. All are on the base's device, or all in
+    main memory.
     """
 
     mean: Tensor
@@ -59,10 +59,12 @@ def encode_views(
     cache: EncodedCache,
     kept: KeptImages,
     progress: Progress,
+    room: Room,
 ) -> dict[View, EncodedImage]:
     """Look up or encode ``views`` of ``items``: mean and standard deviation (4, h / 8, w / 8) of each view of h x w pixels.
 
-    Threads open images while others are encoded. Latents are on the base's device, up to ``DEVICE_BYTES``.
+    Threads open images while others are encoded. Latents are on the base's device as far as ``room`` allows; the VAE is
+    there while it encodes.
 
     Raises:
         DataError: an image or mask can no longer be read.
@@ -70,26 +72,25 @@ def encode_views(
     """
     masks = _masks(items, views, config, base.checkpoint.latent_factor)
     images: dict[View, EncodedImage] = {}
-    encoded_bytes = 0
     jobs = latent_jobs(base, items, views, config, kept)
-    encoded = fill(
-        cache,
-        jobs,
-        partial(encode_crop, base),
-        progress=progress,
-        task="Encoding images",
-        encoders=encoders_for(base, views),
-    )
-    for view, tensors in zip(views, encoded, strict=True):
-        mask = masks.get(view)
-        encoded_bytes += sum(tensor.nbytes for tensor in tensors.values())
-        device = base.device if encoded_bytes <= DEVICE_BYTES else torch.device("cpu")
-        images[view] = EncodedImage(
-            mean=tensors["mean"].to(device),
-            std=tensors["std"].to(device),
-            framing=framing_of(items[view.item], view),
-            mask=None if mask is None else mask.to(device),
+    with working_on(base.device, base.vae):
+        encoded = fill(
+            cache,
+            jobs,
+            partial(encode_crop, base),
+            progress=progress,
+            task="Encoding images",
+            encoders=encoders_for(base, views),
         )
+        for view, tensors in zip(views, encoded, strict=True):
+            mask = masks.get(view)
+            mean, std, *masked = room.keep([tensors["mean"], tensors["std"], *([] if mask is None else [mask])])
+            images[view] = EncodedImage(
+                mean=mean,
+                std=std,
+                framing=framing_of(items[view.item], view),
+                mask=masked[0] if masked else None,
+            )
     return images
 
 

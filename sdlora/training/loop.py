@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,9 +15,10 @@ from accelerate import Accelerator, PartialState
 
 from ..base.base import Base
 from ..base.device import device_facts
-from ..base.load import load_base
+from ..base.device_memory import cast, move_to, out_of_memory
+from ..base.load import decoding_dtype, load_base
 from ..base.precision import describe_precision, explain_precision
-from ..errors import Interrupted, TargetError, TrainingError
+from ..errors import DeviceMemoryError, Interrupted, TargetError, TrainingError
 from ..families import WORDS_IN_CHUNK
 from ..formats.lora_writer import write_lora
 from ..lora.low_rank import LowRank
@@ -26,9 +26,12 @@ from ..progress import Progress
 from .checkpoint import RUN_KEY, Checkpoint, RunFolder, finished, forget_run, record_run
 from .course import own_losses, relative_change, run_warning, tail_length
 from .facts import describe_run
+from .fitted_steps import FittedSteps, fitted
+from .interruption import InterruptFlag, interrupt_flag
 from .plan import RunPlan
-from .samples import write_samples
+from .sample_sheet import draw_samples, lacks_samples
 from .session import TrainingSession, open_session
+from .shortage import CLOSE_OTHERS, explained
 from .texts import changed_metadata, write_texts
 from .validation import validation_loss
 
@@ -40,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
+    """What a call of ``train`` did, and where its file is."""
+
     output: Path
     steps: int
     seconds: float
@@ -95,6 +100,7 @@ def run_training(
             another precision, unless ``allow_device_change``.
         TrainingError: half of the steps produced gradients with NaN or Inf.
         TargetError: the file cannot be written; the message names the checkpoint that has the weights.
+        DeviceMemoryError: not enough memory; the message says where, and what to change. The state is saved.
         Interrupted: Ctrl-C, SIGTERM or ``stop``; the state is saved.
     """
     began, config = time.time(), plan.config
@@ -104,17 +110,26 @@ def run_training(
     chosen = explain_precision(config.train.precision, facts, unet_parameters=plan.base.unet_parameters)
     plan = replace(plan, identity=plan.identity.on(facts.kind, chosen.dtype))
     folder = RunFolder(output, plan.identity)
+    loaded = partial(load_base, plan.base, device=accelerator.device, dtype=chosen.dtype)
     if restart:
         folder.remove()
     elif finished(output, plan.identity):
-        return TrainReport(result=_complete_already(plan, folder), samples=None)
-    start = folder.newest(allow_device_change=allow_device_change) or Checkpoint(step=0, started_at=began, tensors={})
+        result = _complete_already(plan, folder)
+        wanted = accelerator.is_main_process and lacks_samples(plan)
+        return TrainReport(
+            result=result,
+            samples=draw_samples(plan, loaded, progress=progress, stop=stop) if wanted else None,
+        )
+    start = folder.newest(allow_device_change=allow_device_change) or Checkpoint.none(began)
     say(describe_precision(facts, chosen))
-    base = load_base(plan.base, device=accelerator.device, dtype=chosen.dtype)
-    trained = train_lora(plan, base, accelerator, folder, start, progress, stop)
+    with explained("loading the base", CLOSE_OTHERS):
+        # Its parts are in main memory until they work, and its VAE encodes in float32.
+        base = loaded(vae_dtype=torch.float32, home=torch.device("cpu"))
+    trained = train_lora(plan, base, accelerator, folder, start, progress, stop, say)
     if accelerator.is_main_process:
         try:
-            _write_output(plan, base, trained, progress)
+            with explained(f"writing {output}", f"its weights are kept: {folder.place()}; {CLOSE_OTHERS}"):
+                _write_output(plan, base, trained, progress)
         except OSError as error:
             raise TargetError(
                 f"{output}: cannot be written ({error.strerror or error}); the newest checkpoint is kept: "
@@ -133,7 +148,15 @@ def run_training(
     )
     if not accelerator.is_main_process:
         return TrainReport(result=result, samples=None)
-    return TrainReport(result=result, samples=write_samples(base, plan, output, progress=progress, stop=stop))
+    drawn = draw_samples(plan, lambda: _complete(base), progress=progress, stop=stop)
+    return TrainReport(result=result, samples=drawn)
+
+
+def _complete(base: Base) -> Base:
+    """``base`` with all parts on its device, and the VAE as for generating."""
+    cast(decoding_dtype(base.dtype, base.device), base.vae)
+    move_to(base.device, base.unet, base.vae, *base.encoder_models())
+    return base
 
 
 def train_lora(
@@ -144,20 +167,25 @@ def train_lora(
     start: Checkpoint,
     progress: Progress,
     stop: threading.Event | None,
+    say: Callable[[str], None],
 ) -> TrainedLora:
     """Do every step after ``start``, and the validation. ``base`` is unchanged on return.
 
     Images, embeddings and optimizer are released on return, before samples need the memory.
     """
-    session = open_session(plan, base, accelerator, progress)
+    session = open_session(plan, base, accelerator, progress, first=start.step, recorded=start.shape, say=say)
     if start.step:
         session.optimizer.restore(start.tensors)
-    with session.attached():
-        losses = train_steps(session, start, folder, progress, stop)
-        held_out = validation_loss(session, progress)
-        own = own_losses(session, progress)
-    alone = own_losses(session, progress)
-    session.embeddings.close()
+    try:
+        with fitted(session) as fitting:
+            losses = train_steps(fitting, start, folder, progress, stop)
+            with explained("measuring losses after the last step", CLOSE_OTHERS):
+                held_out = validation_loss(session, progress)
+                own = own_losses(session, progress)
+        with explained("measuring losses after the last step", CLOSE_OTHERS):
+            alone = own_losses(session, progress)
+    finally:
+        session.embeddings.close()
     steps, weights = plan.config.train.steps, session.adapter.weights()
     return TrainedLora(
         weights=weights,
@@ -171,7 +199,7 @@ def train_lora(
 
 
 def train_steps(
-    session: TrainingSession,
+    fitted: FittedSteps,
     start: Checkpoint,
     folder: RunFolder,
     progress: Progress,
@@ -180,9 +208,13 @@ def train_steps(
     """Do every step after ``start``; returns the loss of each, (steps done here,) float32 on the device.
 
     The state after the last step is saved too, so nothing is lost if the file cannot be written. A checkpoint that cannot
-    be written is a warning.
+    be written is a warning. Before a step for which there is not enough memory, the state is saved.
+
+    Raises:
+        DeviceMemoryError: not enough memory for a step, or, with ``train.fit``, for one image at once.
     """
-    train, first = session.plan.config.train, start.step
+    session, first = fitted.session, start.step
+    train, accelerator = session.plan.config.train, session.accelerator
     steps = train.steps
     losses = torch.zeros(steps - first, device=session.base.device)
     progress.start("Training", steps, first)
@@ -190,34 +222,50 @@ def train_steps(
 
     def save(done: int) -> str:
         """What to say of the step when stopping there."""
-        if session.accelerator.is_main_process:
-            try:
-                folder.save(Checkpoint(step=done, started_at=start.started_at, tensors=session.optimizer.state()))
-            except OSError as error:
-                failed = f"step {done} cannot be saved ({error.strerror or error}); kept: {folder.place()}"
-                logger.warning("%s", failed)
-                return f", but {failed}"
-        return ""
+        return _save(folder, start, done, fitted.session) if accelerator.is_main_process else ""
 
     with interrupt_flag(stop) as interrupted:
         for step in range(first, steps):
-            loss, done = session.step(step), step + 1
+            try:
+                loss, done = fitted.step(step), step + 1
+            except DeviceMemoryError:
+                if step > first:
+                    save(step)
+                raise
             losses[step - first] = loss
             if done % REPORT_EVERY == 0 or done == steps:
-                progress.advance(done - reported, f"loss {losses[reported - first : done - first].mean().item():.4f}")
+                recent = losses[reported - first : done - first]
+                if session.accelerator.num_processes > 1:  # Each has its share of every loss.
+                    torch.distributed.all_reduce(recent)
+                progress.advance(done - reported, f"loss {recent.mean().item():.4f}")
                 reported = done
             if done % train.save_every == 0 and done < steps:
                 _check_skipped(session, done)
                 save(done)
-            if done < steps and _all_stop(session.accelerator, interrupted, done):
+            if done < steps and _all_stop(accelerator, interrupted, done):
                 unsaved = save(done)
-                session.accelerator.wait_for_everyone()
+                accelerator.wait_for_everyone()
                 text = f"stopped after step {done} of {steps}{unsaved}; run the same command to resume"
                 raise Interrupted(text, terminated=interrupted.terminated)
     _check_skipped(session, steps)
     if first < steps:
         save(steps)
     return losses
+
+
+def _save(folder: RunFolder, start: Checkpoint, done: int, session: TrainingSession) -> str:
+    """Save the state after ``done`` steps; what cannot be saved is a warning, returned as part of a sentence too."""
+    state = session.optimizer.state
+    try:
+        folder.save(Checkpoint(step=done, started_at=start.started_at, tensors=state(), shape=session.shape))
+    except (OSError, RuntimeError, MemoryError) as error:
+        if not isinstance(error, OSError) and not out_of_memory(error):
+            raise
+        reason = (error.strerror or error) if isinstance(error, OSError) else "out of memory"
+        failed = f"step {done} cannot be saved ({reason}); kept: {folder.place()}"
+        logger.warning("%s", failed)
+        return f", but {failed}"
+    return ""
 
 
 def _complete_already(plan: RunPlan, folder: RunFolder) -> TrainResult:
@@ -254,45 +302,6 @@ def _all_stop(accelerator: Accelerator, interrupted: InterruptFlag, done: int) -
     pressed, terminated = accelerator.reduce(own, "sum").tolist()
     interrupted.terminated = terminated > 0
     return pressed > 0
-
-
-class InterruptFlag:
-    """Set by Ctrl-C, by SIGTERM, or by the caller's event, which these leave alone."""
-
-    terminated = False
-    """Whether SIGTERM set it, in any process once they have compared."""
-
-    def __init__(self, stop: threading.Event | None):
-        self._pressed, self._stop = threading.Event(), stop
-
-    def set(self, number: int = signal.SIGINT) -> None:
-        self.terminated |= number == signal.SIGTERM
-        self._pressed.set()
-
-    def is_set(self) -> bool:
-        return self._pressed.is_set() or (self._stop is not None and self._stop.is_set())
-
-
-@contextmanager
-def interrupt_flag(stop: threading.Event | None = None) -> Generator[InterruptFlag]:
-    """A flag that ``stop`` sets and, in the main thread, the first Ctrl-C or SIGTERM; a second ends at once."""
-    flag = InterruptFlag(stop)
-    if threading.current_thread() is not threading.main_thread():
-        yield flag
-        return
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def on_interrupt(number: int, _: object) -> None:
-        flag.set(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in previous:
-        signal.signal(number, on_interrupt)
-    try:
-        yield flag
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _write_output(plan: RunPlan, base: Base, trained: TrainedLora, progress: Progress) -> None:

@@ -192,7 +192,7 @@ def _network(config: Config) -> dict[str, object]:
 
 def _optimization(config: Config, run: RunFacts) -> dict[str, object]:
     train, optimizer = config.train, config.optimizer
-    text_encoder_rate = optimizer.text_encoder_learning_rate
+    text_encoder_rate = optimizer.text_encoder_rate(run.family)
     return {
         "ss_learning_rate": optimizer.learning_rate,
         "ss_unet_lr": optimizer.learning_rate,

@@ -13,6 +13,9 @@ from ..config.sections import OptimizerSection
 from .adamw import adamw
 from .loss_scale import LossScale
 
+MOMENTS = 2
+"""Values that the optimizer remembers of each parameter, float32: the means of gradients and of their squares."""
+
 
 def rate_factor(step: int, section: OptimizerSection, *, steps: int) -> float:
     """Factor of the learning rates at ``step`` (from 0) of ``steps``: linear warm-up, then the schedule."""
@@ -76,6 +79,12 @@ class GuardedAdamW:
         self._skipped += ~finite
         if self._scale is not None:
             self._scale.update(finite)
+
+    def allocate(self) -> None:
+        """Make the moments, all zero, before the first step: a step that runs out of memory has then changed nothing."""
+        for p in self._parameters:
+            moments = {name: torch.zeros_like(p.detach()) for name in ("exp_avg", "exp_avg_sq")}
+            self._adam.state[p] = {"step": torch.zeros((), device=p.device), **moments}
 
     def skipped_steps(self) -> int:
         """Number of steps skipped so far; waits for the device."""

@@ -25,7 +25,8 @@ class RunPlan:
     """A run that can start."""
 
     config: Config
-    """With every folder of images in ``data.sets``, and with what ``data.dataset_config`` says."""
+    """With every folder of images in ``data.sets``, with what ``data.dataset_config`` says, and with the defaults of the
+    base's family."""
     base: BaseCheckpoint
     rules: tuple[BucketRules, ...]
     """Bucket rules, one for each resolution."""
@@ -53,6 +54,7 @@ class RunPlan:
 
     @property
     def batches(self) -> BatchPlan:
+        """The images of each batch."""
         return self.training.batches
 
 
@@ -63,7 +65,7 @@ def plan_run(config: Config, dataset: ExaminedDataset) -> RunPlan:
         DataError: with one line for each finding that is an error.
         ConfigError: nothing would be trained.
     """
-    config = resolve_config(config)
+    config = resolve_config(config, dataset.base.family)
     if config.optimizer.learning_rate == 0 and config.optimizer.text_encoder_learning_rate == 0:
         raise ConfigError(
             "optimizer.learning_rate and optimizer.text_encoder_learning_rate are both 0: nothing would be trained"

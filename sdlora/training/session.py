@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+import math
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,19 +14,23 @@ from torch import Tensor
 
 from ..base.base import Base
 from ..base.conditioning import Conditioning
+from ..base.device_memory import Room, free_memory, move_to
 from ..base.encode import encode_ids
 from ..cache.store import open_cache
-from ..config.sections import Config
 from ..data.views import View
-from ..lora.adapter import Adapter, choose_targets
+from ..lora.adapter import Adapter
 from ..progress import Progress
-from .caption_embeddings import CaptionEmbeddings, open_caption_embeddings
-from .fit import StepShape, choose_shape
+from .caption_embeddings import CaptionEmbeddings, chunks_of, open_caption_embeddings
+from .fit import Fit, choose_fit
 from .latents import EncodedImage, encode_views
 from .loss import denoising_loss
+from .memory import step_memory
+from .new_adapter import new_adapter
 from .optimizer import GuardedAdamW
 from .plan import RunPlan
 from .preparation import Preparation, StepInputs, StepsAhead
+from .shortage import CLOSE_OTHERS, explained
+from .step_shape import StepShape
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -107,36 +112,90 @@ class TrainingSession:
         return StepsAhead(preparation, steps=self.plan.config.train.steps)
 
 
-def open_session(plan: RunPlan, base: Base, accelerator: Accelerator, progress: Progress) -> TrainingSession:
-    """Encode the images and make a fresh adapter and optimizer for ``plan`` on the loaded ``base``."""
+def open_session(
+    plan: RunPlan,
+    base: Base,
+    accelerator: Accelerator,
+    progress: Progress,
+    *,
+    first: int = 0,
+    recorded: StepShape | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> TrainingSession:
+    """Encode the images and make a fresh adapter and optimizer for ``plan`` on the loaded ``base``.
+
+    Parts of ``base`` that are in main memory come to its device one after another, each when it works: the VAE, the text
+    encoders, which compute the captions of the steps from ``first`` on, and the UNet, which stays there.
+
+    ``recorded`` is the shape of the steps so far, for a run that is resumed. ``say`` is called with what was chosen to fit
+    into the device's memory.
+
+    Raises:
+        DeviceMemoryError: the device has too little memory for a part.
+    """
     config, training = plan.config, plan.training
     views = (*training.views(config.train.steps), *training.validation)
     cache = open_cache(config.cache)
-    images = encode_views(base, training.items, views, config, cache, plan.kept, progress)
+    fit = fit_run(plan, base, processes=accelerator.num_processes, recorded=recorded)
+    if fit.line:
+        say(fit.line)
+    room = Room(base.device, fit.room)
+    with explained("encoding images", f"lower data.resolution, or {CLOSE_OTHERS}"):
+        images = encode_views(base, training.items, views, config, cache, plan.kept, progress, room)
     plan.kept.clear()
-    embeddings = open_caption_embeddings(base, training.items, config, cache)
-    adapter, rates = _new_adapter(base, config)
+    with explained("encoding captions", CLOSE_OTHERS):
+        embeddings = open_caption_embeddings(
+            base,
+            training.items,
+            config,
+            cache,
+            room=room,
+            ahead=None if base.device.type == "cpu" else _captions(plan, first),
+            progress=progress,
+        )
+    with explained("placing the UNet and the LoRA", f"lower lora.rank, or {CLOSE_OTHERS}"):
+        move_to(base.device, base.unet)
+        adapter, rates = new_adapter(base, config)
+        optimizer = GuardedAdamW(
+            adapter.parameters, rates, config.optimizer, steps=config.train.steps, dtype=base.dtype
+        )
+        optimizer.allocate()
     return TrainingSession(
         plan=plan,
-        shape=choose_shape(config.train),
+        shape=fit.shape,
         base=base,
         images=images,
         embeddings=embeddings,
         adapter=adapter,
-        optimizer=GuardedAdamW(adapter.parameters, rates, config.optimizer, steps=config.train.steps, dtype=base.dtype),
+        optimizer=optimizer,
         accelerator=accelerator,
     )
 
 
-def _new_adapter(base: Base, config: Config) -> tuple[Adapter, list[float]]:
-    """A fresh adapter on the parts that are trained, and the learning rate of each of its parameters."""
-    targets = choose_targets(base.modules(), config.lora.targets)
-    parts = {"unet": config.optimizer.learning_rate}
-    parts |= {encoder.facts.part: config.optimizer.text_encoder_learning_rate for encoder in base.text_encoders}
-    groups = [
-        ({n: m for n, m in targets.items() if n.startswith(f"{part}.")}, rate) for part, rate in parts.items() if rate
-    ]
-    adapter = Adapter(
-        [group for group, _ in groups], rank=config.lora.rank, alpha=config.lora.alpha, seed=config.train.seed
-    )
-    return adapter, [rate for _, rate in groups]
+def fit_run(plan: RunPlan, base: Base, *, processes: int, recorded: StepShape | None) -> Fit:
+    """The shape of the steps of ``plan``, while nothing of ``base`` is on its device; see ``choose_fit``."""
+    config, free = plan.config, free_memory(base.device)
+    width, height = max((views.size for views in plan.training.shown), key=math.prod)
+    chunks = 1 if math.isinf(free) else chunks_of(base, plan.items, config.data.max_token_length)
+
+    def needed(shape: StepShape) -> float:
+        return step_memory(
+            plan.base,
+            config,
+            width=width,
+            height=height,
+            shape=shape,
+            dtype=base.dtype,
+            chunks=chunks,
+            device_type=base.device.type,
+        ).total
+
+    images = math.ceil(config.train.batch_size / processes)
+    return choose_fit(config.train, images=images, free=free, needed=needed, recorded=recorded)
+
+
+def _captions(plan: RunPlan, first: int) -> Iterator[str]:
+    """Everything that is encoded from step ``first`` on."""
+    if plan.config.data.caption_dropout:
+        yield ""
+    yield from plan.training.captions(range(first, plan.config.train.steps))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -66,6 +66,15 @@ class TrainingSet:
             if len(found) == possible:
                 break
         return tuple(sorted(found, key=lambda view: (view.item, view.placement, view.flipped)))
+
+    def captions(self, steps: range) -> Iterator[str]:
+        """Captions that ``steps`` show, then those of the validation images; some come again."""
+        for step in steps:
+            for sample in self.batch(step):
+                yield sample.caption
+        for view in self.validation:
+            source = self.items[view.item].source
+            yield source.rules.plain(source.captions)
 
     @property
     def placements(self) -> tuple[Placement, ...]:
