@@ -17,13 +17,14 @@ import pytest
 from PIL import Image
 
 from sdlora.captioning.folder import CaptionReport, caption_folder, write_captions
+from sdlora.captioning.models import Captioner
 from sdlora.data.images import open_image
 from sdlora.errors import CaptionerError, ConfigError, DataError, Interrupted
 from sdlora.progress import CallbackProgress, ProgressUpdate, Silence
 from tests.conftest import ROOT, write_images
 
 
-class Colours:
+class Colours(Captioner):
     """Says what the mean colour of an image is."""
 
     def __init__(self) -> None:
@@ -288,13 +289,14 @@ import signal, sys, time
 from pathlib import Path
 import typer
 from sdlora.captioning.folder import write_captions
+from sdlora.captioning.models import Captioner
 from sdlora.cli.app import guard
 from sdlora.progress import Silence
 
 # If the tests run as a background job of a shell, Ctrl-C is ignored from the start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-class Slow:
+class Slow(Captioner):
     def caption(self, image):
         time.sleep(0.02)
         return "word " * 200

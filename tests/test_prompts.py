@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sdlora.base.base import Base
 from sdlora.base.checkpoint import find_base
-from sdlora.base.encode import encode_prompts
+from sdlora.base.encode import _weighted, encode_prompts
 from sdlora.base.load import clip_tokenizer, load_base
 from sdlora.base.tokens import Span, padded, plain, token_count, tokenize
 from sdlora.config.sections import BaseSection
@@ -138,6 +138,17 @@ def test_weights_multiply_and_keep_the_mean(loaded: Loaded) -> None:
         expected.append(scaled * (hidden.mean() / scaled.mean()))
         position += width
     torch.testing.assert_close(weighted.double(), torch.cat(expected, -1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_in_half_precision_are_a1111s_formula_rounded_once(dtype: torch.dtype) -> None:
+    hidden = torch.randn(2, 77, 64).add(0.01).to(dtype)
+    weights = torch.rand(2, 77) + 0.5
+    exact = hidden.double() * weights.double()[..., None]
+    exact *= hidden.double().mean((1, 2), keepdim=True) / exact.mean((1, 2), keepdim=True)
+    weighted = _weighted(hidden, weights)
+    assert weighted.dtype == dtype
+    assert ((weighted.double() - exact).abs() <= 0.51 * torch.finfo(dtype).eps * exact.abs() + 1e-6).all()
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from sdlora.base.base import Base
 from sdlora.errors import BaseModelError
 from sdlora.generation.grid import LABEL_LINES, labelled_grid
 from sdlora.lora.layers import LoraLinear
-from sdlora.training import loop, sample_sheet
+from sdlora.training import loop, sample_sheet, samples
 from tests.conftest import write_images
 from tests.tiny import tiny_pipeline
 from tests.training_runs import config_for
@@ -91,6 +91,30 @@ def test_a_set_precision_is_that_of_the_samples(
     assert report.samples is not None
     with Image.open(report.samples) as sheet:
         expected = labelled_grid([[drawn.image]], columns=["zorb, a red fox"])
+        assert ImageChops.difference(sheet, expected).getbbox() is None
+
+
+def test_where_a_gpu_trains_in_bfloat16_samples_are_made_in_float16(
+    tiny_base: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is merged into bfloat16 is rounded away by half: the sheet would not show what the LoRA does."""
+
+    def as_on_a_gpu(requested: str, device: object, *, unet_parameters: int, generating: bool) -> torch.dtype:
+        assert (requested, generating) == ("auto", True)
+        return torch.float16
+
+    loaded = counted_loads(monkeypatch)
+    monkeypatch.setattr(samples, "choose_precision", as_on_a_gpu)
+    output = tmp_path / "x.safetensors"
+    report = sdlora.train(config_for(tiny_base, images, output, "samples.prompts=['a fox']", "train.steps=2"))
+    assert len(loaded) == 1
+    places = {"unet": loaded[0].unet, "vae": loaded[0].vae, "text": loaded[0].text_encoders[0].model}
+    found = {name: {parameter.dtype for parameter in model.parameters()} for name, model in places.items()}
+    assert found == {"unet": {torch.float16}, "vae": {torch.float32}, "text": {torch.float16}}
+    (drawn,) = sdlora.generate("zorb, a fox", base=str(tiny_base), loras=[str(output)], seed=0, precision="float16")
+    assert report.samples is not None
+    with Image.open(report.samples) as sheet:
+        expected = labelled_grid([[drawn.image]], columns=["zorb, a fox"])
         assert ImageChops.difference(sheet, expected).getbbox() is None
 
 

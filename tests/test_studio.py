@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 import sdlora
 from sdlora.errors import BaseModelError, SdloraError
+from sdlora.generation import images
 from tests.test_generation import random_lora
 from tests.test_samples import counted_loads
 
@@ -51,3 +53,49 @@ def test_faults_are_found_before_anything_is_loaded(tiny_base: Path, monkeypatch
         with pytest.raises(SdloraError):
             studio.generate("a fox", **options)  # ty: ignore[invalid-argument-type]
     assert loaded == []
+
+
+def test_on_a_small_device_text_encoders_make_room(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All prompts are encoded first; the images are the same."""
+    given: dict[str, Any] = {"base": tiny_base, "seed": 1, "steps": 2, "count": 3}
+    expected = sdlora.generate(["a fox", "a long prompt " * 60], **given)
+    events: list[str] = []
+
+    def note(event: str, function: Any) -> Any:
+        return lambda *given, **named: (events.append(event), function(*given, **named))[1]
+
+    monkeypatch.setattr(images, "free_memory", lambda device: images.ROOM - 1)
+    for name in ("encode_requests", "denoise", "move_to"):
+        monkeypatch.setattr(images, name, note(name, getattr(images, name)))
+    drawn = sdlora.generate(["a fox", "a long prompt " * 60], **given)
+    assert events == ["encode_requests"] * 2 + ["move_to"] + ["denoise"] * 2 + ["move_to"]
+    assert all(torch.equal(one.latents, other.latents) for one, other in zip(drawn, expected, strict=True))
+
+
+def test_images_that_do_not_fit_together_are_generated_one_by_one(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    given: dict[str, Any] = {"base": tiny_base, "steps": 2, "negative": "blue"}
+    prompts = ["a fox", "a tower"]
+    alone = [sdlora.generate(prompt, seed=1, **given)[0] for prompt in prompts]
+    denoise, most = images.denoise, 1
+
+    def small(base: Any, batch: Any, *more: Any) -> torch.Tensor:
+        if len(batch) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return denoise(base, batch, *more)
+
+    monkeypatch.setattr(images, "denoise", small)
+    with caplog.at_level(logging.WARNING, "sdlora"):
+        drawn = sdlora.generate(prompts, seed=1, **given)
+    assert [record.getMessage() for record in caplog.records] == [
+        "the cpu has too little memory for 2 images of 64 x 64 pixels at once; they are generated one by one"
+    ]
+    for one, other in zip(drawn, alone, strict=True):
+        assert (one.latents - other.latents).abs().max() < 1e-4
+    most = 0
+    with (
+        sdlora.open(tiny_base) as studio,
+        pytest.raises(SdloraError, match="too little memory for an image of 64 x 64 pixels; choose a smaller size"),
+    ):
+        studio.generate("a fox", seed=1, steps=1)

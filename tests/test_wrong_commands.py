@@ -153,7 +153,7 @@ WRONG = [
     ("generate x --steps 0", 2, "Invalid value for '--steps'"),
     ("generate x --count 0", 2, "Invalid value for '--count'"),
     ("generate x --count x", 2, "Invalid value for '--count'"),
-    ("generate x --precision fp8", 2, "is not auto, float32 or bfloat16"),
+    ("generate x --precision fp8", 2, "is not auto, float32, bfloat16 or float16"),
     ("generate x --strip --count 2", 2, "a strip shows one seed"),
     ("generate x --cfg high", 2, "Invalid value for '--cfg'"),
     ("generate x --clip-skip 99", 1, "base.clip_skip = 99: must be at most 24"),

@@ -72,6 +72,14 @@ def move_to(device: torch.device, *models: nn.Module) -> None:
             model.to(device)
 
 
+def cast(dtype: torch.dtype, *models: nn.Module) -> None:
+    """Cast ``models`` where they are, one tensor after another."""
+    for model in models:
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.to(dtype)
+
+
 def _is_on(device: torch.device, model: nn.Module) -> bool:
     return all(parameter.device.type == device.type for parameter in model.parameters())
 
@@ -97,4 +105,5 @@ class Room:
         if needed <= self.left:
             self.left -= needed
             return [tensor.to(self.device) for tensor in tensors]
-        return [tensor.pin_memory() if self.device.type == "cuda" else tensor for tensor in tensors]
+        spilled = [tensor.cpu() for tensor in tensors]
+        return [tensor.pin_memory() for tensor in spilled] if self.device.type == "cuda" else spilled

@@ -1,4 +1,4 @@
-"""Tokens to conditioning, pixels to latents, latents to pixels."""
+"""Tokens to conditioning, pixels to latents."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def encode_ids(base: Base, ids: Sequence[Tensor], weights: Sequence[Tensor] = ()
         count = of_encoder.shape[0]
         hidden, summary = _encode(base, encoder, of_encoder.view(-1, TOKENS_IN_CHUNK))
         if weights and (weights[number] != 1).any():
-            hidden = _weighted(hidden, weights[number].view(-1, TOKENS_IN_CHUNK).to(hidden))
+            hidden = _weighted(hidden, weights[number].view(-1, TOKENS_IN_CHUNK))
         contexts.append(hidden.view(count, -1, hidden.shape[-1]))
         if summary is not None:
             pooled = summary.view(count, -1, summary.shape[-1])[:, 0]
@@ -56,9 +56,13 @@ def _encode(base: Base, encoder: TextEncoder, ids: Tensor) -> tuple[Tensor, Tens
 
 
 def _weighted(hidden: Tensor, weights: Tensor) -> Tensor:
-    """Each token's vector times its weight, (n, 77, width), scaled back to the original mean, as A1111 does by default."""
-    result = hidden * weights[..., None]
-    return result * (hidden.mean((1, 2), keepdim=True) / result.mean((1, 2), keepdim=True))
+    """Each token's vector times its weight, (n, 77, width), scaled back to the original mean, as A1111 does by default.
+
+    In float32: means are close to 0, and a quotient of two that were rounded to bfloat16 changes the whole prompt.
+    """
+    original = hidden.float()
+    result = original * weights.to(original.device)[..., None]
+    return (result * (original.mean((1, 2), keepdim=True) / result.mean((1, 2), keepdim=True))).to(hidden.dtype)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -79,24 +83,12 @@ def encode_pixels(base: Base, pixels: Tensor) -> Posterior:
     distribution = base.vae.encode(pixels.to(base.device, base.vae.dtype)).latent_dist
     scale = base.checkpoint.latent_scale
     mean, std = distribution.mean.float() * scale, distribution.std.float() * scale
-    _check_finite(base, mean, "the VAE")
+    check_finite(base, mean, "the VAE")
     return Posterior(mean=mean, std=std)
 
 
-@torch.no_grad()
-def decode_latents(base: Base, latents: Tensor) -> Tensor:
-    """Latents (b, 4, h, w) at the latent scale -> pixels (b, 3, 8h, 8w) float32 in [0, 1].
-
-    Raises:
-        BaseModelError: the latents hold NaN or Inf, or the VAE produced them.
-    """
-    _check_finite(base, latents, "the UNet")
-    decoded = base.vae.decode(latents.to(base.vae.dtype) / base.checkpoint.latent_scale).sample.float()
-    _check_finite(base, decoded, "the VAE")
-    return decoded.div(2).add(0.5).clamp(0, 1)
-
-
-def _check_finite(base: Base, values: Tensor, source: str) -> None:
+def check_finite(base: Base, values: Tensor, source: str) -> None:
+    """Raises ``BaseModelError``, naming ``source``, if any of ``values`` is NaN or Inf."""
     if not values.isfinite().all():
         raise BaseModelError(
             f"{base.checkpoint.name}: {source} produced NaN or Inf: the checkpoint is damaged, or its values exceed "

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..config.sections import DataSection
 from ..data.caption_files import CAPTION_EXTENSIONS
@@ -21,6 +21,9 @@ from ..errors import CaptionerError, ConfigError, DataError, Interrupted, Sdlora
 from ..files import printable, write_new
 from ..progress import Progress, progress_or_bar
 from .models import Captioner, find_kind, first_line, open_captioner
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 _NOTHING_TO_CAPTION = frozenset({"folder-missing", "folder-empty"})
 """Codes of findings."""
@@ -41,6 +44,7 @@ class CaptionReport:
     """One line for each image that still has no caption, with the reason."""
 
     def to_json(self) -> dict[str, Any]:
+        """All fields by their names."""
         return asdict(self)
 
 
@@ -58,8 +62,8 @@ def caption_folder(
 
     ``kind`` is "blip", "florence", "wd14", or "auto" to detect it. ``trigger`` is put in front of captions that lack
     it. Captions are written to files of ``extension``, each whole or not at all; the same call resumes after an
-    interruption. Without ``progress``, a bar is shown on a terminal. When ``stop`` is set, work ends after the current
-    image.
+    interruption. Without ``progress``, a bar is shown on a terminal. When ``stop`` is set, work ends after the images at
+    hand: one, or on a GPU a few.
 
     Raises:
         DataError: ``folder`` does not exist or holds no image.
@@ -100,18 +104,23 @@ def write_captions(
     written: list[str] = []
     progress.start("Captioning", len(missing))
     captioner: Captioner | None = None
+    waiting = list(missing)
     try:
-        for image, caption_file in missing.items():
+        while waiting:
             if stop is not None and stop.is_set():
                 raise _interruption(missing)
             captioner = captioner or load()
-            try:
-                text = _caption_of(captioner, image)
-                if _write_new(caption_file, with_trigger(text, trigger) if trigger else text):
-                    written.append(printable(caption_file))
-            except DataError as error:
-                problems += error.problems
-            progress.advance(note=caption_file.name)
+            images, waiting = waiting[: captioner.at_once], waiting[captioner.at_once :]
+            for image, text in _captions_of(captioner, images):
+                caption_file = missing[image]
+                try:
+                    if isinstance(text, DataError):
+                        raise text
+                    if _write_new(caption_file, with_trigger(text, trigger) if trigger else text):
+                        written.append(printable(caption_file))
+                except DataError as error:
+                    problems += error.problems
+                progress.advance(note=caption_file.name)
     except KeyboardInterrupt:
         raise _interruption(missing) from None
     return CaptionReport(
@@ -162,17 +171,38 @@ def _other_captions(folders: Iterable[Path]) -> dict[tuple[Path, str], str]:
     return {(folder, stem_of(name)): name for folder, name in files if extension_of(name) in _OTHER_CAPTIONS}
 
 
-def _caption_of(captioner: Captioner, file: Path) -> str:
-    image = open_image(file)
+def _captions_of(captioner: Captioner, files: Sequence[Path]) -> Iterator[tuple[Path, str | DataError]]:
+    """The caption of each image, or why it has none, in their order."""
+    opened: dict[Path, Image.Image | DataError] = {}
+    for file in files:
+        try:
+            opened[file] = open_image(file)
+        except DataError as error:
+            opened[file] = error
+    images = {file: image for file, image in opened.items() if not isinstance(image, DataError)}
+    texts = _described(captioner, images)
+    for file, image in opened.items():
+        yield file, image if isinstance(image, DataError) else _checked(file, next(texts))
+
+
+def _described(captioner: Captioner, images: Mapping[Path, Image.Image]) -> Iterator[str]:
+    """What the model says of each. Where it fails on several at once, out of memory for example, each is tried alone."""
     try:
-        text = " ".join(captioner.caption(image).split())
+        yield from captioner.captions(list(images.values())) if images else ()
+        return
     except SdloraError:
         raise
     except Exception as error:  # Whatever a model's library raises.
-        raise CaptionerError(f"{printable(file)}: the model failed on this image: {first_line(error)}") from None
-    if not text:
-        raise DataError(f"{printable(file)}: the model returned no caption; write one yourself")
-    return text
+        if len(images) == 1:
+            reason = f"the model failed on this image: {first_line(error)}"
+            raise CaptionerError(f"{printable(next(iter(images)))}: {reason}") from None
+    for file, image in images.items():
+        yield from _described(captioner, {file: image})
+
+
+def _checked(file: Path, text: str) -> str | DataError:
+    joined = " ".join(text.split())
+    return joined or DataError(f"{printable(file)}: the model returned no caption; write one yourself")
 
 
 def _write_new(file: Path, text: str) -> bool:

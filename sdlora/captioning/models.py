@@ -32,14 +32,28 @@ GENERAL_THRESHOLD, CHARACTER_THRESHOLD = 0.35, 0.85
 _MODEL_TYPES = {"blip": "blip", "florence2": "florence"}
 """``model_type`` in config.json -> kind."""
 _ONNX, _TAGS = "model.onnx", "selected_tags.csv"
+_CUDA = "CUDAExecutionProvider"
+_PROVIDERS = (_CUDA, "CPUExecutionProvider")
+"""What onnxruntime computes with, the first that works. Named, since it would try TensorRT first, which builds an engine."""
+IMAGES_AT_ONCE = 8
+"""On a GPU. On the CPU it is one: a batch is not faster there."""
 
 
 class Captioner(Protocol):
     """A model that describes images."""
 
+    @property
+    def at_once(self) -> int:
+        """How many images are worth describing together."""
+        return 1
+
     def caption(self, image: Image.Image) -> str:
         """Describe an RGB image of any size; equal images get equal captions. May be empty."""
         ...
+
+    def captions(self, images: Sequence[Image.Image]) -> list[str]:
+        """``caption`` of each, of ``at_once`` at most."""
+        return [self.caption(image) for image in images]
 
 
 def find_kind(folder: Path, requested: str = "auto") -> CaptionerKind:
@@ -83,7 +97,8 @@ def open_captioner(folder: Path, kind: CaptionerKind) -> Captioner:
         CaptionerError: it is damaged or incomplete, or a package that it needs is not installed.
     """
     if kind == "wd14":
-        return Wd14(session=_onnx_session(folder / _ONNX), tags=read_tags(folder / _TAGS))
+        session = _onnx_session(folder / _ONNX)
+        return Wd14(session=session, tags=read_tags(folder / _TAGS), at_once=_images_at_once(session))
     _quiet_libraries()
     import transformers
 
@@ -101,56 +116,77 @@ def open_captioner(folder: Path, kind: CaptionerKind) -> Captioner:
     if missing := sorted(report["missing_keys"]):
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise CaptionerError(f"{folder}: the model is incomplete: tensor {missing[0]}{more} is missing")
-    from ..base.precision import choose_device
+    from ..base.precision import choose_device, choose_precision
 
-    model = model.float().eval().to(choose_device())
-    return Sentences(model=model, processor=processor, task=FLORENCE_TASK if kind == "florence" else None)
+    device = choose_device()
+    dtype = choose_precision("auto", device, unet_parameters=0, generating=True)
+    return Sentences(
+        model=model.to(dtype).eval().to(device),
+        processor=processor,
+        task=FLORENCE_TASK if kind == "florence" else None,
+        at_once=1 if device.type == "cpu" else IMAGES_AT_ONCE,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Sentences:
+class Sentences(Captioner):
     """BLIP or Florence-2 of transformers, with beam search and no sampling. ``task`` is Florence-2's prompt."""
 
     model: Any
     processor: Any
     task: str | None
+    at_once: int = 1
 
     def caption(self, image: Image.Image) -> str:
+        return self.captions([image])[0]
+
+    def captions(self, images: Sequence[Image.Image]) -> list[str]:
         import torch
 
-        inputs = self.processor(images=image, return_tensors="pt", **({"text": self.task} if self.task else {}))
+        prompts = {"text": [self.task] * len(images)} if self.task else {}
+        inputs = self.processor(images=list(images), return_tensors="pt", **prompts)
         with torch.inference_mode():
             tokens = self.model.generate(
-                **inputs.to(self.model.device), max_new_tokens=MAX_NEW_TOKENS, num_beams=BEAMS, do_sample=False
+                **inputs.to(self.model.device, self.model.dtype),
+                max_new_tokens=MAX_NEW_TOKENS,
+                num_beams=BEAMS,
+                do_sample=False,
             )
-        return self.processor.batch_decode(tokens, skip_special_tokens=True)[0]
+        return self.processor.batch_decode(tokens, skip_special_tokens=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tag:
+    """One of the tags that a tagger knows."""
+
     name: str
     category: int
     """0 general, 4 character, 9 rating."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Wd14:
-    """A tagger: (1, side, side, 3) float32, BGR, 0 to 255 -> a probability for each of ``tags``."""
+class Wd14(Captioner):
+    """A tagger: (b, side, side, 3) float32, BGR, 0 to 255 -> a probability for each of ``tags``, (b, tags)."""
 
     session: Any
     """An ``onnxruntime.InferenceSession``."""
     tags: Sequence[Tag]
+    at_once: int = 1
 
     def caption(self, image: Image.Image) -> str:
+        return self.captions([image])[0]
+
+    def captions(self, images: Sequence[Image.Image]) -> list[str]:
         (model_input,) = self.session.get_inputs()
         _, height, width, _ = model_input.shape
         if not (isinstance(height, int) and height == width):
             raise CaptionerError(f"{_ONNX}: takes images of {height} x {width}; expected a square of a fixed size")
-        (probabilities,) = self.session.run(None, {model_input.name: tagger_pixels(image, height)})
-        if probabilities.shape != (1, len(self.tags)):
+        pixels = np.concatenate([tagger_pixels(image, height) for image in images])
+        (probabilities,) = self.session.run(None, {model_input.name: pixels})
+        if probabilities.shape != (len(images), len(self.tags)):
             counts = f"{probabilities.shape[-1]} probabilities for {len(self.tags)} tags"
             raise CaptionerError(f"{_ONNX}: returns {counts}; {_TAGS} belongs to another model")
-        return ", ".join(choose_tags(self.tags, probabilities[0].tolist()))
+        return [", ".join(choose_tags(self.tags, row)) for row in probabilities.tolist()]
 
 
 def read_tags(file: Path) -> tuple[Tag, ...]:
@@ -200,10 +236,18 @@ def _onnx_session(file: Path) -> Any:
         absent = isinstance(fault, ModuleNotFoundError) and fault.name == "onnxruntime"
         reason = "is not installed (pip install 'sdlora[caption]')" if absent else f"cannot be imported: {fault}"
         raise CaptionerError(f"{file}: needs onnxruntime, which {reason}") from None
+    available = onnxruntime.get_available_providers()
     try:
-        return onnxruntime.InferenceSession(str(file), providers=onnxruntime.get_available_providers())
+        return onnxruntime.InferenceSession(str(file), providers=[name for name in _PROVIDERS if name in available])
     except Exception as error:  # Its own types, which share no base class.
         raise CaptionerError(f"{file}: the model cannot be loaded: {first_line(error)}") from None
+
+
+def _images_at_once(session: Any) -> int:
+    """One on the CPU, and where the model takes no more."""
+    (model_input,) = session.get_inputs()
+    takes_one = isinstance(model_input.shape[0], int)
+    return 1 if takes_one or _CUDA not in session.get_providers() else IMAGES_AT_ONCE
 
 
 def first_line(error: Exception) -> str:

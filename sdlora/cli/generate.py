@@ -18,6 +18,9 @@ from .app import BaseOption, JsonOption, app, emit, examples, guard, parse_size
 if TYPE_CHECKING:
     from ..generation.images import GeneratedImage
 
+_PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+_ANY_PRECISION = f"{', '.join(_PRECISIONS[:-1])} or {_PRECISIONS[-1]}"
+
 
 @app.command(
     epilog=examples(
@@ -51,7 +54,8 @@ def generate(
             "--strip", help="One labelled image: without LoRA, each LoRA at half and full weight, all together."
         ),
     ] = False,
-    precision: Annotated[str, typer.Option(help="Precision of the base: auto, float32 or bfloat16.")] = "auto",
+    precision: Annotated[str, typer.Option(help=f"Precision of the base: {_ANY_PRECISION}.")] = "auto",
+    vae_tiling: Annotated[bool, typer.Option("--vae-tiling", help="Decode in strips: less memory, slower.")] = False,
     clip_skip: Annotated[int | None, typer.Option(help="Layer of the text encoder, counted from the end.")] = None,
     vae: Annotated[str | None, typer.Option(metavar="FILE", help="Replaces the base's own.")] = None,
     text_encoder: Annotated[
@@ -69,31 +73,31 @@ def generate(
     shape = parse_size(size)
     if strip and count > 1:
         raise typer.BadParameter("a strip shows one seed; remove --count", param_hint="--strip")
-    if precision not in ("auto", "float32", "bfloat16"):
-        raise typer.BadParameter(f"{precision!r} is not auto, float32 or bfloat16", param_hint="--precision")
+    if precision not in _PRECISIONS:
+        raise typer.BadParameter(f"{precision!r} is not {_ANY_PRECISION}", param_hint="--precision")
     encoders = [*(text_encoder or ()), None, None]
     from ..config.loading import base_section
 
     section = base_section(
-        path=base,
-        vae=vae,
-        text_encoder=encoders[0],
-        text_encoder_2=encoders[1],
-        prediction=prediction,
-        clip_skip=clip_skip,
-        attention=attention,
-    )
+        path=base, vae=vae, text_encoder=encoders[0], text_encoder_2=encoders[1], prediction=prediction,
+        clip_skip=clip_skip, attention=attention,
+    )  # fmt: skip
     target = ImageTarget.parse(out)
     first = first_seed(seed, count=count)
     options: dict[str, Any] = {"negative": negative, "seed": first, "steps": steps, "cfg": cfg}
     options |= {"size": shape, "sampler": sampler, "precision": precision, "base": section, "loras": lora or ()}
+    options["vae_tiling"] = vae_tiling
     check_target(target.path, "folder" if target.is_folder else "file")
     files = _write_strip(prompt, target, options) if strip else _write_images(prompt, count, target, options)
     if as_json:
         emit({"images": [str(file) for file in files], "seed": first, "prompts": prompt, "loras": list(lora or ())})
-        return
-    if seed != first:
-        typer.echo(f"seed {first}", err=True)
+    else:
+        _print_files(files, None if seed == first else first)
+
+
+def _print_files(files: list[Path], random_seed: int | None) -> None:
+    if random_seed is not None:
+        typer.echo(f"seed {random_seed}", err=True)
     for file in files:
         typer.echo(str(file))
 

@@ -19,9 +19,16 @@ from .samplers import SAMPLERS, make_scheduler
 
 
 def denoise(
-    base: Base, requests: Sequence[ImageRequest], progress: Progress, stop: threading.Event | None = None
+    base: Base,
+    requests: Sequence[ImageRequest],
+    conditioning: Conditioning,
+    progress: Progress,
+    stop: threading.Event | None = None,
 ) -> Tensor:
     """Latents, (b, 4, h/8, w/8) float32, of b requests that differ in nothing but prompts and seeds.
+
+    ``conditioning`` is that of ``encode_requests``. A step reads nothing back from the device, and copies nothing to it but
+    the new noise of samplers that draw some: the schedule stays in main memory, where samplers compute their factors.
 
     Guidance is ε = ε₀ + g (ε₁ - ε₀) (Ho & Salimans 2022, eq. 6, with g = 1 + w). Noise is drawn on the CPU, so a seed
     gives the same image on every device.
@@ -32,9 +39,8 @@ def denoise(
     first = requests[0]
     sampler = SAMPLERS[first.sampler]
     scheduler = make_scheduler(sampler, base.checkpoint.schedule)
-    scheduler.set_timesteps(first.steps, device=base.device)
-    guided = first.cfg != 1.0
-    conditioning = _conditioning(base, requests, guided=guided)
+    scheduler.set_timesteps(first.steps, device="cpu")
+    guided = _is_guided(first)
     width, height = first.size_on(base.checkpoint)
     sizes = time_ids([Framing.whole(width, height)] * conditioning.context.shape[0]).to(base.device)
     factor = base.checkpoint.latent_factor
@@ -43,10 +49,10 @@ def denoise(
     noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
     latents = noise.to(base.device) * scheduler.init_noise_sigma
     extra = {"generator": generators} if sampler.adds_noise else {}
-    for timestep in scheduler.timesteps:
+    for timestep, on_device in zip(scheduler.timesteps, scheduler.timesteps.to(base.device), strict=True):
         raise_if_stopped(stop, "stopped while generating")
         noisy = scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, timestep)
-        predicted = base.predict(noisy, timestep, conditioning, sizes)
+        predicted = base.predict(noisy, on_device, conditioning, sizes)
         if guided:
             unconditional, conditional = predicted.chunk(2)
             predicted = unconditional + first.cfg * (conditional - unconditional)
@@ -55,9 +61,9 @@ def denoise(
     return latents
 
 
-def _conditioning(base: Base, requests: Sequence[ImageRequest], *, guided: bool) -> Conditioning:
-    """A row for each prompt; where ``guided``, a row for each negative prompt before them."""
-    negatives = [request.negative for request in requests if guided]
+def encode_requests(base: Base, requests: Sequence[ImageRequest]) -> Conditioning:
+    """A row for each prompt; with guidance, a row for each negative prompt before them."""
+    negatives = [request.negative for request in requests if _is_guided(request)]
     texts = [*negatives, *(request.prompt for request in requests)]
     prompts = [tokenize(base, parse_prompt(text)) for text in texts]
     chunks = max(tokens.chunks for prompt in prompts for tokens in prompt)
@@ -71,3 +77,7 @@ def _conditioning(base: Base, requests: Sequence[ImageRequest], *, guided: bool)
             for number, (row, text) in enumerate(zip(rows, texts, strict=True))
         ]
     )
+
+
+def _is_guided(request: ImageRequest) -> bool:
+    return request.cfg != 1.0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,17 +13,25 @@ from PIL import Image
 from torch import Tensor
 
 from ..base.base import Base
-from ..base.encode import decode_latents
+from ..base.checkpoint import BaseCheckpoint
+from ..base.conditioning import Conditioning
+from ..base.decode import LatentDecoder
+from ..base.device_memory import free_memory, move_to, out_of_memory, release_memory
+from ..errors import DeviceMemoryError
 from ..formats.hashes import file_hashes
-from ..lora.merging import temporarily_merged
+from ..lora.attaching import temporarily_applied
 from ..progress import Progress, raise_if_stopped
-from .denoise import denoise
+from .denoise import denoise, encode_requests
 from .infotext import infotext
 from .loras import WeightedLora
 from .request import ImageRequest
 from .saving import encoded
 
-IMAGES_AT_ONCE = 4
+IMAGES_AT_ONCE, PIXELS_AT_ONCE = 4, 1024 * 1024
+"""Neighbouring images are generated together, as many as stay within both; at 1024 x 1024 one occupies any device."""
+ROOM = 4 * 2**30
+"""Bytes of free memory below which the text encoders leave a device while images are generated."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,13 +56,17 @@ def generate_images(
     progress: Progress,
     stop: threading.Event | None = None,
     on_image: Callable[[GeneratedImage], None] | None = None,
+    *,
+    vae_tiling: bool = False,
 ) -> list[GeneratedImage]:
-    """Generate every request under the same LoRAs, which are merged into ``base`` for as long as this takes.
+    """Generate every request under the same LoRAs, which are applied to ``base`` for as long as this takes.
 
-    ``on_image`` is called with each image as soon as it is done, in the order of ``requests``.
+    ``on_image`` is called with each image as soon as it is done, in the order of ``requests``. ``vae_tiling`` decodes in
+    strips from the start (``base.decode``).
 
     Raises:
         BaseModelError: the UNet or the VAE produced NaN or Inf.
+        DeviceMemoryError: the device's memory does not suffice for one image.
         Interrupted: ``stop`` was set.
     """
     if not requests:
@@ -61,11 +75,16 @@ def generate_images(
     base_autov2 = file_hashes(checkpoint.file, progress).autov2 if checkpoint.file else None
     images: list[GeneratedImage] = []
     progress.start("Generating", sum(request.steps for request in requests))
-    with temporarily_merged(base.modules(), [lora.changes() for lora in loras]):
-        for batch in _batches(requests):
-            latents = denoise(base, batch, progress, stop)
+    decode = LatentDecoder(base, tiled=vae_tiling)
+    batches = _batches(requests, checkpoint)
+    with (
+        temporarily_applied(base.modules(), [lora.changes() for lora in loras]),
+        _conditionings(base, batches) as conditionings,
+    ):
+        for batch, conditioning in zip(batches, conditionings, strict=True):
+            latents = _denoised(base, batch, conditioning, progress, stop)
             raise_if_stopped(stop, "stopped while generating")
-            pixels = decode_latents(base, latents).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+            pixels = decode(latents).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
             for request, latent, array in zip(batch, latents, pixels, strict=True):
                 image = GeneratedImage(
                     image=Image.fromarray(array),
@@ -79,11 +98,66 @@ def generate_images(
     return images
 
 
-def _batches(requests: Sequence[ImageRequest]) -> list[list[ImageRequest]]:
-    """Neighbours that differ in nothing but prompts and seeds, at most ``IMAGES_AT_ONCE`` together."""
+@contextmanager
+def _conditionings(base: Base, batches: Sequence[Sequence[ImageRequest]]) -> Generator[Iterator[Conditioning]]:
+    """The conditioning of each batch. On a small device the text encoders are in main memory after the last was encoded."""
+    if base.device.type == "mps" or free_memory(base.device) >= ROOM:
+        yield (encode_requests(base, batch) for batch in batches)
+        return
+    main_memory, encoders = torch.device("cpu"), base.encoder_models()
+    encoded = [encode_requests(base, batch).to(main_memory) for batch in batches]
+    move_to(main_memory, *encoders)
+    release_memory(base.device)
+    try:
+        yield (conditioning.to(base.device) for conditioning in encoded)
+    finally:
+        move_to(base.device, *encoders)
+
+
+def _denoised(
+    base: Base,
+    batch: Sequence[ImageRequest],
+    conditioning: Conditioning,
+    progress: Progress,
+    stop: threading.Event | None,
+) -> Tensor:
+    """``denoise``, one image after another where memory does not suffice for all of ``batch``.
+
+    Raises:
+        DeviceMemoryError: it does not suffice for one.
+    """
+    try:
+        return denoise(base, batch, conditioning, progress, stop)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+    # After the except block, which keeps what the UNet had computed.
+    release_memory(base.device)
+    width, height = batch[0].size_on(base.checkpoint)
+    if len(batch) == 1:
+        raise DeviceMemoryError(
+            f"the {base.device.type} has too little memory for an image of {width} x {height} pixels; choose a smaller "
+            "size, or end other programs that use its memory"
+        )
+    logger.warning(
+        "the %s has too little memory for %d images of %d x %d pixels at once; they are generated one by one",
+        *(base.device.type, len(batch), width, height),
+    )
+    # With guidance there are two rows for each image, len(batch) apart.
+    rows = [range(number, conditioning.context.shape[0], len(batch)) for number in range(len(batch))]
+    alone = [Conditioning.stack([conditioning.row(row) for row in of_image]) for of_image in rows]
+    return torch.cat(
+        [_denoised(base, [request], own, progress, stop) for request, own in zip(batch, alone, strict=True)]
+    )
+
+
+def _batches(requests: Sequence[ImageRequest], checkpoint: BaseCheckpoint) -> list[list[ImageRequest]]:
+    """Neighbours that differ in nothing but prompts and seeds, as many as are generated together."""
     batches: list[list[ImageRequest]] = []
     for request in requests:
-        if batches and len(batches[-1]) < IMAGES_AT_ONCE and _settings(batches[-1][0]) == _settings(request):
+        width, height = request.size_on(checkpoint)
+        most = min(IMAGES_AT_ONCE, max(1, PIXELS_AT_ONCE // (width * height)))
+        if batches and len(batches[-1]) < most and _settings(batches[-1][0]) == _settings(request):
             batches[-1].append(request)
         else:
             batches.append([request])

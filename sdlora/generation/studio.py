@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from PIL import Image
 
 from ..base.checkpoint import BaseCheckpoint, find_base
 from ..base.device import device_facts
+from ..base.gpu_build import why_not_cuda
 from ..base.precision import choose_device, describe_precision, explain_precision
 from ..config.sections import BaseSection
 from ..errors import SdloraError
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from ..base.base import Base
     from .images import GeneratedImage
 
+logger = logging.getLogger(__name__)
 STRENGTHS = (0.0, 0.5, 1.0)
 """Columns of a strip by default: what the weights of each LoRA are multiplied by."""
 
@@ -43,6 +46,7 @@ def generate(
     size: int | tuple[int, int] | None = ImageRequest.size,
     sampler: str = ImageRequest.sampler,
     precision: str = "auto",
+    vae_tiling: bool = False,
     progress: Progress | None = None,
     stop: threading.Event | None = None,
     on_image: Callable[[GeneratedImage], None] | None = None,
@@ -57,7 +61,9 @@ def generate(
         seed: seed of the first image of each prompt, 0 to 2**32 - 1; None or -1 for a random one.
         cfg: classifier-free guidance scale; 1 switches guidance off.
         size: (width, height) in pixels, or the side of a square; by default the base's own square.
-        precision: ``auto``, ``float32`` or ``bfloat16``.
+        precision: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
+        vae_tiling: decode in strips, in a fraction of the memory: the same image, later. It is done anyway where memory
+            runs out.
         progress: receives reports; by default a bar in a terminal.
         stop: set it, from any thread, to stop after the current step.
         on_image: called with each image as soon as it is done.
@@ -67,7 +73,7 @@ def generate(
         SdloraError: a base, LoRA, size, sampler or precision that cannot be used, found before anything is generated.
         Interrupted: ``stop`` was set.
     """
-    with open(base, precision=precision) as studio:
+    with open(base, precision=precision, vae_tiling=vae_tiling) as studio:
         return studio.generate(
             prompts, loras=loras, negative=negative, seed=seed, count=count, steps=steps, cfg=cfg, size=size,
             sampler=sampler, progress=progress, stop=stop, on_image=on_image, say=say,
@@ -88,6 +94,7 @@ def generate_strip(
     size: int | tuple[int, int] | None = ImageRequest.size,
     sampler: str = ImageRequest.sampler,
     precision: str = "auto",
+    vae_tiling: bool = False,
     progress: Progress | None = None,
     stop: threading.Event | None = None,
     say: Callable[[str], None] = lambda line: None,
@@ -97,24 +104,22 @@ def generate_strip(
     ``strengths`` multiply the weights of ``loras``; strength 0 is shown once. Each image is enlarged ``scale`` times.
     Everything else is as in ``generate``, which raises the same. Returns the image and the parameters of all its parts.
     """
-    with open(base, precision=precision) as studio:
+    with open(base, precision=precision, vae_tiling=vae_tiling) as studio:
         return studio.generate_strip(
             prompts, loras=loras, strengths=strengths, scale=scale, negative=negative, seed=seed, steps=steps, cfg=cfg,
             size=size, sampler=sampler, progress=progress, stop=stop, say=say,
         )  # fmt: skip
 
 
-def open(base: str | Path | BaseSection = "mini", *, precision: str = "auto") -> OpenStudio:
+def open(base: str | Path | BaseSection = "mini", *, precision: str = "auto", vae_tiling: bool = False) -> OpenStudio:
     """A base that stays loaded between calls. Its weights are read when the first image is generated.
 
-    Args:
-        base: the value of ``base.path`` in a configuration, or a whole ``[base]`` section.
-        precision: ``auto``, ``float32`` or ``bfloat16``.
+    ``base``, ``precision`` and ``vae_tiling`` are as in ``generate``.
 
     Raises:
         BaseModelError: the base is missing, incomplete, damaged or not supported.
     """
-    return OpenStudio(find_base(base_argument(base)), precision=precision)
+    return OpenStudio(find_base(base_argument(base)), precision=precision, vae_tiling=vae_tiling)
 
 
 class OpenStudio:
@@ -123,9 +128,9 @@ class OpenStudio:
     Usable in a ``with`` statement, which closes it.
     """
 
-    def __init__(self, checkpoint: BaseCheckpoint, *, precision: str):
+    def __init__(self, checkpoint: BaseCheckpoint, *, precision: str, vae_tiling: bool):
         self._checkpoint = checkpoint
-        self._precision = precision
+        self._precision, self._vae_tiling = precision, vae_tiling
         self._base: Base | None = None
         self._closed = False
 
@@ -217,6 +222,8 @@ class OpenStudio:
         check_requests(requests, self._checkpoint)
         fitted = _fitted(self._checkpoint, loras)
         if self._base is None:
+            if unused := why_not_cuda():
+                logger.warning("%s", unused)
             device = choose_device()
             facts, parameters = device_facts(device), self._checkpoint.unet_parameters
             chosen = explain_precision(self._precision, facts, unet_parameters=parameters, generating=True)
@@ -225,7 +232,7 @@ class OpenStudio:
             from ..base.load import load_base
 
             self._base = load_base(self._checkpoint, device=device, dtype=chosen.dtype)
-        return Studio(base=self._base, loras=fitted)
+        return Studio(base=self._base, loras=fitted, vae_tiling=self._vae_tiling)
 
 
 def _columns(loras: tuple[WeightedLora, ...], strengths: Sequence[float]) -> list[tuple[str, tuple[WeightedLora, ...]]]:
@@ -244,6 +251,7 @@ class Studio:
 
     base: Base
     loras: tuple[WeightedLora, ...]
+    vae_tiling: bool = False
 
     @classmethod
     def on(cls, base: Base, loras: LoraArgument | Sequence[LoraArgument]) -> Studio:
@@ -279,7 +287,7 @@ class Studio:
         from .images import generate_images
 
         with progress_or_bar(progress) as reports:
-            return generate_images(self.base, requests, self.loras, reports, stop, on_image)
+            return generate_images(self.base, requests, self.loras, reports, stop, on_image, vae_tiling=self.vae_tiling)
 
 
 def _fitted(checkpoint: BaseCheckpoint, loras: LoraArgument | Sequence[LoraArgument]) -> tuple[WeightedLora, ...]:

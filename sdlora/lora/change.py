@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
@@ -33,6 +33,9 @@ class Change(ABC):
         @property
         def weight_shape(self) -> tuple[int, ...] | None:
             """Shape of the weight that this changes; None where only the weight shows it."""
+
+    reads_weight: ClassVar[bool] = True
+    """Whether ΔW depends on the values of W, and not on its shape alone."""
 
     @abstractmethod
     def delta(self, weight: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ class Hadamard(Change):
 
     kind = "loha"
     weight_shape = None
+    reads_weight = False
     w1_a: Tensor
     w1_b: Tensor
     w2_a: Tensor
@@ -83,6 +84,7 @@ class Kronecker(Change):
 
     kind = "lokr"
     weight_shape = None
+    reads_weight = False
     w1: Tensor | None = None
     w1_a: Tensor | None = None
     w1_b: Tensor | None = None
@@ -175,6 +177,7 @@ class Full(Change):
 
     kind = "full"
     rank = alpha = None
+    reads_weight = False
     diff: Tensor | None = None
     bias: Tensor | None = None
     of_norm: bool = False

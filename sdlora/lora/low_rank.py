@@ -18,6 +18,7 @@ class LowRank(Change):
     """
 
     kind = "lora"
+    reads_weight = False
     down: Tensor
     up: Tensor
     alpha: float
@@ -25,10 +26,12 @@ class LowRank(Change):
 
     @property
     def rank(self) -> int:
+        """Rows of ``down``."""
         return self.down.shape[0]
 
     @property
     def scale(self) -> float:
+        """alpha / rank, the factor of the product."""
         return self.alpha / self.rank
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -14,43 +14,64 @@ from .change import Change
 @contextmanager
 @torch.no_grad()
 def temporarily_merged(
-    modules: Mapping[str, nn.Module], loras: Sequence[Mapping[str, tuple[Change, float]]]
+    modules: Mapping[str, nn.Module],
+    loras: Sequence[Mapping[str, tuple[Change, float]]],
+    *,
+    in_place: bool | None = None,
 ) -> Generator[None]:
     """Within the block, every module's weight has all its changes added: W + Σ w · ΔW, summed in float32, cast once.
 
-    Each LoRA maps canonical module names to (change, weight). On leaving, the pristine weights are back bit for bit.
+    Each LoRA maps canonical module names to (change, weight). On leaving, also by an error, the pristine weights are back
+    bit for bit.
+
+    Args:
+        in_place: write into the memory of the weights, whose pristine values wait in main memory: a device holds each weight
+            once, and while a module is merged two more of its weights in float32. Otherwise the pristine tensors stay where
+            they are, and new ones take their place. By default a weight on the CPU is replaced, any other written in place.
 
     Raises:
         KeyError: a name is not in ``modules``; RuntimeError: a change does not fit its weight.
     """
-    weights: dict[str, Tensor] = {}
-    biases: dict[str, Tensor | None] = {}
-    try:
+    with ExitStack() as undo:
         for name in sorted({name for lora in loras for name in lora}):
             module, changes = modules[name], [lora[name] for lora in loras if name in lora]
             weight = _weight(module)
-            pristine = weight.float()
-            total = pristine.clone()
-            for change, strength in changes:
-                total += strength * change.delta(pristine)
-            weights[name] = weight.data
-            weight.data = total.to(weight.dtype)
+            _change(undo, weight, _merged(weight, changes), in_place)
             moves = [(bias, strength) for change, strength in changes if (bias := change.bias_delta()) is not None]
             if moves:
-                biases[name] = _move_bias(module, moves, weight)
+                _move_bias(undo, module, moves, in_place)
         yield
-    finally:
-        for name, original in weights.items():
-            _weight(modules[name]).data = original
-        for name, original in biases.items():
-            _restore_bias(modules[name], original)
 
 
-def _restore_bias(module: nn.Module, original: Tensor | None) -> None:
-    if original is None:
-        module.register_parameter("bias", None)
-    elif isinstance(module.bias, Tensor):
-        module.bias.data = original
+def _merged(weight: Tensor, changes: Sequence[tuple[Change, float]]) -> Tensor:
+    """W + Σ w · ΔW in float32."""
+    total = weight.to(torch.float32, copy=True)
+    for number, (change, strength) in enumerate(changes):
+        pristine = weight.float() if number and change.reads_weight else total
+        total.add_(change.delta(pristine), alpha=strength)
+    return total
+
+
+def _change(undo: ExitStack, parameter: Tensor, values: Tensor, in_place: bool | None) -> None:
+    """Give ``parameter`` the ``values``, cast to its dtype, until ``undo`` closes."""
+    if parameter.device.type != "cpu" if in_place is None else in_place:
+        pristine = _in_main_memory(parameter)
+        undo.callback(parameter.copy_, pristine, non_blocking=pristine.is_pinned())
+        parameter.copy_(values)
+    else:
+        undo.callback(setattr, parameter, "data", parameter.data)
+        parameter.data = values.to(parameter.dtype)
+
+
+def _in_main_memory(parameter: Tensor) -> Tensor:
+    """A copy of the values, pinned where they come from CUDA: neither way makes the host wait then."""
+    on_cuda = parameter.device.type == "cuda"
+    try:
+        copy = torch.empty_like(parameter, device="cpu", pin_memory=on_cuda)
+    except RuntimeError:
+        # A system may limit how much memory is pinned.
+        copy = torch.empty_like(parameter, device="cpu", pin_memory=False)
+    return copy.copy_(parameter, non_blocking=copy.is_pinned())
 
 
 def _weight(module: nn.Module) -> Tensor:
@@ -60,15 +81,16 @@ def _weight(module: nn.Module) -> Tensor:
     return weight
 
 
-def _move_bias(module: nn.Module, moves: Sequence[tuple[Tensor, float]], like: Tensor) -> Tensor | None:
-    """Change the bias, made where there is none; returns the original."""
-    bias = module.bias
-    original = bias.data if isinstance(bias, Tensor) else None
-    total = torch.zeros(like.shape[0], device=like.device) if original is None else original.float()
+def _move_bias(
+    undo: ExitStack, module: nn.Module, moves: Sequence[tuple[Tensor, float]], in_place: bool | None
+) -> None:
+    """Change the bias, made where there is none."""
+    bias, weight = module.bias, _weight(module)
+    total = bias.float() if isinstance(bias, Tensor) else torch.zeros(weight.shape[0], device=weight.device)
     for delta, strength in moves:
         total = total + strength * delta.to(total).reshape(total.shape)
     if isinstance(bias, Tensor):
-        bias.data = total.to(bias.dtype)
+        _change(undo, bias, total, in_place)
     else:
-        module.bias = nn.Parameter(total.to(like.dtype), requires_grad=False)
-    return original
+        undo.callback(module.register_parameter, "bias", None)
+        module.bias = nn.Parameter(total.to(weight.dtype), requires_grad=False)

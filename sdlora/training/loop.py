@@ -15,7 +15,7 @@ from accelerate import Accelerator, PartialState
 
 from ..base.base import Base
 from ..base.device import device_facts
-from ..base.device_memory import move_to, out_of_memory
+from ..base.device_memory import cast, move_to, out_of_memory
 from ..base.load import decoding_dtype, load_base
 from ..base.precision import describe_precision, explain_precision
 from ..errors import DeviceMemoryError, Interrupted, TargetError, TrainingError
@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
+    """What a call of ``train`` did, and where its file is."""
+
     output: Path
     steps: int
     seconds: float
@@ -152,7 +154,8 @@ def run_training(
 
 def _complete(base: Base) -> Base:
     """``base`` with all parts on its device, and the VAE as for generating."""
-    move_to(base.device, base.unet, base.vae.to(decoding_dtype(base.dtype)), *base.encoder_models())
+    cast(decoding_dtype(base.dtype, base.device), base.vae)
+    move_to(base.device, base.unet, base.vae, *base.encoder_models())
     return base
 
 

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from ..base.base import Base
+from ..base.device_memory import cast
+from ..base.load import decoding_dtype
+from ..base.precision import choose_precision
 from ..data.captions import with_trigger
 from ..formats.thumbnail import add_thumbnail
 from ..generation.grid import labelled_grid
@@ -25,8 +31,10 @@ def write_samples(
 
     Each image is beneath its prompt, which is shortened if it is long.
 
-    The LoRA is read from ``output`` and merged into ``base``, so the images show what the file does. They equal those of
-    ``sdlora.generate`` with the same base, LoRA and seed; if ``train.precision`` is set, with that precision.
+    The LoRA is read from ``output`` and merged into ``base``, so the images show what the file does. They are made in
+    ``train.precision`` if it is set, else in that of ``sdlora.generate``, and equal its images of the same base, LoRA, seed
+    and precision, except where a GPU trained in bfloat16. There the base, rounded to bfloat16 already, is cast to float16,
+    which keeps more bits of a LoRA that is merged into it. ``base`` is not to be used afterwards.
 
     Returns the sheet's path, or None without sample prompts.
 
@@ -38,13 +46,26 @@ def write_samples(
     requests = [ImageRequest(prompt=prompt, seed=config.train.seed) for prompt in sample_prompts(plan)]
     if not requests:
         return None
-    images = Studio.on(base, [str(output)]).images(requests, progress=progress, stop=stop)
+    studio = Studio.on(_in_generating_precision(base, config.train.precision), [str(output)])
+    images = studio.images(requests, progress=progress, stop=stop)
     sheet = labelled_grid([[image.image for image in images]], columns=[request.prompt for request in requests])
     file = sheet_file(output)
     save_png(sheet, file, "\n\n".join(image.parameters for image in images))
     if config.output.thumbnail and config.output.metadata == "full":
         add_thumbnail(output, images[0].image)
     return file
+
+
+def _in_generating_precision(base: Base, requested: str) -> Base:
+    """``base`` with its models cast, one tensor after another; a quantised UNet stays as it is."""
+    parameters = base.checkpoint.unet_parameters
+    dtype = choose_precision(requested, base.device, unet_parameters=parameters, generating=True)
+    if any(buffer.dtype in (torch.int8, torch.uint8) for buffer in base.unet.buffers()):
+        dtype = base.dtype
+    for model in (base.unet, *base.encoder_models()):
+        cast(dtype, model)
+    cast(decoding_dtype(dtype, base.device), base.vae)
+    return replace(base, dtype=dtype)
 
 
 def sheet_file(output: Path) -> Path:

@@ -1,0 +1,125 @@
+"""Merging in the memory of the weights, as on a GPU: the same values, the same tensors, every bit back, little memory."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sdlora.lora.change import Change
+from sdlora.lora.kinds import Decomposed, Full, Hadamard, Kronecker, Orthogonal, Scaling
+from sdlora.lora.low_rank import LowRank
+from sdlora.lora.merging import temporarily_merged
+
+WIDE, HIGH = 24, 16
+
+
+def low_rank(wide: int = WIDE, high: int = HIGH, rank: int = 3) -> LowRank:
+    return LowRank(down=torch.randn(rank, wide), up=torch.randn(high, rank), alpha=2.0)
+
+
+def changes() -> dict[str, Change]:
+    """One of each kind, for a weight of (HIGH, WIDE)."""
+    halves = {"w1_a": (HIGH, 2), "w1_b": (2, WIDE), "w2_a": (HIGH, 2), "w2_b": (2, WIDE)}
+    return {
+        "lora": low_rank(),
+        "loha": Hadamard(**{name: torch.randn(shape) for name, shape in halves.items()}, alpha=1.0),
+        "lokr": Kronecker(w1=torch.randn(4, 4), w2=torch.randn(4, 6), alpha=1.0),
+        "ia3": Scaling(weight=torch.randn(HIGH), on_input=False),
+        "full": Full(diff=torch.randn(HIGH, WIDE), bias=torch.randn(HIGH)),
+        "oft": Orthogonal(blocks=torch.randn(4, 4, 4), alpha=0.0),
+        "dora": Decomposed(inner=low_rank(), magnitude=torch.rand(HIGH, 1) + 0.5),
+    }
+
+
+@pytest.mark.parametrize("kind", changes())
+def test_reading_no_weight_is_true_of_every_kind_that_says_so(kind: str) -> None:
+    change = changes()[kind]
+    first, second = (change.delta(torch.randn(HIGH, WIDE)) for _ in range(2))
+    assert torch.equal(first, second) == (not change.reads_weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_in_place_gives_the_same_values_in_the_same_tensors(dtype: torch.dtype) -> None:
+    made = changes()
+    layers = {name: nn.Linear(WIDE, HIGH, bias=name != "bare").to(dtype) for name in ("one", "two", "bare")}
+    loras = [{"one": (change, 0.3), "two": (change, -0.7), "bare": (change, 1.0)} for change in made.values()]
+    with temporarily_merged(layers, loras, in_place=False):
+        replaced = {name: {k: v.clone() for k, v in layer.state_dict().items()} for name, layer in layers.items()}
+    parameters = [parameter for layer in layers.values() for parameter in layer.parameters()]
+    pristine = [(parameter.detach().clone(), parameter.data_ptr()) for parameter in parameters]
+    with temporarily_merged(layers, loras, in_place=True):
+        for name, layer in layers.items():
+            assert layer.state_dict().keys() == replaced[name].keys() == {"weight", "bias"}
+            for key, value in layer.state_dict().items():
+                assert torch.equal(value, replaced[name][key])
+        assert [parameter.data_ptr() for parameter in parameters] == [place for _, place in pristine]
+        assert not torch.equal(layers["one"].weight, pristine[0][0])
+    assert layers["bare"].bias is None
+    for parameter, (values, place) in zip(parameters, pristine, strict=True):
+        assert torch.equal(parameter, values)
+        assert parameter.data_ptr() == place
+
+
+class Broken(LowRank):
+    def delta(self, weight: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("no memory left")
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_everything_is_restored_where_merging_fails_half_way(in_place: bool) -> None:
+    layers = {name: nn.Linear(WIDE, HIGH, bias=name != "b") for name in "abc"}
+    pristine = {name: {k: v.clone() for k, v in layer.state_dict().items()} for name, layer in layers.items()}
+    whole = Full(diff=torch.randn(HIGH, WIDE), bias=torch.randn(HIGH))
+    broken = Broken(down=torch.randn(1, WIDE), up=torch.randn(HIGH, 1), alpha=1.0)
+    with (
+        pytest.raises(torch.OutOfMemoryError),
+        temporarily_merged(layers, [{"a": (whole, 1.0), "b": (whole, 1.0), "c": (broken, 1.0)}], in_place=in_place),
+    ):
+        raise AssertionError("merged all the same")
+    for name, layer in layers.items():
+        assert layer.state_dict().keys() == pristine[name].keys()
+        assert all(torch.equal(value, pristine[name][key]) for key, value in layer.state_dict().items())
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_weights_that_modules_share_come_back(in_place: bool) -> None:
+    first, second = nn.Linear(WIDE, HIGH), nn.Linear(WIDE, HIGH)
+    second.weight = first.weight
+    pristine = first.weight.detach().clone()
+    change = (low_rank(), 1.0)
+    with temporarily_merged({"a": first, "b": second}, [{"a": change, "b": change}], in_place=in_place):
+        assert not torch.equal(first.weight, pristine)
+    assert torch.equal(first.weight, pristine)
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes of ``dtype`` that tensors made under this mode held at once."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype, self.peak = dtype, 0
+        self._made: list[weakref.ref[Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self._made += [weakref.ref(leaf) for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        alive = [tensor for made in self._made if (tensor := made()) is not None and tensor.dtype == self.dtype]
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in alive}
+        self.peak = max(self.peak, sum(storages.values()))
+        return result
+
+
+def test_a_device_holds_two_more_weights_while_merging_however_many_loras_there_are() -> None:
+    """The base is float16, so that float32 is what merging itself needs: two weights, and thin matrices."""
+    layers = {f"{number}": nn.Linear(256, 512).half() for number in range(6)}
+    loras = [{name: (low_rank(256, 512), 0.5) for name in layers} for _ in range(3)]
+    with LiveBytes(torch.float32) as live, temporarily_merged(layers, loras, in_place=True):
+        pass
+    weight = 256 * 512 * 4
+    assert 2 * weight <= live.peak < 2.1 * weight
