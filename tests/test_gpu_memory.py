@@ -35,7 +35,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
         original = getattr(module, name)
 
         def spy(base: Base, *given: Any, **named: Any) -> Any:
-            found[name] = on_device(base if isinstance(base, Base) else base.base)
+            found[name] = on_device(base if isinstance(base, Base) else base.session.base)
             return original(base, *given, **named)
 
         monkeypatch.setattr(module, name, spy)

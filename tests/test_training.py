@@ -60,6 +60,14 @@ def test_two_processes_train_what_one_trains(tiny_base: Path, tmp_path: Path) ->
         torch.testing.assert_close(one[key].float(), two[key].float(), rtol=2e-2, atol=2e-3)
 
 
+def test_torchrun_has_its_own_exit_code_and_the_error_is_printed(tmp_path: Path) -> None:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1", "-m", "sdlora"]
+    command = [sys.executable, *launch, "train", "--images", "nowhere", "--trigger", "zorb"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 1
+    assert "error: nowhere: no such folder" in result.stderr
+
+
 def test_frozen_text_encoder_is_left_out(finished: tuple[Path, Path], tiny_base: Path, tmp_path: Path) -> None:
     output = tmp_path / "x.safetensors"
     more = ("optimizer.text_encoder_learning_rate=0", "data.caption_dropout=0.5")

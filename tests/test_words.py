@@ -48,6 +48,41 @@ def test_no_avoided_word_in_the_package(module: Path) -> None:
     assert [*found, *fragments] == []
 
 
+def public(module: Path) -> Iterator[tuple[str, ast.ClassDef | ast.FunctionDef, ast.ClassDef | None]]:
+    """Name, definition and class of each public class, function and method of a module."""
+    for node in ast.parse(module.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+            yield node.name, node, None
+        for inner in node.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_") else ():
+            if isinstance(inner, ast.FunctionDef) and not inner.name.startswith("_"):
+                yield f"{node.name}.{inner.name}", inner, node
+
+
+def documented_above() -> set[str]:
+    """Names of methods that an abstract class or a protocol documents: what implements them need not say it again."""
+    abstract = {
+        node
+        for module in MODULES
+        for node in ast.walk(ast.parse(module.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef) and {ast.unparse(base) for base in node.bases} & {"ABC", "Protocol"}
+    }
+    # Fields of some kinds and properties of others are stated where types are checked alone.
+    methods = (inner for node in abstract for inner in ast.walk(node) if isinstance(inner, ast.FunctionDef))
+    return {method.name for method in methods if ast.get_docstring(method)}
+
+
+def test_everything_public_has_a_docstring() -> None:
+    above = documented_above()
+    assert {"delta", "advance", "encode"} <= above
+    missing = [
+        f"{module.relative_to(ROOT)}: {name}"
+        for module in MODULES
+        for name, node, owner in public(module)
+        if not ast.get_docstring(node) and not (owner and node.name in above)
+    ]
+    assert missing == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda file: file.name)
 def test_no_avoided_word_in_what_users_open(page: Path) -> None:
     lines = page.read_text(encoding="utf-8").splitlines()

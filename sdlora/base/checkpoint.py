@@ -43,11 +43,14 @@ class BaseCheckpoint:
     zeros_for_empty_negative: bool
     attention: str
     """``auto``, ``sdpa`` or ``xformers``."""
+    quantization: str
+    """``none``, ``int8`` or ``nf4``: how the UNet's weights are kept once they are loaded."""
     fingerprint: str
     """SHA-256 over names, shapes, configurations and samples of the weights, to recognize a base without reading it all."""
 
     @property
     def unet_parameters(self) -> int:
+        """Number of parameters of the UNet, from its shapes alone."""
         return self.parts["unet"].parameters()
 
     def module_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -91,6 +94,7 @@ def find_base(base: str | BaseSection) -> BaseCheckpoint:
         clip_skip=_clip_skip(section, family, [parts[part] for part in encoders]),
         zeros_for_empty_negative=family.zeros_for_empty_negative if zeros is None else zeros,
         attention=section.attention,
+        quantization=section.quantization,
         fingerprint=hashlib.sha256(b"".join(parts[part].digest() for part in sorted(parts))).hexdigest(),
     )
 

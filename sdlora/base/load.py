@@ -23,6 +23,7 @@ from .models import (
     CLIPTokenizer,
     UNet2DConditionModel,
 )
+from .quantize import quantize_unet
 from .schedule import NoiseSchedule
 from .words import clip_merges, clip_vocabulary
 
@@ -64,7 +65,7 @@ def load_base(
     )
     base = Base(
         checkpoint=checkpoint,
-        unet=_filled(checkpoint, "unet", lambda: UNet2DConditionModel.from_config(dict(unet)), home, dtype),
+        unet=_filled_unet(checkpoint, lambda: UNet2DConditionModel.from_config(dict(unet)), device, dtype, home=home),
         text_encoders=encoders,
         vae=_filled(
             checkpoint,
@@ -90,6 +91,22 @@ def decoding_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     in_hardware = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     halved = dtype == torch.bfloat16 or (dtype == torch.float16 and in_hardware)
     return torch.bfloat16 if halved else torch.float32
+
+
+def _filled_unet(
+    checkpoint: BaseCheckpoint,
+    build: Callable[[], Any],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    home: torch.device,
+) -> Any:
+    """The UNet in ``home``. If ``checkpoint`` says so, it is quantised on ``device``, which never holds all of it."""
+    if checkpoint.quantization == "none":
+        return _filled(checkpoint, "unet", build, home, dtype)
+    unet = _filled(checkpoint, "unet", build, device if device.type == "meta" else torch.device("cpu"), dtype)
+    quantize_unet(unet, checkpoint.quantization, device)
+    return unet.to(home)
 
 
 def _load_encoder(

@@ -107,6 +107,7 @@ class NoiseSchedule:
         return cls(alphas_cumprod=alphas_cumprod, prediction=facts.prediction)
 
     def to(self, device: torch.device) -> NoiseSchedule:
+        """The same schedule with its tensor on ``device``."""
         return NoiseSchedule(alphas_cumprod=self.alphas_cumprod.to(device), prediction=self.prediction)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ class Tokens:
 
     @property
     def chunks(self) -> int:
+        """Number of chunks of 77 tokens."""
         return self.ids.shape[0]
 
 

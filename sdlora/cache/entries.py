@@ -38,6 +38,8 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class KindSize:
+    """Number and bytes of the entries of one kind."""
+
     entries: int
     bytes: int
 
@@ -54,6 +56,7 @@ class CacheInfo:
     kinds: dict[Kind, KindSize]
 
     def to_json(self) -> dict[str, Any]:
+        """All fields by their names."""
         return asdict(self)
 
 

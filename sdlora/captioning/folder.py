@@ -44,6 +44,7 @@ class CaptionReport:
     """One line for each image that still has no caption, with the reason."""
 
     def to_json(self) -> dict[str, Any]:
+        """All fields by their names."""
         return asdict(self)
 
 

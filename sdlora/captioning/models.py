@@ -157,6 +157,8 @@ class Sentences(Captioner):
 
 @dataclass(frozen=True, kw_only=True)
 class Tag:
+    """One of the tags that a tagger knows."""
+
     name: str
     category: int
     """0 general, 4 character, 9 rating."""

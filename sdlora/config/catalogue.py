@@ -39,6 +39,7 @@ class SettingFacts:
         return f"{self.section}.{self.key}"
 
     def to_json(self) -> dict[str, Any]:
+        """All fields by their names."""
         return asdict(self)
 
 

@@ -25,10 +25,12 @@ class FileHashes:
 
     @property
     def autov2(self) -> str:
+        """First ten digits of the SHA-256 of the whole file, by which Civitai finds checkpoints."""
         return self.sha256[:10]
 
     @property
     def autov3(self) -> str | None:
+        """First twelve digits of the SHA-256 of the tensors' bytes, by which Civitai finds LoRAs; None for a pickle."""
         return self.payload_sha256 and self.payload_sha256[:12]
 
     def by_name(self) -> dict[str, str]:

@@ -58,6 +58,7 @@ class LoraFile:
 
     @property
     def problems(self) -> tuple[str, ...]:
+        """A sentence on each tensor and module that cannot be used."""
         foreign = [f"tensor {name} is of a kind that cannot be applied" for name in self.foreign]
         return (*foreign, *(f"module {module} {reason}" for module, reason in self.unusable.items()))
 

@@ -19,7 +19,7 @@ from ..base.decode import LatentDecoder
 from ..base.device_memory import free_memory, move_to, out_of_memory, release_memory
 from ..errors import DeviceMemoryError
 from ..formats.hashes import file_hashes
-from ..lora.merging import temporarily_merged
+from ..lora.attaching import temporarily_applied
 from ..progress import Progress, raise_if_stopped
 from .denoise import denoise, encode_requests
 from .infotext import infotext
@@ -59,7 +59,7 @@ def generate_images(
     *,
     vae_tiling: bool = False,
 ) -> list[GeneratedImage]:
-    """Generate every request under the same LoRAs, which are merged into ``base`` for as long as this takes.
+    """Generate every request under the same LoRAs, which are applied to ``base`` for as long as this takes.
 
     ``on_image`` is called with each image as soon as it is done, in the order of ``requests``. ``vae_tiling`` decodes in
     strips from the start (``base.decode``).
@@ -78,7 +78,7 @@ def generate_images(
     decode = LatentDecoder(base, tiled=vae_tiling)
     batches = _batches(requests, checkpoint)
     with (
-        temporarily_merged(base.modules(), [lora.changes() for lora in loras]),
+        temporarily_applied(base.modules(), [lora.changes() for lora in loras]),
         _conditionings(base, batches) as conditionings,
     ):
         for batch, conditioning in zip(batches, conditionings, strict=True):

@@ -95,7 +95,7 @@ class WeightedLora:
         return WeightedLora(fitted=self.fitted, choice=self.choice.times(factor))
 
     def changes(self) -> dict[str, tuple[Change, float]]:
-        """Canonical name -> (change, weight), as ``lora.merging.temporarily_merged`` takes it."""
+        """Canonical name -> (change, weight), as ``lora.attaching.temporarily_applied`` takes it."""
         return {
             name: (change, self.choice.unet if name.startswith("unet.") else self.choice.text_encoder)
             for name, change in self.fitted.modules.items()

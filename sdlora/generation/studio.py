@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from PIL import Image
 
 from ..base.checkpoint import BaseCheckpoint, find_base
 from ..base.device import device_facts
+from ..base.gpu_build import why_not_cuda
 from ..base.precision import choose_device, describe_precision, explain_precision
 from ..config.sections import BaseSection
 from ..errors import SdloraError
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from ..base.base import Base
     from .images import GeneratedImage
 
+logger = logging.getLogger(__name__)
 STRENGTHS = (0.0, 0.5, 1.0)
 """Columns of a strip by default: what the weights of each LoRA are multiplied by."""
 
@@ -219,6 +222,8 @@ class OpenStudio:
         check_requests(requests, self._checkpoint)
         fitted = _fitted(self._checkpoint, loras)
         if self._base is None:
+            if unused := why_not_cuda():
+                logger.warning("%s", unused)
             device = choose_device()
             facts, parameters = device_facts(device), self._checkpoint.unet_parameters
             chosen = explain_precision(self._precision, facts, unet_parameters=parameters, generating=True)

@@ -37,6 +37,7 @@ class LintReport:
 
     @property
     def base(self) -> str:
+        """Name of the base that the data are for."""
         return self.dataset.base.name
 
     @property
@@ -46,10 +47,12 @@ class LintReport:
 
     @property
     def data(self) -> DataSection:
+        """The settings by which the data were read."""
         return self.dataset.data
 
     @property
     def listing(self) -> Listing:
+        """Every image file that was found, with its captions."""
         return self.dataset.listing
 
     @property

@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .attaching import put_in_place
 from .layers import LoraLinear
 from .low_rank import LowRank
+from .quantized import FrozenLinear, QuantizedLinear
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "mlp.fc1", "mlp.fc2")
@@ -20,13 +22,13 @@ TARGETS = {"attention": ATTENTION, "attention-mlp": ATTENTION + FEED_FORWARD}
 """Value of ``lora.targets`` -> endings of the names of the modules that it means."""
 
 
-def choose_targets(modules: Mapping[str, nn.Module], targets: str) -> dict[str, nn.Linear]:
+def choose_targets(modules: Mapping[str, nn.Module], targets: str) -> dict[str, FrozenLinear]:
     """The linear modules of ``modules`` (canonical name -> module) that ``targets``, a key of ``TARGETS``, means; sorted."""
     endings = tuple(f".{ending}" for ending in TARGETS[targets])
     return {
         name: module
         for name, module in sorted(modules.items())
-        if isinstance(module, nn.Linear) and name.endswith(endings)
+        if isinstance(module, FrozenLinear) and name.endswith(endings)
     }
 
 
@@ -49,7 +51,7 @@ class Adapter:
     base computes in another dtype, the layers use a copy in that dtype, made once in each step.
     """
 
-    def __init__(self, groups: Sequence[Mapping[str, nn.Linear]], *, rank: int, alpha: float, seed: int):
+    def __init__(self, groups: Sequence[Mapping[str, FrozenLinear]], *, rank: int, alpha: float, seed: int):
         """Make a fresh adapter: down matrices random, as a function of (``seed``, name), up matrices zero.
 
         Each of ``groups`` (canonical name -> frozen module) becomes one flat float32 entry of ``parameters``, of
@@ -61,20 +63,21 @@ class Adapter:
         self._masters: dict[str, tuple[Tensor, Tensor]] = {}
         """Canonical name -> (rank, in) and (out, rank) views of the masters."""
         self._layers: dict[str, LoraLinear] = {}
-        self._frozen: dict[str, nn.Linear] = {}
+        self._frozen: dict[str, FrozenLinear] = {}
         for group in groups:
             self._add_group(group, rank, seed)
 
-    def _add_group(self, group: Mapping[str, nn.Linear], rank: int, seed: int) -> None:
-        weight = next(iter(group.values())).weight
+    def _add_group(self, group: Mapping[str, FrozenLinear], rank: int, seed: int) -> None:
+        first = next(iter(group.values()))
+        like = first if isinstance(first, QuantizedLinear) else first.weight
         total = sum(rank * (module.in_features + module.out_features) for module in group.values())
-        master = nn.Parameter(torch.zeros(total, device=weight.device))
+        master = nn.Parameter(torch.zeros(total, device=like.device))
         master.grad = torch.zeros_like(master)
         working = _WorkingCopy(values=master.detach(), gradients=master.grad)
-        if weight.dtype != master.dtype:
+        if like.dtype != master.dtype:
             working = _WorkingCopy(
-                values=torch.zeros_like(master.detach(), dtype=weight.dtype),
-                gradients=torch.zeros_like(master.grad, dtype=weight.dtype),
+                values=torch.zeros_like(master.detach(), dtype=like.dtype),
+                gradients=torch.zeros_like(master.grad, dtype=like.dtype),
             )
         self.parameters.append(master)
         self._working_copies.append(working)
@@ -116,17 +119,11 @@ class Adapter:
 
     def attach(self, modules: Mapping[str, nn.Module]) -> None:
         """Put the trainable layers in place; ``modules`` maps every canonical name, parents too, to its module."""
-        self._place(modules, self._layers)
+        put_in_place(modules, self._layers)
 
     def detach(self, modules: Mapping[str, nn.Module]) -> None:
         """Put the frozen modules back: the exact inverse of ``attach``."""
-        self._place(modules, self._frozen)
-
-    @staticmethod
-    def _place(modules: Mapping[str, nn.Module], layers: Mapping[str, nn.Module]) -> None:
-        for name, layer in layers.items():
-            parent, _, child = name.rpartition(".")
-            setattr(modules[parent], child, layer)
+        put_in_place(modules, self._frozen)
 
     def weights(self) -> dict[str, LowRank]:
         """Canonical name -> a copy of the trained matrices, (rank, in) and (out, rank) float32, on the CPU."""

@@ -1,4 +1,4 @@
-"""A linear layer with a trainable low-rank change beside its frozen weight."""
+"""A linear layer with a trainable low-rank change beside its frozen weight, which may be quantised (QLoRA)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .quantized import FrozenLinear, dense_weight
 
 
 class _AddingLowRank(torch.autograd.Function):
@@ -18,7 +20,13 @@ class _AddingLowRank(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, base: nn.Linear, down: Tensor, up: Tensor, scale: float, gradients: tuple[Tensor, Tensor]
+        ctx: Any,
+        x: Tensor,
+        base: FrozenLinear,
+        down: Tensor,
+        up: Tensor,
+        scale: float,
+        gradients: tuple[Tensor, Tensor],
     ) -> Tensor:
         hidden = x @ down.T
         ctx.save_for_backward(x, hidden, down, up)
@@ -38,7 +46,7 @@ class _AddingLowRank(torch.autograd.Function):
             grad_up.addmm_(grad_y.T, hidden, alpha=ctx.scale)
         if needs_down:
             grad_down.addmm_(grad_hidden.T, x)
-        grad_x = (grad_y @ ctx.base.weight).addmm_(grad_hidden, down) if needs_x else None
+        grad_x = (grad_y @ dense_weight(ctx.base)).addmm_(grad_hidden, down) if needs_x else None
         return grad_x, None, None, None, None, None
 
 
@@ -53,7 +61,7 @@ class LoraLinear(nn.Module):
 
     def __init__(
         self,
-        base: nn.Linear,
+        base: FrozenLinear,
         down: Tensor,
         up: Tensor,
         scale: float,

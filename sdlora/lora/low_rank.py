@@ -26,10 +26,12 @@ class LowRank(Change):
 
     @property
     def rank(self) -> int:
+        """Rows of ``down``."""
         return self.down.shape[0]
 
     @property
     def scale(self) -> float:
+        """alpha / rank, the factor of the product."""
         return self.alpha / self.rank
 
     @property

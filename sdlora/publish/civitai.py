@@ -53,6 +53,7 @@ class Package:
     """Number of values in the metadata from which ``redacted`` took something out."""
 
     def to_json(self) -> dict[str, Any]:
+        """All fields by their names."""
         return asdict(self)
 
 

@@ -46,6 +46,7 @@ class BatchPlan:
 
     @property
     def batches_per_epoch(self) -> int:
+        """Steps in which an epoch shows every image as often as it should be."""
         shown = (sum(self.repeats[number] for number in bucket) for bucket in self.buckets)
         return sum(math.ceil(count / self.batch_size) for count in shown)
 

@@ -26,7 +26,7 @@ from ..cache.store import EncodedCache
 from ..config.sections import Config
 from ..data.examine import ExaminedImage
 from ..families import TOKENS_IN_CHUNK, WORDS_IN_CHUNK
-from ..progress import Progress
+from ..progress import Progress, Silence
 
 AHEAD_BYTES = 2**30
 """Bytes of embeddings that a run computes before its first step, at most; with more, each is computed when it is needed."""
@@ -70,14 +70,14 @@ def open_caption_embeddings(
     config: Config,
     cache: EncodedCache,
     *,
-    room: Room,
-    ahead: Iterable[str] | None,
-    progress: Progress,
+    room: Room | None = None,
+    ahead: Iterable[str] | None = None,
+    progress: Progress | None = None,
 ) -> CaptionEmbeddings:
     """Embeddings for the captions of ``items``, frozen if the text encoders have learning rate 0.
 
     Frozen text encoders compute the captions ``ahead`` and leave the device, unless these are more than ``AHEAD_BYTES``.
-    With None they compute each when it is needed.
+    With None they compute each when it is needed. Without ``room`` the device is taken to have enough.
     """
     limit = config.data.max_token_length
     tokens = CaptionTokens(base, chunks=chunks_of(base, items, limit), limit=limit)
@@ -85,8 +85,10 @@ def open_caption_embeddings(
         move_to(base.device, *base.encoder_models())
         return TrainedEmbeddings(base, tokens)
     fingerprint = text_fingerprint(base) if config.cache.disk else ""
-    embeddings = FrozenEmbeddings(base, tokens, cache, encoders=fingerprint, room=room, threaded=ahead is not None)
-    if ahead is None or not embeddings.encode_ahead(ahead, progress):
+    embeddings = FrozenEmbeddings(
+        base, tokens, cache, encoders=fingerprint, room=room or Room(base.device), threaded=ahead is not None
+    )
+    if ahead is None or not embeddings.encode_ahead(ahead, progress or Silence()):
         move_to(base.device, *base.encoder_models())
     return embeddings
 

@@ -45,6 +45,7 @@ class RunIdentity:
 
     @classmethod
     def of(cls, config: Config, *, dataset: str, base: BaseCheckpoint) -> RunIdentity:
+        """The identity of a run by ``config``, on the images with the digest ``dataset``, on ``base``."""
         settings = config.flat(DECIDES_RESUMING)
         settings["base.path"] = json.dumps(base.name)
         return cls(config=settings, dataset=dataset, base=base.fingerprint)
@@ -85,10 +86,12 @@ class RunIdentity:
         return found
 
     def to_json(self) -> str:
+        """As text for the metadata of a file; equal identities give equal text."""
         return json.dumps({**vars(self), "config": dict(self.config)}, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> RunIdentity:
+        """The inverse of ``to_json``. Raises ``ValueError``, ``KeyError`` or ``TypeError`` for another text."""
         fields = json.loads(text)
         return cls(
             config=fields["config"],

@@ -18,10 +18,12 @@ class InterruptFlag:
         self._pressed, self._stop = threading.Event(), stop
 
     def set(self, number: int = signal.SIGINT) -> None:
+        """Ask for a stop, as signal ``number`` does."""
         self.terminated |= number == signal.SIGTERM
         self._pressed.set()
 
     def is_set(self) -> bool:
+        """Whether a stop was asked for, in this process."""
         return self._pressed.is_set() or (self._stop is not None and self._stop.is_set())
 
 

@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
+    """What a call of ``train`` did, and where its file is."""
+
     output: Path
     steps: int
     seconds: float

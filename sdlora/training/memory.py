@@ -47,6 +47,7 @@ class StepMemory:
 
     @property
     def total(self) -> int:
+        """Bytes of all of it."""
         return self.weights + self.trainable + self.activations + self.temporary
 
 

@@ -54,6 +54,7 @@ class RunPlan:
 
     @property
     def batches(self) -> BatchPlan:
+        """The images of each batch."""
         return self.training.batches
 
 

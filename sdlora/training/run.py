@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..base.gpu_build import why_not_cuda
 from ..config.loading import load_config
 from ..config.sections import Config
 from ..data.findings import raise_errors
@@ -40,9 +41,9 @@ def train(
         allow_device_change: resume a half-done run on another type of device or in another precision too.
         progress: receives reports; by default a bar in a terminal.
         stop: set it, from any thread, to save and stop after the current step, as Ctrl-C does in the main thread.
-        say: called with what is worth knowing about the images and captions, line by line, and with the device, the
-            precision and the free memory, before a model is loaded; and after the training with a warning where the
-            losses say that it failed.
+        say: called with what is worth knowing about the images and captions, line by line, with a warning of an NVIDIA card
+            that cannot be used, and with the device, the precision and the free memory, before a model is loaded; and
+            after the training with a warning where the losses say that it failed.
 
     Raises:
         SdloraError: a fault of the input, found before a model is loaded wherever that is possible.
@@ -71,6 +72,8 @@ def train(
             planned = plan.findings[len(dataset.findings) :]
             for line in (*summary_lines(LintReport(dataset=dataset)), *map(str, planned)):
                 say(line)
+            if unused := why_not_cuda():
+                say(f"warning: {unused}")
         raise_if_stopped(stop, "stopped before the first step; run the same command to start")
         lock = locked(Path(config.output.path)) if is_main else nullcontext()
         with lock, deterministic_algorithms(plan.config.train.deterministic):

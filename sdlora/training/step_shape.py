@@ -26,6 +26,7 @@ class StepShape:
         return None if self.checkpointing else StepShape(micro_batch=1, checkpointing=True)
 
     def to_json(self) -> str:
+        """As text for the metadata of a checkpoint."""
         return json.dumps(asdict(self))
 
     @classmethod
