@@ -17,7 +17,7 @@ import sdlora
 from sdlora.base import decode, strips
 from sdlora.base.decode import LatentDecoder
 from sdlora.base.strips import decode_in_strips
-from sdlora.errors import BaseModelError
+from sdlora.errors import BaseModelError, DeviceMemoryError
 from sdlora.generation import images
 from sdlora.generation.request import ImageRequest
 from tests.tiny import opened
@@ -80,6 +80,14 @@ def test_where_memory_runs_out_the_image_is_decoded_in_strips_with_one_warning(
     assert [record.getMessage() for record in caplog.records] == [
         "the cpu has too little memory to decode an image at once; it is decoded in strips, which takes longer"
     ]
+
+
+def test_too_little_memory_for_strips_is_a_sentence(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "decode_in_strips", out_of_memory)
+    with pytest.raises(
+        DeviceMemoryError, match="to decode an image of 72 x 64 pixels, even in strips; choose a smaller"
+    ):
+        LatentDecoder(base, tiled=True)(torch.randn(1, 4, 8, 9))
 
 
 def test_other_faults_are_not_taken_for_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import logging
 import torch
 from torch import Tensor
 
+from ..errors import DeviceMemoryError
 from .base import Base
 from .device_memory import out_of_memory, release_memory
 from .encode import check_finite
@@ -31,7 +32,7 @@ class LatentDecoder:
 
         Raises:
             BaseModelError: the latents hold NaN or Inf, or the VAE produced them.
-            RuntimeError: the memory does not suffice for strips either.
+            DeviceMemoryError: the memory does not suffice for strips either.
         """
         check_finite(self._base, latents, "the UNet")
         at_once = latents.shape[0] if latents.device.type == "cpu" else 1
@@ -55,4 +56,14 @@ class LatentDecoder:
                 latents.device.type,
             )
             self._tiled = True
-        return decode_in_strips(vae, scaled).float()
+        try:
+            return decode_in_strips(vae, scaled).float()
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+        factor = self._base.checkpoint.latent_factor
+        raise DeviceMemoryError(
+            f"the {latents.device.type} has too little memory to decode an image of {latents.shape[3] * factor} x "
+            f"{latents.shape[2] * factor} pixels, even in strips; choose a smaller size, or end other programs that use its "
+            "memory"
+        )

@@ -57,13 +57,13 @@ def write_samples(
 
 
 def _in_generating_precision(base: Base, requested: str) -> Base:
-    """``base`` with its models cast, one tensor after another; a quantised UNet stays as it is."""
+    """``base`` with its models cast, one tensor after another; with a quantised UNet it stays as it is."""
     parameters = base.checkpoint.unet_parameters
     dtype = choose_precision(requested, base.device, unet_parameters=parameters, generating=True)
-    if any(buffer.dtype in (torch.int8, torch.uint8) for buffer in base.unet.buffers()):
-        dtype = base.dtype
-    for model in (base.unet, *base.encoder_models()):
-        cast(dtype, model)
+    quantized = any(buffer.dtype in (torch.int8, torch.uint8) for buffer in base.unet.buffers())
+    if dtype == base.dtype or quantized:
+        return base
+    cast(dtype, base.unet, *base.encoder_models())
     cast(decoding_dtype(dtype, base.device), base.vae)
     return replace(base, dtype=dtype)
 
