@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .publish.civitai import export_civitai
     from .tools.convert import convert
     from .tools.inspect import inspect
+    from .training.forecast import plan
     from .training.run import train
 
 
@@ -40,6 +41,7 @@ _HOMES = {
     "lint_dataset": "lint.run",
     "load_config": "config.loading",
     "open": "generation.studio",
+    "plan": "training.forecast",
     "train": "training.run",
 }
 
@@ -61,6 +63,7 @@ __all__ = [
     "lint_dataset",
     "load_config",
     "open",
+    "plan",
     "train",
 ]
 

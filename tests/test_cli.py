@@ -28,7 +28,7 @@ SURFACE = {
     },
     "generate": {
         *("prompt", "base", "lora", "negative", "seed", "steps", "cfg", "size", "count", "sampler", "strip"),
-        *("precision", "out", "as_json", "clip_skip", "vae", "text_encoder", "prediction", "attention"),
+        *("precision", "out", "as_json", "clip_skip", "vae", "text_encoder", "prediction", "attention", "vae_tiling"),
     },
     "inspect": {"file", "with_hashes", "as_json"},
     "convert": {"source", "target", "to", "base", "precision", "as_json"},
@@ -54,6 +54,7 @@ SURFACE = {
     "caption": {"folder", "model", "kind", "trigger", "caption_extension", "as_json"},
     "cache info": {"folder", "as_json"},
     "cache prune": {"max_gigabytes", "everything", "folder", "as_json"},
+    "plan": {"arguments", "images", "trigger", "resolution", "base", "gpu", "probe", "as_json"},
     "quickstart": {"out", "as_json"},
     "settings": {"section", "as_json"},
     "lint": {

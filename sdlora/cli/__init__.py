@@ -14,7 +14,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-from . import train, quickstart, generate, export, lint, caption, cache, inspect, convert, metadata, settings  # isort: skip  (the order of --help)
+from . import train, quickstart, generate, export, lint, plan, caption, cache, inspect, convert, metadata, settings  # isort: skip  (the order of --help)
 from .app import app
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "lint",
     "main",
     "metadata",
+    "plan",
     "quickstart",
     "settings",
     "train",

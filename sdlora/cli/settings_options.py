@@ -4,9 +4,38 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
 
 from ..config.toml_file import parse_value
 from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from ..config.sections import Config
+
+
+def run_config(arguments: Sequence[str], options: Mapping[tuple[str, str], object]) -> Config:
+    """The configuration of a run: a file, if ``arguments`` begin with one, under settings and ``options``.
+
+    Without an output, that of a folder of images is ``out/FOLDER.safetensors``.
+
+    Raises:
+        ConfigError: a file, key or value that is wrong.
+        typer.BadParameter: nothing is given.
+    """
+    given = list(arguments)
+    file = given.pop(0) if given and ("=" not in given[0] or Path(given[0]).is_file()) else None
+    given = merged(options, given)
+    images = options.get(("--images", "data.images"))
+    if file is None and images is not None and not any(each.startswith("output.path=") for each in given):
+        given.append(f"output.path={json.dumps(f'out/{Path(str(images)).resolve().name}.safetensors')}")
+    if file is None and not given:
+        raise typer.BadParameter("name a CONFIG.toml, or give --images DIR and --trigger WORD")
+    from ..config.loading import load_config
+
+    return load_config(file, given)
 
 
 def merged(options: Mapping[tuple[str, str], object], settings: Sequence[str]) -> list[str]:

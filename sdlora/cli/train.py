@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .app import app, emit, examples, guard
-from .settings_options import merged
+from .settings_options import run_config
 
 if TYPE_CHECKING:
     from ..training.loop import TrainResult
@@ -73,10 +71,6 @@ def train(
     ] = False,
 ) -> None:
     """Train a LoRA from a folder of captioned images. Run the same command to resume."""
-    from ..config.loading import load_config
-
-    given = list(arguments or ())
-    file = given.pop(0) if given and ("=" not in given[0] or Path(given[0]).is_file()) else None
     options: dict[tuple[str, str], object] = {
         ("--images", "data.images"): images,
         ("--trigger", "data.trigger"): trigger,
@@ -88,12 +82,7 @@ def train(
         ("--learning-rate", "optimizer.learning_rate"): learning_rate,
         ("--out", "output.path"): out,
     }
-    given = merged(options, given)
-    if file is None and images is not None and not any(each.startswith("output.path=") for each in given):
-        given.append(f"output.path={json.dumps(f'out/{Path(images).resolve().name}.safetensors')}")
-    if file is None and not given:
-        raise typer.BadParameter("name a CONFIG.toml, or give --images DIR and --trigger WORD")
-    config = load_config(file, given)
+    config = run_config(arguments or (), options)
     from ..progress import progress_bar
     from ..training.run import train as train_lora
 

@@ -20,7 +20,7 @@ from .keys import NESTING, kohya_keys
 from .lora_file import read_lora
 from .metadata_file import with_hashes
 from .readers import lost_elsewhere
-from .safetensors_file import encode_header, lay_out
+from .safetensors_file import TensorInfo, encode_header, lay_out
 
 WRITTEN_FORMATS = ("kohya", "diffusers", "peft")
 
@@ -73,6 +73,23 @@ def write_lora(
         raise LoraFileError(
             f"{path}: not every module can be read back: {'; '.join(again.problems) or 'some are missing'}"
         )
+
+
+def kohya_file_bytes(
+    modules: Mapping[str, Change],
+    *,
+    dtype: torch.dtype,
+    family: Family,
+    base_modules: Mapping[str, tuple[int, ...]],
+) -> int:
+    """Bytes of the file that ``write_lora`` makes of ``modules``, which may be on the meta device, without metadata."""
+    whole = _with_whole_attention(modules, family, base_modules)
+    table, position = {}, 0
+    for name, tensor in sorted(_kohya(whole, family, base_modules).items()):
+        end = position + tensor.numel() * dtype.itemsize
+        table[name] = TensorInfo(dtype=dtype, shape=tuple(tensor.shape), start=position, end=end)
+        position = end
+    return len(encode_header(table, {})) + position
 
 
 def _with_whole_attention(

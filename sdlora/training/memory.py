@@ -17,7 +17,7 @@ from ..base.conditioning import Conditioning, Framing, time_ids
 from ..base.encode import encode_prompts
 from ..base.load import load_base
 from ..base.tokens import padded, plain, tokenize
-from ..config.sections import Config
+from ..config.sections import Config, TrainSection
 from ..families import TOKENS_IN_CHUNK
 from .live_bytes import LiveBytes, attention_of
 from .loss import denoising_loss
@@ -74,6 +74,8 @@ def step_memory(
     Raises:
         BaseModelError: a part of ``checkpoint`` cannot be built from its tensors.
     """
+    # What decides nothing here would make it another question.
+    config = config.model_copy(update={"train": TrainSection()})
     one = measured(checkpoint, config, 1, width, height, shape.checkpointing, dtype, chunks, device_type)
     return StepMemory(
         weights=one.weights,
@@ -108,7 +110,7 @@ def measured(
     with ExitStack() as stack:
         stack.enter_context(attention_of(device_type))
         counter = stack.enter_context(LiveBytes())
-        loss = _loss(base, config, images, width=width, height=height, chunks=chunks)
+        loss = stand_in_loss(base, config, images, width=width, height=height, chunks=chunks)
         kept = counter.now - loss.nbytes
         torch.autograd.backward(loss)
         highest = counter.peak
@@ -139,17 +141,17 @@ def trainable_bytes(parameters: int, dtype: torch.dtype) -> int:
     return parameters * ((2 + MOMENTS) * torch.float32.itemsize + copies)
 
 
-def _loss(base: Base, config: Config, images: int, *, width: int, height: int, chunks: int) -> Tensor:
-    """The loss of ``images`` images, () float32."""
+def stand_in_loss(base: Base, config: Config, images: int, *, width: int, height: int, chunks: int) -> Tensor:
+    """The loss of ``images`` images of zeros on the device of ``base``, () float32: the work of a real one."""
     factor, channels = base.checkpoint.latent_factor, base.unet.config["in_channels"]
-    latents, noise = (torch.empty(images, channels, height // factor, width // factor, device=META) for _ in range(2))
+    shape = (images, channels, height // factor, width // factor)
     losses = denoising_loss(
         base,
-        latents,
-        noise,
-        torch.empty(images, dtype=torch.int64, device=META),
+        torch.zeros(shape, device=base.device),
+        torch.zeros(shape, device=base.device),
+        torch.zeros(images, dtype=torch.int64, device=base.device),
         _conditioning(base, config, images, chunks),
-        time_ids([Framing.whole(width, height)] * images).to(META),
+        time_ids([Framing.whole(width, height)] * images).to(base.device),
         min_snr_gamma=config.objective.min_snr_gamma,
     )
     return losses.sum()
@@ -159,8 +161,13 @@ def _conditioning(base: Base, config: Config, images: int, chunks: int) -> Condi
     """Out of the text encoders where they are trained, else as it comes out of the cache."""
     if config.optimizer.text_encoder_rate(base.checkpoint.family):
         return encode_prompts(base, [padded(base, tokenize(base, plain("")), chunks)] * images)
+    return stand_in_conditioning(base, images, chunks)
+
+
+def stand_in_conditioning(base: Base, rows: int, chunks: int) -> Conditioning:
+    """Zeros in the shapes of ``rows`` encoded prompts of ``chunks`` chunks."""
     width = base.unet.config["cross_attention_dim"]
-    context = torch.empty(images, chunks * TOKENS_IN_CHUNK, width, dtype=base.dtype, device=META)
     widths = [encoder.model.config.projection_dim or 0 for encoder in base.text_encoders if encoder.facts.pooled]
-    pooled = torch.empty(images, widths[0], dtype=base.dtype, device=META) if widths else None
+    context = torch.zeros(rows, chunks * TOKENS_IN_CHUNK, width, dtype=base.dtype, device=base.device)
+    pooled = torch.zeros(rows, widths[0], dtype=base.dtype, device=base.device) if widths else None
     return Conditioning(context=context, pooled=pooled)
