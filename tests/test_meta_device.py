@@ -15,16 +15,18 @@ from accelerate import Accelerator
 
 from sdlora.base.base import Base
 from sdlora.base.conditioning import Framing
+from sdlora.base.device_memory import Room
 from sdlora.base.load import load_base
 from sdlora.base.schedule import NoiseSchedule
 from sdlora.cache.store import EncodedCache
 from sdlora.lora.adapter import Adapter, choose_targets
+from sdlora.progress import Silence
 from sdlora.training.caption_embeddings import open_caption_embeddings
-from sdlora.training.fit import StepShape
 from sdlora.training.latents import EncodedImage
 from sdlora.training.optimizer import GuardedAdamW
 from sdlora.training.plan import RunPlan, plan_config
 from sdlora.training.session import TrainingSession
+from sdlora.training.step_shape import StepShape
 from tests.conftest import write_images
 from tests.full_size import META, Watch, full_size_base
 from tests.training_runs import config_for
@@ -55,7 +57,9 @@ def session_on(base: Base, plan: RunPlan, *, side: int, micro_batch: int = 2, sp
         shape=StepShape(micro_batch=micro_batch, checkpointing=False),
         base=base,
         images=dict.fromkeys(plan.training.views(steps), image),
-        embeddings=open_caption_embeddings(base, plan.items, config, EncodedCache(None, 0)),
+        embeddings=open_caption_embeddings(
+            base, plan.items, config, EncodedCache(None, 0), room=Room(META), ahead=None, progress=Silence()
+        ),
         adapter=adapter,
         optimizer=GuardedAdamW(adapter.parameters, rates, config.optimizer, steps=steps, dtype=base.dtype),
         accelerator=Accelerator(),

@@ -99,7 +99,8 @@ def test_with_nothing_left_to_halve_the_sentence_names_other_settings(
     assert "step 1 with one image at once, with gradient checkpointing" in text
     assert "micro_batch" not in text
     assert "optimizer.text_encoder_learning_rate=0" in text
-    assert "lower data.resolution or lora.rank" in text
+    assert "start over (--restart) with a lower data.resolution or lora.rank" in text
+    assert 'base.quantization="nf4"' in text
 
 
 def test_other_faults_are_not_taken_for_a_shortage(

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from sdlora.base.conditioning import Framing, time_ids
-from sdlora.generation.denoise import denoise
 from sdlora.generation.request import ImageRequest
+from sdlora.generation.studio import Studio
 from sdlora.progress import Silence
 from sdlora.training.batches import draw
 from sdlora.training.loss import denoising_loss
@@ -147,7 +147,9 @@ def test_a_dropped_caption_is_what_sampling_takes_for_no_negative_prompt(
         given.clear()
         return rows
 
-    denoise(base, [ImageRequest(prompt="zorb", steps=1, size=(64, 64), sampler="euler")], Silence())
+    Studio.on(base, []).images(
+        [ImageRequest(prompt="zorb", steps=1, size=(64, 64), sampler="euler")], progress=Silence()
+    )
     context, pooled = conditions()[0]
     losses(session, 8)
     seed, dropout = session.plan.config.train.seed, session.plan.config.data.caption_dropout

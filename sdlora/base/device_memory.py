@@ -105,4 +105,5 @@ class Room:
         if needed <= self.left:
             self.left -= needed
             return [tensor.to(self.device) for tensor in tensors]
-        return [tensor.pin_memory() if self.device.type == "cuda" else tensor for tensor in tensors]
+        spilled = [tensor.cpu() for tensor in tensors]
+        return [tensor.pin_memory() for tensor in spilled] if self.device.type == "cuda" else spilled

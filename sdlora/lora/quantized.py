@@ -50,6 +50,7 @@ class QuantizedLinear(nn.Module, ABC):
 
     @property
     def device(self) -> torch.device:
+        """Where the codes are."""
         return self.codes.device
 
     def forward(self, x: Tensor) -> Tensor:

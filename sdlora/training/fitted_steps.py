@@ -13,6 +13,7 @@ from torch import Tensor
 from ..base.device_memory import out_of_memory, release_memory
 from ..errors import DeviceMemoryError
 from .session import TrainingSession
+from .shortage import CLOSE_OTHERS
 from .step_shape import StepShape
 
 logger = logging.getLogger(__name__)
@@ -71,6 +72,7 @@ def fitted(session: TrainingSession) -> Generator[FittedSteps]:
 
 def _sentence(session: TrainingSession, step: int) -> str:
     shape, config = session.shape, session.plan.config
+    where = f"out of memory in step {step + 1} with {shape}"
     ways = []
     if shape.micro_batch > 1:
         ways.append(f"set train.micro_batch={shape.micro_batch // 2} (the same batches in more parts)")
@@ -78,9 +80,10 @@ def _sentence(session: TrainingSession, step: int) -> str:
         ways.append("set train.gradient_checkpointing=true (slower)")
     if ways:
         ways.append("set train.fit=true, which finds out by itself")
-    else:
-        trained = config.optimizer.text_encoder_learning_rate
-        ways += ["set optimizer.text_encoder_learning_rate=0"] if trained else []
-        ways += ["lower data.resolution" + (" or lora.rank" if config.lora.rank > 1 else "")]
-        ways += ["close other programs that use the memory"]
-    return f"out of memory in step {step + 1} with {shape}; {', or '.join(ways)}; then run the same command to go on"
+        return f"{where}; {', or '.join(ways)}; then run the same command to go on"
+    ways = ["a lower data.resolution or lora.rank"]
+    if config.base.quantization == "none":
+        ways.append('base.quantization="nf4"')
+    if config.optimizer.text_encoder_learning_rate:
+        ways.append("optimizer.text_encoder_learning_rate=0")
+    return f"{where}; {CLOSE_OTHERS}, or start over (--restart) with {', or '.join(ways)}"
