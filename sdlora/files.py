@@ -103,14 +103,19 @@ def write_new(path: Path, *chunks: bytes) -> bool:
 
 
 def write_png(path: Path, image: Image, texts: Iterable[tuple[str, str]] = ()) -> None:
-    """Write ``image`` to ``path`` as PNG with ``texts`` (keyword, text) as its text chunks. Raises as ``write_whole``."""
+    """Write the ``png_bytes`` of ``image`` to ``path``. Raises as ``write_whole``."""
+    write_whole(path, png_bytes(image, texts))
+
+
+def png_bytes(image: Image, texts: Iterable[tuple[str, str]] = ()) -> bytes:
+    """``image`` as a PNG file with ``texts`` (keyword, text) as its text chunks."""
     from PIL.PngImagePlugin import PngInfo
 
     info, buffer = PngInfo(), BytesIO()
     for keyword, text in texts:
         info.add_text(keyword, text)
     image.save(buffer, "PNG", pnginfo=info)
-    write_whole(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 @contextmanager

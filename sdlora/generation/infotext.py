@@ -5,18 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .._version import __version__
 from ..base.checkpoint import BaseCheckpoint
-from ..files import write_png
 from .loras import LoraChoice, WeightedLora
 from .request import ImageRequest
 from .samplers import SAMPLERS, a1111_schedule
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 
 def infotext(
@@ -55,11 +49,6 @@ def infotext(
     tags = "".join(f" <lora:{lora.tag_name}:{_weights(lora.choice)}>" for lora in loras)
     negative = f"\nNegative prompt: {request.negative}" if request.negative else ""
     return f"{request.prompt}{tags}{negative}\n{line}"
-
-
-def save_png(image: Image.Image, file: Path, parameters: str) -> None:
-    """Write ``image`` with ``parameters`` as its text chunk of that name. Raises as ``files.write_whole``."""
-    write_png(file, image, [("parameters", parameters)])
 
 
 def _weights(choice: LoraChoice) -> str:

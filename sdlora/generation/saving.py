@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import SdloraError
-from ..files import write_new, write_whole
+from ..files import png_bytes, write_new, write_whole
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -30,18 +30,18 @@ def encoded(image: Image.Image, ending: str, parameters: str) -> bytes:
     """
     buffer, kind = BytesIO(), FORMATS[ending.lower()]
     if kind == "PNG":
-        from PIL.PngImagePlugin import PngInfo
-
-        info = PngInfo()
-        info.add_text("parameters", parameters)
-        image.save(buffer, kind, pnginfo=info)
-        return buffer.getvalue()
+        return png_bytes(image, [("parameters", parameters)])
     from PIL import Image as Pillow
 
     exif = Pillow.Exif()
     exif.get_ifd(_EXIF)[_USER_COMMENT] = b"UNICODE\0" + parameters.encode("utf-16-be")
     image.save(buffer, kind, quality=_QUALITY, exif=exif)
     return buffer.getvalue()
+
+
+def save_png(image: Image.Image, file: Path, parameters: str) -> None:
+    """Write ``image`` with ``parameters`` inside as PNG. Raises as ``files.write_whole``."""
+    write_whole(file, encoded(image, ".png", parameters))
 
 
 @dataclass(frozen=True, kw_only=True)

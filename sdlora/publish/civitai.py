@@ -19,10 +19,10 @@ from ..formats.metadata import safe_title, stated_tags, trigger_words, with_fami
 from ..formats.metadata_file import read_metadata, write_metadata
 from ..formats.readers import lost_elsewhere
 from ..formats.redaction import redacted
-from ..generation.infotext import save_png
 from ..generation.loras import LoraChoice
 from ..generation.prompt_syntax import check_syntax
 from ..generation.request import ImageRequest
+from ..generation.saving import save_png
 from ..generation.studio import Studio
 from ..progress import Progress, progress_or_bar
 from ..tools.convert import convert

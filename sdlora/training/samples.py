@@ -15,8 +15,8 @@ from ..base.precision import choose_precision
 from ..data.captions import with_trigger
 from ..formats.thumbnail import add_thumbnail
 from ..generation.grid import labelled_grid
-from ..generation.infotext import save_png
 from ..generation.request import ImageRequest
+from ..generation.saving import save_png
 from ..generation.studio import Studio
 from ..progress import Progress
 from .plan import RunPlan
