@@ -90,6 +90,10 @@ def train(
         report = train_lora(
             config, restart=restart, allow_device_change=allow_device_change, progress=progress, say=progress.say
         )
+    from accelerate import PartialState
+
+    if not PartialState().is_main_process:
+        return
     if as_json:
         keys = ("output", "steps", "seconds", "loss", "validation_loss", "resumed_from", "warning", "texts_written")
         emit({**{key: getattr(report.result, key) for key in keys}, "samples": report.samples})
