@@ -8,7 +8,7 @@ import os
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -68,9 +68,14 @@ def test_captions_are_written_where_links_are_not(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(os, "link", raising(errno.EPERM))
 
     class Model:
+        at_once = 1
+
         def caption(self, image: Image.Image) -> str:
             (tmp_path / "images" / "1.txt").write_text("came meanwhile")
             return "a thing"
+
+        def captions(self, images: Sequence[Image.Image]) -> list[str]:
+            return [self.caption(image) for image in images]
 
     report = write_captions(tmp_path / "images", Model, trigger="zorb", extension=".txt", progress=Silence())
     assert [Path(file).name for file in report.written] == ["0.txt"]
