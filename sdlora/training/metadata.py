@@ -137,10 +137,6 @@ _OFF: dict[str, object] = {
     "ss_fp8_base": False,
     "ss_fp8_base_unet": False,
     "ss_lowram": False,
-    "ss_debiased_estimation": False,
-    "ss_huber_schedule": None,
-    "ss_huber_scale": None,
-    "ss_huber_c": None,
     "ss_scale_weight_norms": None,
     "ss_noise_offset": None,
     "ss_noise_offset_random_strength": False,
@@ -216,10 +212,16 @@ def _optimization(config: Config, run: RunFacts) -> dict[str, object]:
 
 
 def _objective(config: Config) -> dict[str, object]:
+    objective = config.objective
+    huber = objective.loss != "l2"
     return {
-        "ss_loss_type": "l2",
-        "ss_min_snr_gamma": config.objective.min_snr_gamma or None,
-        "ss_prior_loss_weight": config.objective.prior_loss_weight,
+        "ss_loss_type": objective.loss,
+        "ss_huber_schedule": objective.huber_schedule if huber else None,
+        "ss_huber_scale": 1.0 if huber else None,
+        "ss_huber_c": objective.huber_c if huber else None,
+        "ss_min_snr_gamma": (objective.weighting == "min_snr" and objective.min_snr_gamma) or None,
+        "ss_debiased_estimation": objective.weighting == "debiased",
+        "ss_prior_loss_weight": objective.prior_loss_weight,
     }
 
 

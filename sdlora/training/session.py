@@ -84,7 +84,7 @@ class TrainingSession:
             inputs.timesteps,
             self._conditioning(inputs),
             inputs.time_ids,
-            min_snr_gamma=self.plan.config.objective.min_snr_gamma,
+            objective=self.plan.config.objective,
             masks=inputs.masks,
         )
         loss = (losses * inputs.weights).sum() / batch_size

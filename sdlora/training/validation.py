@@ -18,7 +18,7 @@ TIMESTEPS = 4
 
 @torch.no_grad()
 def validation_loss(session: TrainingSession, progress: Progress) -> float | None:
-    """Mean loss of the validation images, weighted as in training; None if there are none.
+    """Mean loss of the validation images, measured and weighted as in training; None if there are none.
 
     Noise depends only on the seed, the image and the noise level, and the latent is the encoder's mean. They are the
     same in every measurement, so a difference shows what was learned. Every process computes its share of the images.
@@ -49,7 +49,7 @@ def validation_loss(session: TrainingSession, progress: Progress) -> float | Non
                 on_device[level, None],
                 conditioning,
                 sizes,
-                min_snr_gamma=plan.config.objective.min_snr_gamma,
+                objective=plan.config.objective,
                 masks=masks,
             )[0]
         progress.advance()
