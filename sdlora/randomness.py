@@ -23,6 +23,7 @@ class Stream(IntEnum):
     TAG_DROPOUT = 13
     VALIDATION_NOISE = 20
     COMPARISON_NOISE = 21
+    NOISE_OFFSET = 30
 
 
 def generator(seed: int, stream: Stream, *position: int) -> np.random.Generator:

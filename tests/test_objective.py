@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,22 @@ import numpy as np
 import pytest
 import torch
 
+from sdlora.base.conditioning import time_ids
 from sdlora.base.schedule import NoiseSchedule, Prediction, ScheduleFacts
 from sdlora.config.sections import ObjectiveSection
+from sdlora.errors import ConfigError
+from sdlora.progress import Silence
+from sdlora.randomness import Stream, generator
+from sdlora.training.batches import Draws, draw
+from sdlora.training.loss import denoising_loss
 from sdlora.training.metadata import training_metadata
-from sdlora.training.objective import level_weights, penalties
+from sdlora.training.objective import level_weights, penalties, timestep_at
+from sdlora.training.plan import plan_config
 from sdlora.training.session import TrainingSession
+from sdlora.training.validation import validation_loss
 from tests.conftest import write_images
 from tests.test_formats import configured, facts
-from tests.training_runs import losses, session_for
+from tests.training_runs import config_for, losses, session_for, toml
 
 LEVELS = torch.tensor([0, 1, 37, 250, 500, 750, 998, 999])
 
@@ -135,6 +144,145 @@ def loss_of_first_step(session: TrainingSession, section: ObjectiveSection) -> f
     return float((costs * weights).mean())
 
 
+def drawn(
+    slot: int = 0, *, slots: int = 1, step: int = 0, shape: tuple[int, ...] = (4, 12, 10), **section: Any
+) -> Draws:
+    return draw(
+        seed=0, step=step, slot=slot, slots=slots, shape=shape, timesteps=1000, caption_dropout=0.0,
+        objective=ObjectiveSection(**section),
+    )  # fmt: skip
+
+
+def test_offset_noise_shifts_each_channel() -> None:
+    plain, offset = drawn().noise, drawn(noise_offset=0.3).noise
+    shifts = offset - plain
+    assert offset.dtype == np.float32
+    np.testing.assert_allclose(shifts, np.broadcast_to(shifts[:, :1, :1], shifts.shape), atol=1e-6)
+    assert not np.array_equal(shifts, (drawn(step=1, noise_offset=0.3).noise - drawn(step=1).noise))
+    many = np.array(
+        [(drawn(step=step, noise_offset=0.3).noise - drawn(step=step).noise)[:, 0, 0] for step in range(500)]
+    )
+    assert abs(many.mean()) < 0.03
+    assert many.std() == pytest.approx(0.3, rel=0.05)
+    # Channels differ from each other, and from the noise.
+    assert np.abs(np.corrcoef(many.T) - np.eye(4)).max() < 0.15
+
+
+def positions_of(sampling: str, *, steps: int = 100, slots: int = 10, **section: Any) -> np.ndarray:
+    """Timesteps of ``steps`` batches of ``slots``, a row for each batch."""
+    return np.array(
+        [
+            [
+                drawn(slot, slots=slots, step=step, shape=(1,), timestep_sampling=sampling, **section).timestep
+                for slot in range(slots)
+            ]
+            for step in range(steps)
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("sampling", "section"),
+    [
+        ("uniform", {}),
+        ("logit_normal", {}),
+        ("logit_normal", {"logit_mean": 1.0, "logit_std": 0.5}),
+        ("shifted", {}),
+        ("shifted", {"timestep_shift": 0.5}),
+        ("uniform", {"min_timestep": 300, "max_timestep": 500}),
+        ("logit_normal", {"min_timestep": 300}),
+        ("shifted", {"max_timestep": 400}),
+    ],
+)
+def test_timesteps_are_drawn_as_chosen_and_spread_over_the_batch(sampling: str, section: dict[str, Any]) -> None:
+    """The distribution function of each, in closed form, makes the draws even again: each tenth once in a batch."""
+    low, high = section.get("min_timestep", 0), section.get("max_timestep", 1000)
+    timesteps = positions_of(sampling, **section)
+    assert low <= timesteps.min() <= timesteps.max() < high
+    edges = [(timesteps + edge - low) / (high - low) for edge in (0, 1)]
+    shift = section.get("timestep_shift", 3.0)
+
+    def even(share: np.ndarray) -> np.ndarray:
+        if sampling == "uniform":
+            return share
+        if sampling == "shifted":
+            return share / (shift - (shift - 1) * share)
+        with np.errstate(divide="ignore"):
+            logits = torch.from_numpy(np.log(share / (1 - share)))
+        mean, std = section.get("logit_mean", 0.0), section.get("logit_std", 1.0)
+        return torch.special.ndtr((logits - mean) / std).numpy()
+
+    below, above = (np.sort(even(share), axis=1) for share in edges)
+    tenths = np.arange(10) / 10
+    assert (below < tenths + 0.1 + 1e-9).all()
+    assert (above > tenths - 1e-9).all()
+    middles = ((below + above) / 2).ravel()
+    assert abs(middles.mean() - 0.5) < 0.01
+    assert np.histogram(middles, 20, (0, 1))[0].min() > 20
+
+
+def test_the_ends_of_every_distribution_are_within_the_range() -> None:
+    for sampling in ("uniform", "logit_normal", "shifted"):
+        section = ObjectiveSection(
+            timestep_sampling=sampling,  # ty: ignore[invalid-argument-type]
+            min_timestep=10,
+            max_timestep=20,
+            logit_std=10,
+        )
+        assert timestep_at(0.0, section, 1000) == 10
+        assert timestep_at(1 - 2.0**-53, section, 1000) == 19
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        (
+            ("min_timestep=500", "max_timestep=500"),
+            "min_timestep = 500: must be less than objective.max_timestep, which is 500",
+        ),
+        (("max_timestep=1001",), "objective.max_timestep = 1001: must be at most 1000 on this base"),
+        (("min_timestep=1000",), "objective.min_timestep = 1000: must be at most 999 on this base"),
+    ],
+)
+def test_a_range_without_levels_is_refused(
+    settings: tuple[str, ...], problem: str, tiny_base: Path, tmp_path: Path
+) -> None:
+    more = [f"objective.{setting}" for setting in settings]
+    with pytest.raises(ConfigError, match=problem):
+        plan_config(config_for(tiny_base, write_images(tmp_path / "set", 1), tmp_path / "x.safetensors", *more))
+
+
+def test_a_run_draws_and_judges_by_its_objective(tiny_base: Path, tmp_path: Path) -> None:
+    held = write_images(tmp_path / "held", 1)
+    sets = [{"images": str(write_images(tmp_path / "set", 2))}, {"images": str(held), "role": "validation"}]
+    settings = {"noise_offset": 0.5, "min_timestep": 600, "max_timestep": 604, "timestep_sampling": "shifted"}
+    more = [f"objective.{key}={value}" for key, value in settings.items()]
+    session = session_for(tiny_base, None, tmp_path / "x.safetensors", f"data.sets={toml(sets)}", *more)
+    for step in range(3):
+        prepared = session._ahead.take(step)
+        expected = [drawn(slot, slots=2, step=step, shape=(4, 8, 8), **settings) for slot in range(2)]
+        (inputs,) = prepared.parts(session.base.device, 2)
+        assert inputs.timesteps.tolist() == [one.timestep for one in expected]
+        np.testing.assert_array_equal(inputs.noise.numpy(), np.stack([one.noise for one in expected]))
+    session._ahead.close()
+    measured = validation_loss(session, Silence())
+    (view,) = session.plan.training.validation
+    image, source, total = session.images[view], session.plan.training.items[view.item].source, 0.0
+    for timestep in (600, 601, 602, 603):
+        rng = generator(0, Stream.VALIDATION_NOISE, timestep, view.item)
+        noise = rng.standard_normal(tuple(image.mean.shape), dtype=np.float32)
+        total += denoising_loss(
+            session.base,
+            image.mean[None],
+            torch.from_numpy(noise)[None],
+            torch.tensor([timestep]),
+            session.embeddings.encode([source.rules.plain(source.captions)]),
+            time_ids([image.framing]),
+            objective=ObjectiveSection(),
+        ).item()
+    assert measured == pytest.approx(total / 4, rel=1e-5)
+
+
 def test_the_file_states_the_loss_and_the_weighting() -> None:
     def stated(*settings: str) -> dict[str, str]:
         metadata = training_metadata(configured(*settings), *facts())
@@ -147,3 +295,15 @@ def test_the_file_states_the_loss_and_the_weighting() -> None:
     assert list(stated("objective.weighting=debiased").values())[-2:] == ["None", "True"]
     assert list(stated("objective.weighting=soft_min_snr").values())[-2:] == ["None", "False"]
     assert list(stated("objective.min_snr_gamma=0").values())[-2:] == ["None", "False"]
+
+
+def test_the_file_states_the_noise_and_the_range() -> None:
+    plain = training_metadata(configured(), *facts())
+    assert plain["ss_noise_offset"] == "None"
+    assert "sdlora_objective" not in plain
+    metadata = training_metadata(
+        configured("objective.noise_offset=0.05", "objective.max_timestep=900", "objective.weighting=soft_min_snr"),
+        *facts(),
+    )
+    assert metadata["ss_noise_offset"] == "0.05"
+    assert json.loads(metadata["sdlora_objective"]) == {"max_timestep": 900, "weighting": "soft_min_snr"}

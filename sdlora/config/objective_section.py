@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from .setting import Section, Setting
 
 LossKind = Literal["l2", "huber", "smooth_l1"]
 HuberSchedule = Literal["constant", "snr", "exponential"]
 Weighting = Literal["min_snr", "soft_min_snr", "debiased", "none"]
+TimestepSampling = Literal["uniform", "logit_normal", "shifted"]
 
 
 class ObjectiveSection(Section):
@@ -35,3 +37,27 @@ class ObjectiveSection(Section):
     same."""
     prior_loss_weight: Annotated[float, Field(ge=0), Setting(kohya="prior_loss_weight")] = 1.0
     """Factor on the loss of regularisation images (Ruiz et al. 2023, equation 2)."""
+    noise_offset: Annotated[float, Field(ge=0), Setting(kohya="noise_offset")] = 0.0
+    """Standard deviation of a number for each channel that is added to the noise, so that dark and bright images can be
+    learned (Guttenberg 2023). kohya's users take 0.03 to 0.1."""
+    min_timestep: Annotated[int, Field(ge=0), Setting(kohya="min_timestep")] = 0
+    """Lowest noise level that is trained, from 0."""
+    max_timestep: Annotated[int | None, Field(ge=1), Setting(kohya="max_timestep")] = None
+    """Noise levels below this one are trained. By default all, which are 1000 in Stable Diffusion."""
+    timestep_sampling: TimestepSampling = "uniform"
+    """How noise levels are drawn from that range: evenly; ``logit_normal``, with more from its middle; ``shifted``, with
+    more from its end (Esser et al. 2024)."""
+    logit_mean: Annotated[float, Field(ge=-10, le=10), Setting(kohya="logit_mean")] = 0.0
+    """Mean of ``logit_normal``, before the sigmoid: above 0 more noise is drawn, below 0 more detail."""
+    logit_std: Annotated[float, Field(gt=0, le=10), Setting(kohya="logit_std")] = 1.0
+    """Standard deviation of ``logit_normal``, before the sigmoid."""
+    timestep_shift: Annotated[float, Field(gt=0)] = 3.0
+    """Shift of ``shifted``: 1 is even; above 1 more noise is drawn, below 1 more detail."""
+
+    @model_validator(mode="after")
+    def _has_a_range(self) -> ObjectiveSection:
+        low, high = self.min_timestep, self.max_timestep
+        if high is not None and low >= high:
+            problem = f"min_timestep = {low}: must be less than objective.max_timestep, which is {high}"
+            raise PydanticCustomError("settings", "{problems}", {"problems": problem})
+        return self

@@ -9,7 +9,11 @@ from functools import lru_cache
 
 import numpy as np
 
+from ..config.sections import ObjectiveSection
 from ..randomness import Stream, generator
+from .objective import offset_noise, timestep_at
+
+PLAIN = ObjectiveSection()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,12 +114,21 @@ class Draws:
 
 
 def draw(
-    *, seed: int, step: int, slot: int, slots: int, shape: tuple[int, ...], timesteps: int, caption_dropout: float
+    *,
+    seed: int,
+    step: int,
+    slot: int,
+    slots: int,
+    shape: tuple[int, ...],
+    timesteps: int,
+    caption_dropout: float,
+    objective: ObjectiveSection = PLAIN,
 ) -> Draws:
     """Draw for ``slot`` of ``slots`` in ``step``.
 
     Timesteps are stratified over the batch: slot k draws from the k-th of ``slots`` equal parts, in a shuffled order,
-    which evens out the loss without changing what is drawn on average.
+    which evens out the loss without changing what is drawn on average. ``objective`` says which noise is drawn, and from
+    which of the schedule's ``timesteps``.
     """
 
     def rng(stream: Stream, *more: int) -> np.random.Generator:
@@ -123,9 +136,12 @@ def draw(
 
     stratum = int(rng(Stream.TIMESTEP).permutation(slots)[slot])
     position = (stratum + rng(Stream.TIMESTEP, slot).random()) / slots
+    noise = rng(Stream.NOISE, slot).standard_normal(shape, dtype=np.float32)
+    if objective.noise_offset:
+        noise = offset_noise(noise, rng(Stream.NOISE_OFFSET, slot), objective.noise_offset)
     return Draws(
-        noise=rng(Stream.NOISE, slot).standard_normal(shape, dtype=np.float32),
+        noise=noise,
         posterior=rng(Stream.POSTERIOR, slot).standard_normal(shape, dtype=np.float32),
-        timestep=min(timesteps - 1, int(position * timesteps)),
+        timestep=timestep_at(position, objective, timesteps),
         drop_caption=bool(rng(Stream.CAPTION_DROPOUT, slot).random() < caption_dropout),
     )

@@ -15,7 +15,7 @@ from ..lora.low_rank import LowRank
 from ..progress import Progress
 from ..randomness import Stream, generator
 from .loss import denoising_loss
-from .objective import level_weights
+from .objective import level_weights, trained_levels
 from .session import TrainingSession
 
 LEAST_STEPS = 50
@@ -58,12 +58,12 @@ def own_losses(session: TrainingSession, progress: Progress) -> OwnLosses | None
     shown = (sample for step in reversed(range(steps)) for sample in training.batch(step))
     own = (sample for sample in shown if training.items[sample.view.item].source.role == "train")
     samples = [sample for sample, _ in zip(own, range(COMPARED), strict=False)]
-    levels = len(base.schedule.alphas_cumprod)
     objective = plan.config.objective.model_copy(update={"loss": "l2"})
+    levels = trained_levels(objective, len(base.schedule.alphas_cumprod))
     measured = []
     progress.start("Comparing with the base", len(samples))
     for position, sample in enumerate(samples):
-        timestep = (2 * position + 1) * levels // (2 * len(samples))
+        timestep = levels[(2 * position + 1) * len(levels) // (2 * len(samples))]
         image = session.images[sample.view]
         rng = generator(plan.config.train.seed, Stream.COMPARISON_NOISE, position)
         timesteps = torch.tensor([timestep], device=base.device)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from statistics import NormalDist
+
+import numpy as np
 from torch import Tensor
 
 from ..base.schedule import NoiseSchedule
@@ -44,3 +48,51 @@ def huber_thresholds(timesteps: Tensor, schedule: NoiseSchedule, objective: Obje
         return signal.new_full(signal.shape, least)
     root = signal.sqrt()
     return (1 - least) * (root / (root + (1 - signal).sqrt())).square() + least
+
+
+def trained_levels(objective: ObjectiveSection, levels: int) -> range:
+    """Those of a schedule's ``levels`` that are trained."""
+    return range(objective.min_timestep, levels if objective.max_timestep is None else objective.max_timestep)
+
+
+def range_problem(objective: ObjectiveSection, levels: int) -> str | None:
+    """A sentence where the range of ``objective`` is not within a schedule's ``levels``."""
+    key = "min_timestep" if objective.max_timestep is None else "max_timestep"
+    if (trained := trained_levels(objective, levels)) and trained.stop <= levels:
+        return None
+    most = levels - 1 if objective.max_timestep is None else levels
+    return f"objective.{key} = {getattr(objective, key)}: must be at most {most} on this base"
+
+
+def timestep_at(position: float, objective: ObjectiveSection, levels: int) -> int:
+    """The timestep at ``position`` in [0, 1): what is drawn evenly there is drawn as ``timestep_sampling`` says.
+
+    Positions that are spread over a batch stay so, since this rises with them.
+    """
+    trained = trained_levels(objective, levels)
+    if objective.timestep_sampling == "logit_normal":
+        position = logit_normal(position, mean=objective.logit_mean, std=objective.logit_std)
+    elif objective.timestep_sampling == "shifted":
+        position = shifted(position, objective.timestep_shift)
+    return trained[min(len(trained) - 1, int(position * len(trained)))]
+
+
+def logit_normal(position: float, *, mean: float, std: float) -> float:
+    """The inverse of the distribution function of sigmoid(m + s z), z normal (Esser et al. 2024, section 3.1)."""
+    inside = min(max(position, SMALLEST_SHARE), 1 - SMALLEST_SHARE)
+    return 1 / (1 + math.exp(-mean - std * NormalDist().inv_cdf(inside)))
+
+
+SMALLEST_SHARE = 2.0**-53
+"""The normal distribution has no value at 0; random numbers are multiples of this."""
+
+
+def shifted(position: float, shift: float) -> float:
+    """s t / (1 + (s - 1) t) (Esser et al. 2024, section 5.3.2)."""
+    return shift * position / (1 + (shift - 1) * position)
+
+
+def offset_noise(noise: np.ndarray, rng: np.random.Generator, strength: float) -> np.ndarray:
+    """``noise`` (4, h, w) and a normal number times ``strength`` for each channel (Guttenberg 2023, "Offset noise")."""
+    offsets = rng.standard_normal((len(noise), 1, 1), dtype=np.float32)
+    return noise + np.float32(strength) * offsets

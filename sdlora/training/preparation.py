@@ -137,6 +137,7 @@ class Preparation:
             shape=tuple(image.mean.shape),
             timesteps=len(self.base.schedule.alphas_cumprod),
             caption_dropout=config.data.caption_dropout,
+            objective=config.objective,
         )
 
     def _arrays(
