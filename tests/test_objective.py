@@ -17,6 +17,7 @@ from sdlora.errors import ConfigError
 from sdlora.progress import Silence
 from sdlora.randomness import Stream, generator
 from sdlora.training.batches import Draws, draw
+from sdlora.training.course import own_losses
 from sdlora.training.loss import denoising_loss
 from sdlora.training.metadata import training_metadata
 from sdlora.training.objective import level_weights, penalties, timestep_at
@@ -109,6 +110,9 @@ def session_in(folder: Path, base: Path, *more: str) -> TrainingSession:
         ("weighting=debiased", {"weighting": "debiased"}),
         ("weighting=soft_min_snr", {"weighting": "soft_min_snr"}),
         ("weighting=none", {"weighting": "none"}),
+        ("input_perturbation=0.5", {"input_perturbation": 0.5}),
+        ("multires_noise_iterations=6", {"multires_noise_iterations": 6}),
+        ("noise_offset=0.5", {"noise_offset": 0.5}),
     ],
 )
 def test_a_step_counts_what_is_chosen(setting: str, section: dict[str, Any], tiny_base: Path, tmp_path: Path) -> None:
@@ -125,7 +129,11 @@ def loss_of_first_step(session: TrainingSession, section: ObjectiveSection) -> f
     base, prepared = session.base, session._ahead.take(0)
     (inputs,) = prepared.parts(base.device, 100)
     signal = base.schedule.alphas_cumprod.double()[inputs.timesteps].view(-1, 1, 1, 1)
-    noisy = signal.sqrt() * inputs.latents + (1 - signal).sqrt() * inputs.noise
+    extra = [
+        generator(0, Stream.INPUT_PERTURBATION, 0, slot).standard_normal((4, 8, 8), np.float32) for slot in range(2)
+    ]
+    noise = inputs.noise + section.input_perturbation * torch.from_numpy(np.stack(extra))
+    noisy = signal.sqrt() * inputs.latents + (1 - signal).sqrt() * noise
     context = session._conditioning(inputs).context
     predicted = base.unet(noisy.float(), inputs.timesteps, context, return_dict=False)[0].double()
     session._ahead.close()
@@ -166,6 +174,43 @@ def test_offset_noise_shifts_each_channel() -> None:
     assert many.std() == pytest.approx(0.3, rel=0.05)
     # Channels differ from each other, and from the noise.
     assert np.abs(np.corrcoef(many.T) - np.eye(4)).max() < 0.15
+
+
+@pytest.mark.parametrize("shape", [(4, 24, 40), (4, 8, 8), (4, 3, 1)])
+@pytest.mark.parametrize(("iterations", "discount"), [(1, 0.3), (6, 0.4), (10, 0.8)])
+def test_multires_noise_adds_coarser_noise(shape: tuple[int, int, int], iterations: int, discount: float) -> None:
+    """Against torch's own enlargement in float64, on the same draws."""
+    options = {"multires_noise_iterations": iterations, "multires_noise_discount": discount}
+    total = torch.from_numpy(drawn(shape=shape).noise).double()[None]
+    rng = generator(0, Stream.MULTIRES_NOISE, 0, 0)
+    for number in range(iterations):
+        ratio = rng.random() * 2 + 2
+        high, wide = (max(1, int(side / ratio**number)) for side in shape[1:])
+        coarse = torch.from_numpy(rng.standard_normal((4, high, wide), dtype=np.float32)).double()[None]
+        total += torch.nn.functional.interpolate(coarse, shape[1:], mode="bilinear") * discount**number
+        if high == 1 or wide == 1:
+            break
+    ours = drawn(shape=shape, **options).noise
+    assert ours.dtype == np.float32
+    np.testing.assert_allclose(ours, (total / total.std())[0].numpy(), rtol=1e-4, atol=1e-5)
+    assert ours.std(ddof=1) == pytest.approx(1, rel=1e-4)
+
+
+def test_an_offset_comes_before_the_coarser_noise() -> None:
+    """The order of kohya's trainer: what is added last scales all of it to a standard deviation of 1."""
+    both = drawn(noise_offset=2.0, multires_noise_iterations=3).noise
+    assert both.std(ddof=1) == pytest.approx(1, rel=1e-4)
+    assert not np.allclose(both, drawn(multires_noise_iterations=3).noise)
+
+
+def test_perturbation_is_in_the_input_alone() -> None:
+    assert drawn().input_noise is None
+    one = drawn(input_perturbation=0.1, noise_offset=0.3)
+    assert one.input_noise is not None
+    np.testing.assert_array_equal(one.noise, drawn(noise_offset=0.3).noise)
+    expected = generator(0, Stream.INPUT_PERTURBATION, 0, 0).standard_normal(one.noise.shape, dtype=np.float32)
+    np.testing.assert_allclose(one.input_noise - one.noise, 0.1 * expected, atol=1e-6)
+    assert abs(np.corrcoef(expected.ravel(), drawn().noise.ravel())[0, 1]) < 0.15
 
 
 def positions_of(sampling: str, *, steps: int = 100, slots: int = 10, **section: Any) -> np.ndarray:
@@ -283,6 +328,27 @@ def test_a_run_draws_and_judges_by_its_objective(tiny_base: Path, tmp_path: Path
     assert measured == pytest.approx(total / 4, rel=1e-5)
 
 
+def test_a_part_of_a_batch_keeps_its_own_input(tiny_base: Path, tmp_path: Path) -> None:
+    more = ("objective.input_perturbation=0.5", "train.micro_batch=1")
+    (whole,), (parted,) = (losses(session_in(tmp_path, tiny_base, *given), 1) for given in (more[:1], more))
+    assert parted == pytest.approx(whole, rel=1e-4)
+
+
+def test_the_comparison_with_the_base_stays_within_the_range(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ("objective.min_timestep=600", "objective.max_timestep=608", "objective.loss=huber", "train.steps=50")
+    session, seen = session_in(tmp_path, tiny_base, *settings), []
+
+    def watched(*args: Any, objective: ObjectiveSection, **more: Any) -> torch.Tensor:
+        seen.append((args[3].item(), objective.loss))
+        return denoising_loss(*args, objective=objective, **more)
+
+    monkeypatch.setattr("sdlora.training.course.denoising_loss", watched)
+    assert own_losses(session, Silence()) is not None
+    assert seen == [(timestep, "l2") for timestep in range(600, 608)]
+
+
 def test_the_file_states_the_loss_and_the_weighting() -> None:
     def stated(*settings: str) -> dict[str, str]:
         metadata = training_metadata(configured(*settings), *facts())
@@ -299,11 +365,16 @@ def test_the_file_states_the_loss_and_the_weighting() -> None:
 
 def test_the_file_states_the_noise_and_the_range() -> None:
     plain = training_metadata(configured(), *facts())
-    assert plain["ss_noise_offset"] == "None"
+    keys = ("noise_offset", "multires_noise_iterations", "multires_noise_discount", "ip_noise_gamma")
+    assert {plain[f"ss_{key}"] for key in keys} == {"None"}
     assert "sdlora_objective" not in plain
     metadata = training_metadata(
         configured("objective.noise_offset=0.05", "objective.max_timestep=900", "objective.weighting=soft_min_snr"),
         *facts(),
     )
-    assert metadata["ss_noise_offset"] == "0.05"
+    assert [metadata[f"ss_{key}"] for key in keys] == ["0.05", "None", "None", "None"]
+    coarse = training_metadata(
+        configured("objective.multires_noise_iterations=6", "objective.input_perturbation=0.1"), *facts()
+    )
+    assert [coarse[f"ss_{key}"] for key in keys] == ["None", "6", "0.3", "0.1"]
     assert json.loads(metadata["sdlora_objective"]) == {"max_timestep": 900, "weighting": "soft_min_snr"}

@@ -40,6 +40,14 @@ class ObjectiveSection(Section):
     noise_offset: Annotated[float, Field(ge=0), Setting(kohya="noise_offset")] = 0.0
     """Standard deviation of a number for each channel that is added to the noise, so that dark and bright images can be
     learned (Guttenberg 2023). kohya's users take 0.03 to 0.1."""
+    multires_noise_iterations: Annotated[int, Field(ge=0, le=10), Setting(kohya="multires_noise_iterations")] = 0
+    """Noise of so many coarser resolutions that is added to the noise, whose variance stays (Whitaker 2023). 0 adds none;
+    kohya's users take 6 to 10."""
+    multires_noise_discount: Annotated[float, Field(ge=0, le=1), Setting(kohya="multires_noise_discount")] = 0.3
+    """Strength of each of these resolutions, as a factor on that of the one before."""
+    input_perturbation: Annotated[float, Field(ge=0, le=1), Setting(kohya="ip_noise_gamma")] = 0.0
+    """Noise in the input of the UNet that it is not to predict, as a share of the noise: it learns to correct its own
+    errors (Ning et al. 2023, who recommend 0.1)."""
     min_timestep: Annotated[int, Field(ge=0), Setting(kohya="min_timestep")] = 0
     """Lowest noise level that is trained, from 0."""
     max_timestep: Annotated[int | None, Field(ge=1), Setting(kohya="max_timestep")] = None

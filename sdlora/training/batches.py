@@ -11,7 +11,7 @@ import numpy as np
 
 from ..config.sections import ObjectiveSection
 from ..randomness import Stream, generator
-from .objective import offset_noise, timestep_at
+from .objective import multires_noise, offset_noise, perturbed, timestep_at
 
 PLAIN = ObjectiveSection()
 
@@ -111,6 +111,8 @@ class Draws:
     """float32, the latent's shape: where in the encoder's posterior the latent is taken."""
     timestep: int
     drop_caption: bool
+    input_noise: np.ndarray | None
+    """The noise in the UNet's input, where it is not ``noise``."""
 
 
 def draw(
@@ -139,8 +141,17 @@ def draw(
     noise = rng(Stream.NOISE, slot).standard_normal(shape, dtype=np.float32)
     if objective.noise_offset:
         noise = offset_noise(noise, rng(Stream.NOISE_OFFSET, slot), objective.noise_offset)
+    if objective.multires_noise_iterations:
+        noise = multires_noise(
+            noise,
+            rng(Stream.MULTIRES_NOISE, slot),
+            iterations=objective.multires_noise_iterations,
+            discount=objective.multires_noise_discount,
+        )
+    gamma = objective.input_perturbation
     return Draws(
         noise=noise,
+        input_noise=perturbed(noise, rng(Stream.INPUT_PERTURBATION, slot), gamma) if gamma else None,
         posterior=rng(Stream.POSTERIOR, slot).standard_normal(shape, dtype=np.float32),
         timestep=timestep_at(position, objective, timesteps),
         drop_caption=bool(rng(Stream.CAPTION_DROPOUT, slot).random() < caption_dropout),

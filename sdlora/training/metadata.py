@@ -140,9 +140,6 @@ _OFF: dict[str, object] = {
     "ss_scale_weight_norms": None,
     "ss_noise_offset_random_strength": False,
     "ss_adaptive_noise_scale": None,
-    "ss_multires_noise_iterations": None,
-    "ss_multires_noise_discount": None,
-    "ss_ip_noise_gamma": None,
     "ss_ip_noise_gamma_random_strength": False,
     "ss_validation_seed": None,
     "ss_validation_split": 0.0,
@@ -221,6 +218,11 @@ def _objective(config: Config) -> dict[str, object]:
         "ss_min_snr_gamma": (objective.weighting == "min_snr" and objective.min_snr_gamma) or None,
         "ss_debiased_estimation": objective.weighting == "debiased",
         "ss_noise_offset": objective.noise_offset or None,
+        "ss_multires_noise_iterations": objective.multires_noise_iterations or None,
+        "ss_multires_noise_discount": objective.multires_noise_discount
+        if objective.multires_noise_iterations
+        else None,
+        "ss_ip_noise_gamma": objective.input_perturbation or None,
         "ss_prior_loss_weight": objective.prior_loss_weight,
     }
 

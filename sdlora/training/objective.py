@@ -96,3 +96,38 @@ def offset_noise(noise: np.ndarray, rng: np.random.Generator, strength: float) -
     """``noise`` (4, h, w) and a normal number times ``strength`` for each channel (Guttenberg 2023, "Offset noise")."""
     offsets = rng.standard_normal((len(noise), 1, 1), dtype=np.float32)
     return noise + np.float32(strength) * offsets
+
+
+def multires_noise(noise: np.ndarray, rng: np.random.Generator, *, iterations: int, discount: float) -> np.ndarray:
+    """``noise`` (4, h, w) with enlarged noise of coarser and coarser grids, at a standard deviation of 1 (Whitaker 2023).
+
+    As in kohya's trainer the i-th grid, from 0, is r^i times smaller with r drawn from [2, 4), and counts d^i; the last has
+    a single row or column. There a batch shares each r and the standard deviation; here every image has its own.
+    """
+    height, width = noise.shape[-2:]
+    total = noise.astype(np.float32)
+    for number in range(iterations):
+        smaller = (2 * rng.random() + 2) ** number
+        rows, columns = max(1, int(height / smaller)), max(1, int(width / smaller))
+        coarse = rng.standard_normal((len(noise), rows, columns), dtype=np.float32)
+        enlarged = _enlarging(rows, height) @ coarse @ _enlarging(columns, width).T
+        total = total + np.float32(discount**number) * enlarged
+        if 1 in (rows, columns):
+            break
+    return total / total.std(ddof=1)
+
+
+def _enlarging(size: int, larger: int) -> np.ndarray:
+    """The matrix (larger, size) of linear interpolation between the middles of pixels."""
+    places = np.maximum((np.arange(larger) + 0.5) * size / larger - 0.5, 0)
+    first = places.astype(np.int64)
+    share = (places - first).astype(np.float32)
+    matrix = np.zeros((larger, size), np.float32)
+    np.add.at(matrix, (np.arange(larger), first), 1 - share)
+    np.add.at(matrix, (np.arange(larger), np.minimum(first + 1, size - 1)), share)
+    return matrix
+
+
+def perturbed(noise: np.ndarray, rng: np.random.Generator, gamma: float) -> np.ndarray:
+    """ε + γ ξ: the noise in the input, while ε stays the target (Ning et al. 2023)."""
+    return noise + np.float32(gamma) * rng.standard_normal(noise.shape, dtype=np.float32)

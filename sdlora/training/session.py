@@ -85,6 +85,7 @@ class TrainingSession:
             self._conditioning(inputs),
             inputs.time_ids,
             objective=self.plan.config.objective,
+            input_noise=inputs.input_noise,
             masks=inputs.masks,
         )
         loss = (losses * inputs.weights).sum() / batch_size
