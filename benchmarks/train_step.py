@@ -34,6 +34,7 @@ from sdlora.base.load import load_base
 from sdlora.base.precision import choose_precision
 from sdlora.base.tokens import PromptTokens, plain, tokenize
 from sdlora.config.loading import load_config
+from sdlora.config.sections import ObjectiveSection
 from sdlora.lora.adapter import ATTENTION
 from sdlora.progress import Silence
 from sdlora.training.loss import denoising_loss
@@ -64,7 +65,7 @@ class Inputs:
         timesteps = torch.randint(0, 1000, (len(noise),), device=base.device)
         conditioning = encode_prompts(base, self.prompts)
         return denoising_loss(
-            base, self.latents, noise, timesteps, conditioning, self.time_ids, min_snr_gamma=5.0
+            base, self.latents, noise, timesteps, conditioning, self.time_ids, objective=ObjectiveSection()
         ).mean()
 
 

@@ -23,6 +23,9 @@ class Stream(IntEnum):
     TAG_DROPOUT = 13
     VALIDATION_NOISE = 20
     COMPARISON_NOISE = 21
+    NOISE_OFFSET = 30
+    MULTIRES_NOISE = 31
+    INPUT_PERTURBATION = 32
 
 
 def generator(seed: int, stream: Stream, *position: int) -> np.random.Generator:

@@ -16,7 +16,7 @@ from sdlora.base.conditioning import Framing
 from sdlora.base.encode import encode_prompts
 from sdlora.base.tokens import plain, tokenize
 from sdlora.config.loading import load_config
-from sdlora.config.sections import Config
+from sdlora.config.sections import Config, ObjectiveSection
 from sdlora.training.loss import denoising_loss
 from sdlora.training.memory import StepMemory, measured, step_memory
 from sdlora.training.new_adapter import new_adapter
@@ -46,7 +46,7 @@ def loss_of(base: Base) -> Tensor:
         torch.tensor([500]),
         encode_prompts(base, [tokenize(base, plain("a fox"))]),
         [Framing.whole(SIDE, SIDE)],
-        min_snr_gamma=5.0,
+        objective=ObjectiveSection(),
     ).sum()
 
 

@@ -53,7 +53,7 @@ def test_the_settings_that_decide_resuming() -> None:
     expected = {
         key for key in settings if key not in never and (not key.startswith("output.") or key == "output.precision")
     }
-    assert len(settings) == 75
+    assert len(settings) == 89
     assert set(config.flat(DECIDES_RESUMING)) == expected
     sets = {setting.key for setting in all_settings() if setting.section == "data.sets" and setting.affects == "place"}
     assert sets == {"images", "metadata", "masks"}
@@ -96,7 +96,7 @@ def test_only_a_run_needs_a_trigger_word_and_an_output(tmp_path: Path) -> None:
     [
         ("train.network_dim=8", "unknown key train.network_dim: kohya's network_dim is lora.rank here"),
         ("network_dim=8", "'network_dim=8': kohya's network_dim is lora.rank here"),
-        ("train.noise_offset=0.1", "unknown key train.noise_offset: noise_offset of kohya's trainer is not supported yet"),
+        ("train.color_aug=true", "unknown key train.color_aug: color_aug of kohya's trainer is not supported yet"),
         ("train.learning_rate=1e-4", "unknown key train.learning_rate: it is optimizer.learning_rate here"),
         ("train.lr=1e-4", "unknown key train.lr: it is optimizer.learning_rate here"),
         ("train.max_train_epochs=3", "kohya's max_train_epochs is not needed: give the length of a run as train.steps"),
@@ -125,12 +125,12 @@ def test_what_is_said_about_a_wrong_key_or_value(override: str, message: str) ->
 
 def test_a_configuration_of_kohyas_trainer_is_answered_key_by_key(tmp_path: Path) -> None:
     file = tmp_path / "kohya.toml"
-    file.write_text("network_dim = 8\n[training_arguments]\nmax_train_steps = 100\nnoise_offset = 0.1\n")
+    file.write_text("network_dim = 8\n[training_arguments]\nmax_train_steps = 100\ncolor_aug = true\n")
     assert problems_of(file, *NEEDED) == [
         f"{file}:1: unknown key network_dim: kohya's network_dim is lora.rank here",
         f"{file}:2: unknown key training_arguments; the sections are {', '.join(Config.model_fields)}",
         f"{file}:3: unknown key training_arguments.max_train_steps: kohya's max_train_steps is train.steps here",
-        f"{file}:4: unknown key training_arguments.noise_offset: noise_offset of kohya's trainer is not supported yet",
+        f"{file}:4: unknown key training_arguments.color_aug: color_aug of kohya's trainer is not supported yet",
     ]
 
 

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from sdlora.base.conditioning import Framing, time_ids
+from sdlora.config.sections import ObjectiveSection
 from sdlora.generation.request import ImageRequest
 from sdlora.generation.studio import Studio
 from sdlora.progress import Silence
@@ -34,7 +35,7 @@ def test_masks_weigh_the_squared_errors(tiny_base: Path, tmp_path: Path) -> None
 
     def loss(masks: torch.Tensor | None, noise: torch.Tensor) -> torch.Tensor:
         return denoising_loss(
-            base, latents, noise, timesteps, conditioning, sizes, min_snr_gamma=5.0, masks=masks
+            base, latents, noise, timesteps, conditioning, sizes, objective=ObjectiveSection(), masks=masks
         ).detach()
 
     signal = base.schedule.alphas_cumprod.double()[timesteps].view(2, 1, 1, 1)

@@ -62,6 +62,8 @@ def everything(folder: Path) -> list[str]:
         f"data.sets={toml(sets)}", "data.caption_lines=draw", "data.wildcards=true", "data.crop=random",
         "data.shuffle_tags=true", "data.tag_dropout=0.3", "data.flip=true", "data.mask=alpha", "data.resolution=[64, 80]",
         "data.bucket_rule=kohya", "data.caption_dropout=0.2", "objective.prior_loss_weight=0.7",
+        "objective.noise_offset=0.1", "objective.multires_noise_iterations=4", "objective.input_perturbation=0.1",
+        "objective.timestep_sampling=logit_normal",
     ]  # fmt: skip
 
 

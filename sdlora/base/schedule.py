@@ -82,6 +82,10 @@ def _chosen_spacing(config: Mapping[str, Any]) -> str | None:
     return None if spacing == default else spacing
 
 
+LARGEST_SNR = 1000.0
+"""Signal-to-noise ratio above which debiased weights stay the same."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class NoiseSchedule:
     """``alphas_cumprod``, (timesteps,) float32, is the share of signal variance at each timestep (ᾱ in Ho et al. 2020)."""
@@ -129,3 +133,18 @@ class NoiseSchedule:
             return torch.ones_like(signal)
         snr = signal / (1 - signal)
         return snr.clamp(max=gamma) / (snr if self.prediction == "epsilon" else snr + 1)
+
+    def soft_min_snr_weight(self, timesteps: Tensor, gamma: float) -> Tensor:
+        """γ / (SNR + γ) for ε, γ SNR / ((SNR + γ) (SNR + 1)) for v: min-SNR without its corner (Crowson et al. 2024).
+
+        Both weight the error of the denoised image by 1 / (1 / SNR + 1 / γ), where min-SNR's weigh it by min(SNR, γ).
+        """
+        signal = self.alphas_cumprod[timesteps]
+        soft = gamma * (1 - signal) / (signal + gamma * (1 - signal))
+        return soft if self.prediction == "epsilon" else soft * signal
+
+    def debiased_weight(self, timesteps: Tensor) -> Tensor:
+        """1 / √SNR for ε (Yu et al. 2024) and 1 / (SNR + 1) for v, with SNR at most 1000, as in kohya's trainer."""
+        signal = self.alphas_cumprod[timesteps]
+        snr = (signal / (1 - signal)).clamp(max=LARGEST_SNR)
+        return snr.rsqrt() if self.prediction == "epsilon" else 1 / (snr + 1)

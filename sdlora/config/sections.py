@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from ..families import Family
 from .data_section import DataSection, ImageSettings, MaskKind, SetSection
+from .objective_section import ObjectiveSection
 from .setting import Affects, Section, Setting, setting_of
 
 __all__ = [
@@ -83,15 +84,6 @@ class LoraSection(Section):
     learning rate."""
     targets: Literal["attention", "attention-mlp"] = "attention"
     """Modules that are changed: the attention projections q, k, v and out; or these and the feed-forward layers."""
-
-
-class ObjectiveSection(Section):
-    """What weights the loss."""
-
-    min_snr_gamma: Annotated[float, Field(ge=0), Setting(kohya="min_snr_gamma")] = 5.0
-    """Gamma of min-SNR weighting (Hang et al. 2023, who recommend 5); 0 weights every noise level the same."""
-    prior_loss_weight: Annotated[float, Field(ge=0), Setting(kohya="prior_loss_weight")] = 1.0
-    """Factor on the loss of regularisation images (Ruiz et al. 2023, equation 2)."""
 
 
 class OptimizerSection(Section):

@@ -9,7 +9,11 @@ from functools import lru_cache
 
 import numpy as np
 
+from ..config.sections import ObjectiveSection
 from ..randomness import Stream, generator
+from .objective import multires_noise, offset_noise, perturbed, timestep_at
+
+PLAIN = ObjectiveSection()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,15 +111,26 @@ class Draws:
     """float32, the latent's shape: where in the encoder's posterior the latent is taken."""
     timestep: int
     drop_caption: bool
+    input_noise: np.ndarray | None
+    """The noise in the UNet's input, where it is not ``noise``."""
 
 
 def draw(
-    *, seed: int, step: int, slot: int, slots: int, shape: tuple[int, ...], timesteps: int, caption_dropout: float
+    *,
+    seed: int,
+    step: int,
+    slot: int,
+    slots: int,
+    shape: tuple[int, ...],
+    timesteps: int,
+    caption_dropout: float,
+    objective: ObjectiveSection = PLAIN,
 ) -> Draws:
     """Draw for ``slot`` of ``slots`` in ``step``.
 
     Timesteps are stratified over the batch: slot k draws from the k-th of ``slots`` equal parts, in a shuffled order,
-    which evens out the loss without changing what is drawn on average.
+    which evens out the loss without changing what is drawn on average. ``objective`` says which noise is drawn, and from
+    which of the schedule's ``timesteps``.
     """
 
     def rng(stream: Stream, *more: int) -> np.random.Generator:
@@ -123,9 +138,21 @@ def draw(
 
     stratum = int(rng(Stream.TIMESTEP).permutation(slots)[slot])
     position = (stratum + rng(Stream.TIMESTEP, slot).random()) / slots
+    noise = rng(Stream.NOISE, slot).standard_normal(shape, dtype=np.float32)
+    if objective.noise_offset:
+        noise = offset_noise(noise, rng(Stream.NOISE_OFFSET, slot), objective.noise_offset)
+    if objective.multires_noise_iterations:
+        noise = multires_noise(
+            noise,
+            rng(Stream.MULTIRES_NOISE, slot),
+            iterations=objective.multires_noise_iterations,
+            discount=objective.multires_noise_discount,
+        )
+    gamma = objective.input_perturbation
     return Draws(
-        noise=rng(Stream.NOISE, slot).standard_normal(shape, dtype=np.float32),
+        noise=noise,
+        input_noise=perturbed(noise, rng(Stream.INPUT_PERTURBATION, slot), gamma) if gamma else None,
         posterior=rng(Stream.POSTERIOR, slot).standard_normal(shape, dtype=np.float32),
-        timestep=min(timesteps - 1, int(position * timesteps)),
+        timestep=timestep_at(position, objective, timesteps),
         drop_caption=bool(rng(Stream.CAPTION_DROPOUT, slot).random() < caption_dropout),
     )

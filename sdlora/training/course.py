@@ -15,6 +15,7 @@ from ..lora.low_rank import LowRank
 from ..progress import Progress
 from ..randomness import Stream, generator
 from .loss import denoising_loss
+from .objective import level_weights, trained_levels
 from .session import TrainingSession
 
 LEAST_STEPS = 50
@@ -46,7 +47,10 @@ class OwnLosses:
 
 @torch.no_grad()
 def own_losses(session: TrainingSession, progress: Progress) -> OwnLosses | None:
-    """Losses on the images of the last steps, with the layers that are attached now; None for runs too short to judge."""
+    """Losses on the images of the last steps, with the layers that are attached now; None for runs too short to judge.
+
+    They are squared errors whatever ``objective.loss`` says, weighted as in training: of those it is known what is usual.
+    """
     plan, base = session.plan, session.base
     training, steps = plan.training, plan.config.train.steps
     if steps < LEAST_STEPS:
@@ -54,11 +58,12 @@ def own_losses(session: TrainingSession, progress: Progress) -> OwnLosses | None
     shown = (sample for step in reversed(range(steps)) for sample in training.batch(step))
     own = (sample for sample in shown if training.items[sample.view.item].source.role == "train")
     samples = [sample for sample, _ in zip(own, range(COMPARED), strict=False)]
-    levels, gamma = len(base.schedule.alphas_cumprod), plan.config.objective.min_snr_gamma
+    objective = plan.config.objective.model_copy(update={"loss": "l2"})
+    levels = trained_levels(objective, len(base.schedule.alphas_cumprod))
     measured = []
     progress.start("Comparing with the base", len(samples))
     for position, sample in enumerate(samples):
-        timestep = (2 * position + 1) * levels // (2 * len(samples))
+        timestep = levels[(2 * position + 1) * len(levels) // (2 * len(samples))]
         image = session.images[sample.view]
         rng = generator(plan.config.train.seed, Stream.COMPARISON_NOISE, position)
         timesteps = torch.tensor([timestep], device=base.device)
@@ -69,9 +74,9 @@ def own_losses(session: TrainingSession, progress: Progress) -> OwnLosses | None
             timesteps,
             session.embeddings.encode([sample.caption]),
             time_ids([image.framing]).to(base.device),
-            min_snr_gamma=gamma,
+            objective=objective,
         )
-        measured.append(torch.cat([loss, base.schedule.min_snr_weight(timesteps, gamma)]))
+        measured.append(torch.cat([loss, level_weights(timesteps, base.schedule, objective)]))
         progress.advance()
     losses, of_zero = torch.stack(measured).cpu().double().numpy().T
     return OwnLosses(losses=losses, of_zero=of_zero)

@@ -152,7 +152,7 @@ def stand_in_loss(base: Base, config: Config, images: int, *, width: int, height
         torch.zeros(images, dtype=torch.int64, device=base.device),
         _conditioning(base, config, images, chunks),
         time_ids([Framing.whole(width, height)] * images).to(base.device),
-        min_snr_gamma=config.objective.min_snr_gamma,
+        objective=config.objective,
     )
     return losses.sum()
 

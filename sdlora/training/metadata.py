@@ -127,7 +127,7 @@ def _run_values(config: Config, run: RunFacts, data: DatasetFacts) -> dict[str, 
         | _captions_and_views(config, data)
         | _images(run, data)
         | _buckets(config, data)
-        | _ours(run, data)
+        | _ours(config, run, data)
     )
 
 
@@ -137,17 +137,9 @@ _OFF: dict[str, object] = {
     "ss_fp8_base": False,
     "ss_fp8_base_unet": False,
     "ss_lowram": False,
-    "ss_debiased_estimation": False,
-    "ss_huber_schedule": None,
-    "ss_huber_scale": None,
-    "ss_huber_c": None,
     "ss_scale_weight_norms": None,
-    "ss_noise_offset": None,
     "ss_noise_offset_random_strength": False,
     "ss_adaptive_noise_scale": None,
-    "ss_multires_noise_iterations": None,
-    "ss_multires_noise_discount": None,
-    "ss_ip_noise_gamma": None,
     "ss_ip_noise_gamma_random_strength": False,
     "ss_validation_seed": None,
     "ss_validation_split": 0.0,
@@ -216,10 +208,22 @@ def _optimization(config: Config, run: RunFacts) -> dict[str, object]:
 
 
 def _objective(config: Config) -> dict[str, object]:
+    objective = config.objective
+    huber = objective.loss != "l2"
     return {
-        "ss_loss_type": "l2",
-        "ss_min_snr_gamma": config.objective.min_snr_gamma or None,
-        "ss_prior_loss_weight": config.objective.prior_loss_weight,
+        "ss_loss_type": objective.loss,
+        "ss_huber_schedule": objective.huber_schedule if huber else None,
+        "ss_huber_scale": 1.0 if huber else None,
+        "ss_huber_c": objective.huber_c if huber else None,
+        "ss_min_snr_gamma": (objective.weighting == "min_snr" and objective.min_snr_gamma) or None,
+        "ss_debiased_estimation": objective.weighting == "debiased",
+        "ss_noise_offset": objective.noise_offset or None,
+        "ss_multires_noise_iterations": objective.multires_noise_iterations or None,
+        "ss_multires_noise_discount": objective.multires_noise_discount
+        if objective.multires_noise_iterations
+        else None,
+        "ss_ip_noise_gamma": objective.input_perturbation or None,
+        "ss_prior_loss_weight": objective.prior_loss_weight,
     }
 
 
@@ -264,8 +268,16 @@ def _buckets(config: Config, data: DatasetFacts) -> dict[str, object]:
     }
 
 
-def _ours(run: RunFacts, data: DatasetFacts) -> dict[str, object]:
-    values = {"sdlora_modules": run.modules, "sdlora_version": __version__}
+_NOT_STATED_BY_KOHYA = {
+    *("weighting", "min_timestep", "max_timestep", "timestep_sampling", "timestep_shift", "logit_mean", "logit_std"),
+}
+"""Settings of ``[objective]`` that kohya's trainer does not state."""
+
+
+def _ours(config: Config, run: RunFacts, data: DatasetFacts) -> dict[str, object]:
+    values: dict[str, object] = {"sdlora_modules": run.modules, "sdlora_version": __version__}
+    if objective := config.objective.model_dump(include=_NOT_STATED_BY_KOHYA, exclude_defaults=True):
+        values["sdlora_objective"] = objective
     return values if data.validation_loss is None else values | {"sdlora_validation_loss": data.validation_loss}
 
 

@@ -17,6 +17,7 @@ from ..lint.run import examine_dataset
 from ..progress import Progress, Silence
 from .batches import BatchPlan
 from .checkpoint import RunIdentity
+from .objective import range_problem
 from .training_set import TrainingSet, plan_training_set
 
 
@@ -70,6 +71,8 @@ def plan_run(config: Config, dataset: ExaminedDataset) -> RunPlan:
         raise ConfigError(
             "optimizer.learning_rate and optimizer.text_encoder_learning_rate are both 0: nothing would be trained"
         )
+    if problem := range_problem(config.objective, dataset.base.schedule.timesteps):
+        raise ConfigError(problem)
     raise_errors(dataset.findings)
     training = plan_training_set(
         dataset.images,

@@ -32,6 +32,8 @@ class StepInputs:
     """(n, 4, h, w) float32, drawn from the encoder's posterior."""
     noise: Tensor
     """(n, 4, h, w) float32."""
+    input_noise: Tensor | None
+    """(n, 4, h, w) float32: the noise in the UNet's input; None where it is ``noise``."""
     timesteps: Tensor
     """(n,) int64."""
     time_ids: Tensor
@@ -52,6 +54,7 @@ class StepInputs:
         return StepInputs(
             latents=self.latents[rows],
             noise=self.noise[rows],
+            input_noise=None if self.input_noise is None else self.input_noise[rows],
             timesteps=self.timesteps[rows],
             time_ids=self.time_ids[rows],
             weights=self.weights[rows],
@@ -84,6 +87,7 @@ class PreparedStep:
         whole = StepInputs(
             latents=mean + std * brought["posterior"],
             noise=brought["noise"],
+            input_noise=brought.get("input_noise"),
             timesteps=brought["timesteps"],
             time_ids=brought["time_ids"],
             weights=brought["weights"],
@@ -137,6 +141,7 @@ class Preparation:
             shape=tuple(image.mean.shape),
             timesteps=len(self.base.schedule.alphas_cumprod),
             caption_dropout=config.data.caption_dropout,
+            objective=config.objective,
         )
 
     def _arrays(
@@ -153,6 +158,9 @@ class Preparation:
             "weights": np.array([sample.weight for sample in samples], np.float32),
             "time_ids": np.array([image.framing.numbers for image in images], np.float32),
         }
+        perturbed = [drawn.input_noise for drawn in draws if drawn.input_noise is not None]
+        if perturbed:
+            arrays["input_noise"] = np.stack(perturbed)
         for number, ids in enumerate(self.embeddings.token_ids(captions)):
             arrays[f"token_ids.{number}"] = ids
         zeroed = [drawn.drop_caption and self.base.checkpoint.zeros_for_empty_negative for drawn in draws]

@@ -84,7 +84,8 @@ class TrainingSession:
             inputs.timesteps,
             self._conditioning(inputs),
             inputs.time_ids,
-            min_snr_gamma=self.plan.config.objective.min_snr_gamma,
+            objective=self.plan.config.objective,
+            input_noise=inputs.input_noise,
             masks=inputs.masks,
         )
         loss = (losses * inputs.weights).sum() / batch_size

@@ -10,25 +10,27 @@ from ..progress import Progress
 from ..randomness import Stream, generator
 from .batches import share
 from .loss import denoising_loss
+from .objective import trained_levels
 from .session import TrainingSession
 
 TIMESTEPS = 4
-"""Noise levels at which each image is measured: the middles of this many equal parts of the schedule."""
+"""Noise levels at which each image is measured: the middles of this many equal parts of those that are trained."""
 
 
 @torch.no_grad()
 def validation_loss(session: TrainingSession, progress: Progress) -> float | None:
-    """Mean loss of the validation images, weighted as in training; None if there are none.
+    """Mean loss of the validation images, measured and weighted as in training; None if there are none.
 
-    Noise depends only on the seed, the image and the noise level, and the latent is the encoder's mean. They are the
-    same in every measurement, so a difference shows what was learned. Every process computes its share of the images.
+    Noise depends only on the seed, the image and the noise level, without what ``[objective]`` adds to it in training,
+    and the latent is the encoder's mean. They are the same in every measurement, so a difference shows what was learned.
+    Every process computes its share of the images.
     """
     plan, base = session.plan, session.base
     views, accelerator = plan.training.validation, session.accelerator
     if not views:
         return None
-    levels = len(base.schedule.alphas_cumprod)
-    timesteps = [(2 * k + 1) * levels // (2 * TIMESTEPS) for k in range(TIMESTEPS)]
+    levels = trained_levels(plan.config.objective, len(base.schedule.alphas_cumprod))
+    timesteps = [levels[(2 * k + 1) * len(levels) // (2 * TIMESTEPS)] for k in range(TIMESTEPS)]
     on_device = torch.tensor(timesteps, device=base.device)
     total = torch.zeros((), device=base.device)
     numbers = share(len(views), process=accelerator.process_index, processes=accelerator.num_processes)
@@ -49,7 +51,7 @@ def validation_loss(session: TrainingSession, progress: Progress) -> float | Non
                 on_device[level, None],
                 conditioning,
                 sizes,
-                min_snr_gamma=plan.config.objective.min_snr_gamma,
+                objective=plan.config.objective,
                 masks=masks,
             )[0]
         progress.advance()
