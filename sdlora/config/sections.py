@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from ..families import Family
@@ -94,6 +94,19 @@ class ObjectiveSection(Section):
     """Factor on the loss of regularisation images (Ruiz et al. 2023, equation 2)."""
 
 
+Schedule = Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+"""How learning rates develop, by the names of diffusers and of kohya's trainer."""
+
+
+def _steps_or_share(value: Any) -> Any:
+    if not (type(value) is int and value >= 0) and not (type(value) is float and 0 < value < 1):
+        raise PydanticCustomError(
+            "steps_or_share",
+            "must be a whole number of steps, for example 20, or a share of them below 1, such as 0.05",
+        )
+    return value
+
+
 class OptimizerSection(Section):
     """The optimizer, the learning rates and their schedule."""
 
@@ -104,10 +117,20 @@ class OptimizerSection(Section):
     text_encoder_learning_rate: Annotated[float | None, Field(ge=0, lt=1), Setting(kohya="text_encoder_lr")] = None
     """Peak learning rate of the text encoder's modules. 0 does not train the text encoder; captions are then encoded
     once, which is faster. By default 5e-5, and 0 for SDXL."""
-    schedule: Annotated[Literal["constant", "cosine", "linear"], Setting(kohya="lr_scheduler")] = "cosine"
-    """How the learning rates develop after warmup: they stay, or fall to 0 at the last step along a cosine or a line."""
-    warmup_steps: Annotated[int, Field(ge=0), Setting(kohya="lr_warmup_steps")] = 20
-    """Steps in which the learning rates rise from 0 to their peak."""
+    schedule: Annotated[Schedule, Setting(kohya="lr_scheduler")] = "cosine"
+    """How the learning rates develop after warmup: they stay, or fall to 0 at the end along a line, a cosine, several
+    cosines or a power of what is left."""
+    schedule_cycles: Annotated[int, Field(ge=1), Setting(kohya="lr_scheduler_num_cycles")] = 3
+    """Number of cosines of ``cosine_with_restarts``; each starts at the peak. Kohya's default is 1, which is ``cosine``."""
+    schedule_power: Annotated[float, Field(gt=0), Setting(kohya="lr_scheduler_power")] = 1.0
+    """Exponent of ``polynomial``: above 1 the learning rates fall fast at first and slowly at the end; 1 is a line."""
+    warmup_steps: Annotated[
+        int | float,
+        BeforeValidator(_steps_or_share),
+        Setting(kohya="lr_warmup_steps", values="whole number, at least 0; or a share, more than 0, less than 1"),
+    ] = 20
+    """Steps in which the learning rates rise from 0 to their peak. A number below 1 is a share of all steps, rounded down:
+    0.05 of 300 steps are 15."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """Weight decay of AdamW. In kohya's trainer it is one of the ``optimizer_args``."""
     max_grad_norm: Annotated[float, Field(gt=0), Setting(kohya="max_grad_norm")] = 1.0

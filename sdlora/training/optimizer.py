@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -12,19 +11,10 @@ from torch import Tensor, nn
 from ..config.sections import OptimizerSection
 from .adamw import adamw
 from .loss_scale import LossScale
+from .rates import rate_factor
 
 MOMENTS = 2
 """Values that the optimizer remembers of each parameter, float32: the means of gradients and of their squares."""
-
-
-def rate_factor(step: int, section: OptimizerSection, *, steps: int) -> float:
-    """Factor of the learning rates at ``step`` (from 0) of ``steps``: linear warm-up, then the schedule."""
-    if step < section.warmup_steps:
-        return (step + 1) / (section.warmup_steps + 1)
-    progress = (step - section.warmup_steps) / max(1, steps - section.warmup_steps)
-    if section.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * progress))
-    return 1 - progress if section.schedule == "linear" else 1.0
 
 
 class GuardedAdamW:
