@@ -39,7 +39,6 @@ UNNECESSARY = {
     "cache_text_encoder_outputs_to_disk": "cache.disk keeps captions too",
     "skip_cache_check": "the cache is found by content and needs no check",
     "cache_info": "image files are always read",
-    "max_train_epochs": "give the length of a run as train.steps",
     "save_every_n_epochs": "give the steps between checkpoints as train.save_every",
     "resume": "run the same command to resume",
     "initial_epoch": "run the same command to resume",

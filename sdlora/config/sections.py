@@ -147,6 +147,9 @@ class TrainSection(Section):
 
     steps: Annotated[int, Field(ge=1), Setting(kohya="max_train_steps")] = 600
     """Optimizer steps in all."""
+    epochs: Annotated[float | None, Field(gt=0, allow_inf_nan=False), Setting(kohya="max_train_epochs")] = None
+    """Length of the run in epochs instead of ``train.steps``, rounded to whole steps. An epoch shows each image as often as
+    its repeats say. A run with the same number of steps is the same run."""
     batch_size: Annotated[int, Field(ge=1), Setting(kohya="train_batch_size")] = 4
     """Images in one step, over all processes together."""
     precision: Annotated[Literal["auto", "float32", "bfloat16", "float16"], Setting(kohya="mixed_precision")] = "auto"
@@ -177,6 +180,13 @@ class TrainSection(Section):
     """Seed of everything that is drawn: order, captions, crops, flips, noise and timesteps."""
     save_every: Annotated[int, Field(ge=1), Setting(affects="nothing")] = 100
     """Steps between checkpoints to resume from. They are removed when the run is complete."""
+
+    @model_validator(mode="after")
+    def _has_one_length(self) -> TrainSection:
+        if self.epochs is not None and "steps" in self.model_fields_set:
+            problem = f"epochs = {self.epochs:g}: train.steps = {self.steps} is given too; give one of them"
+            raise PydanticCustomError("settings", "{problems}", {"problems": problem})
+        return self
 
 
 class SamplesSection(Section):
