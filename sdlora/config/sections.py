@@ -107,6 +107,13 @@ def _steps_or_share(value: Any) -> Any:
     return value
 
 
+def _betas(value: Any) -> Any:
+    numbers = value if isinstance(value, tuple) else ()
+    if len(numbers) != 2 or not all(type(each) is float and 0 < each < 1 for each in numbers):
+        raise PydanticCustomError("betas", "must be two numbers between 0 and 1, for example [0.9, 0.999]")
+    return value
+
+
 class OptimizerSection(Section):
     """The optimizer, the learning rates and their schedule."""
 
@@ -132,7 +139,13 @@ class OptimizerSection(Section):
     """Steps in which the learning rates rise from 0 to their peak. A number below 1 is a share of all steps, rounded down:
     0.05 of 300 steps are 15."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    """Weight decay of AdamW. In kohya's trainer it is one of the ``optimizer_args``."""
+    """Weight decay of AdamW. In kohya's trainer it is one of the ``optimizer_args``, as are the next two."""
+    betas: Annotated[
+        tuple[float, float], BeforeValidator(_betas), Setting(values="two numbers, more than 0, less than 1")
+    ] = (0.9, 0.99)
+    """Decay rates of AdamW's means of the gradients and of their squares. torch's default is [0.9, 0.999]."""
+    epsilon: Annotated[float, Field(gt=0, lt=1)] = 1e-8
+    """What AdamW adds to the root of the mean square; ``eps`` in torch."""
     max_grad_norm: Annotated[float, Field(gt=0), Setting(kohya="max_grad_norm")] = 1.0
     """Gradients are scaled down to this norm, over all modules together."""
 

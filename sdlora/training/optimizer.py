@@ -35,7 +35,7 @@ class GuardedAdamW:
     ):
         """``dtype`` is that in which the gradients are computed; for float16 the loss is scaled."""
         self._rates, self._section, self._steps = tuple(rates), section, steps
-        self._adam = adamw(parameters, weight_decay=section.weight_decay)
+        self._adam = adamw(parameters, section)
         self._parameters = list(parameters)
         self._skipped = torch.zeros((), device=parameters[0].device)
         self._scale = LossScale(parameters[0].device) if dtype == torch.float16 else None
