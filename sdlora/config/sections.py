@@ -98,13 +98,17 @@ Schedule = Literal["constant", "linear", "cosine", "cosine_with_restarts", "poly
 """How learning rates develop, by the names of diffusers and of kohya's trainer."""
 
 
-def _steps_or_share(value: Any) -> Any:
-    if not (type(value) is int and value >= 0) and not (type(value) is float and 0 < value < 1):
+def _steps_or_share(value: Any, least: int = 0) -> Any:
+    if not (type(value) is int and value >= least) and not (type(value) is float and 0 < value < 1):
         raise PydanticCustomError(
             "steps_or_share",
             "must be a whole number of steps, for example 20, or a share of them below 1, such as 0.05",
         )
     return value
+
+
+def _end(value: Any) -> Any:
+    return None if value is None else _steps_or_share(value, least=1)
 
 
 def _betas(value: Any) -> Any:
@@ -124,6 +128,16 @@ class OptimizerSection(Section):
     text_encoder_learning_rate: Annotated[float | None, Field(ge=0, lt=1), Setting(kohya="text_encoder_lr")] = None
     """Peak learning rate of the text encoder's modules. 0 does not train the text encoder; captions are then encoded
     once, which is faster. By default 5e-5, and 0 for SDXL."""
+    text_encoder_stop: Annotated[
+        int | float | None,
+        BeforeValidator(_end),
+        Setting(
+            kohya="stop_text_encoder_training",
+            values="whole number, at least 1; or a share, more than 0, less than 1",
+        ),
+    ] = None
+    """Steps after which the text encoder's modules stay as they are, as a number or as a share of all steps, rounded down.
+    By default they are trained to the end. It does not make the steps after it faster."""
     schedule: Annotated[Schedule, Setting(kohya="lr_scheduler")] = "cosine"
     """How the learning rates develop after warmup: they stay, or fall to 0 at the end along a line, a cosine, several
     cosines or a power of what is left."""

@@ -31,12 +31,17 @@ class GuardedAdamW:
         section: OptimizerSection,
         *,
         steps: int,
+        lengths: Sequence[int] = (),
         dtype: torch.dtype = torch.float32,
     ):
-        """``dtype`` is that in which the gradients are computed; for float16 the loss is scaled."""
+        """``lengths`` are the numbers of steps in which each parameter is trained, by default in all ``steps``.
+
+        ``dtype`` is that in which the gradients are computed; for float16 the loss is scaled.
+        """
         self._rates, self._section, self._steps = tuple(rates), section, steps
         self._adam = adamw(parameters, section)
         self._parameters = list(parameters)
+        self._ends = {p: end for p, end in zip(parameters, lengths, strict=False) if end < steps}
         self._skipped = torch.zeros((), device=parameters[0].device)
         self._scale = LossScale(parameters[0].device) if dtype == torch.float16 else None
 
@@ -52,6 +57,9 @@ class GuardedAdamW:
 
         With several processes, known from ``accelerator``, their gradients are first summed in place.
         """
+        for parameter, end in self._ends.items():
+            if step >= end:
+                parameter.grad = None
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         if accelerator is not None and accelerator.num_processes > 1:
             for gradient in gradients:

@@ -81,6 +81,11 @@ def plan_run(config: Config, dataset: ExaminedDataset) -> RunPlan:
         raise ConfigError(
             "optimizer.learning_rate and optimizer.text_encoder_learning_rate are both 0: nothing would be trained"
         )
+    if config.optimizer.learning_rate == 0 and config.optimizer.text_encoder_stop is not None:
+        raise ConfigError(
+            f"optimizer.text_encoder_stop = {config.optimizer.text_encoder_stop}: optimizer.learning_rate is 0, so nothing "
+            "would be trained after it; lower train.steps instead"
+        )
     raise_errors(dataset.findings)
     training = plan_training_set(
         dataset.images,

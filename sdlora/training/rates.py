@@ -1,4 +1,4 @@
-"""How the learning rates develop: a factor on their peaks, which depends on the step alone."""
+"""How the learning rates develop: a factor on their peaks, which depends on the step alone; and how long a part is trained."""
 
 from __future__ import annotations
 
@@ -17,8 +17,18 @@ def rate_factor(step: int, section: OptimizerSection, *, steps: int) -> float:
 
 
 def warmup_length(section: OptimizerSection, *, steps: int) -> int:
-    """Steps of the warm-up; a share of ``steps`` is rounded down, as kohya's trainer does it."""
-    stated = section.warmup_steps
+    """Steps of the warm-up."""
+    return _whole_steps(section.warmup_steps, steps)
+
+
+def steps_of(part: str, section: OptimizerSection, *, steps: int) -> int:
+    """Number of steps in which ``part``, ``unet`` or a text encoder, is trained."""
+    stop = section.text_encoder_stop
+    return steps if part == "unet" or stop is None else min(steps, _whole_steps(stop, steps))
+
+
+def _whole_steps(stated: float, steps: int) -> int:
+    """A share of ``steps`` is rounded down, as in kohya's trainer."""
     return stated if isinstance(stated, int) else int(stated * steps)
 
 
