@@ -12,13 +12,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from sdlora.base.load import load_base
+from sdlora.config.loading import load_config
 from sdlora.config.sections import OptimizerSection
+from sdlora.errors import ConfigError
 from sdlora.progress import Silence
 from sdlora.training import adamw, optimizer
 from sdlora.training.adamw import FusedAdamW, SelectedAdamW
+from sdlora.training.metadata import training_metadata
 from sdlora.training.optimizer import GuardedAdamW
 from sdlora.training.plan import plan_config
 from sdlora.training.session import open_session
+from tests.test_formats import facts
 from tests.training_runs import config_for
 
 SECTION = OptimizerSection(warmup_steps=5, weight_decay=0.01)
@@ -91,7 +95,7 @@ def test_the_fused_kernel_is_used_where_it_skips(device: str, kind: type, monkey
     for each in ("FusedAdamW", "SelectedAdamW"):
         original = getattr(adamw, each)
         monkeypatch.setattr(adamw, each, lambda *_, original=original, **more: made.append(original))
-    adamw.adamw([On()], weight_decay=0.0)  # type: ignore[list-item]
+    adamw.adamw([On()], SECTION)  # type: ignore[list-item]
     assert made == [kind]
 
 
@@ -153,3 +157,34 @@ def test_a_whole_step_as_on_metal_has_no_float64(
 def test_the_check_for_float64_finds_it() -> None:
     with NoFloat64(), pytest.raises(AssertionError, match="float64"):
         torch.ones(3).double()
+
+
+@pytest.mark.parametrize("kind", [FusedAdamW, SelectedAdamW])
+@pytest.mark.parametrize("settings", [{"betas": (0.8, 0.999)}, {"epsilon": 1e-3}, {"weight_decay": 0.3}, {}])
+def test_betas_epsilon_and_decay_are_those_of_the_settings(
+    kind: type[FusedAdamW | SelectedAdamW], settings: dict[str, Any]
+) -> None:
+    """Algorithm 2 of Loshchilov & Hutter (2019) in float64."""
+    section = OptimizerSection(**settings)
+    weight = torch.nn.Parameter(torch.linspace(-1, 1, 20))
+    expected = weight.detach().double()
+    adam, mean, square, rate = kind([weight], section), expected * 0, expected * 0, 0.01
+    (first, second), epsilon, decay = section.betas, section.epsilon, section.weight_decay
+    for step in range(1, 9):
+        gradient = torch.sin(torch.arange(20.0) * step) * 1e-2
+        weight.grad = gradient.clone()
+        adam.update([rate], torch.tensor(True))
+        mean = first * mean + (1 - first) * gradient.double()
+        square = second * square + (1 - second) * gradient.double() ** 2
+        unbiased = mean / (1 - first**step), square / (1 - second**step)
+        expected = expected - rate * (unbiased[0] / (unbiased[1].sqrt() + epsilon) + decay * expected)
+    torch.testing.assert_close(weight.detach().double(), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", ["0.9", "[0.9]", "[0.9, 1.0]", "[0.0, 0.9]", "[0.9, 0.99, 0.9]", "some"])
+def test_betas_that_are_not_two_numbers_are_refused(value: str) -> None:
+    needed = ("data.images=images", "data.trigger=zorb", "output.path=x.safetensors")
+    with pytest.raises(ConfigError, match=r"optimizer\.betas = .*: must be two numbers between 0 and 1, for example"):
+        load_config(None, (*needed, f"optimizer.betas={value}"))
+    metadata = training_metadata(load_config(None, (*needed, "optimizer.betas=[0.8, 0.999]")), *facts())
+    assert metadata["ss_optimizer"] == "torch.optim.AdamW(weight_decay=0.01,betas=(0.8, 0.999),eps=1e-08)"

@@ -8,7 +8,8 @@ from diffusers import DDPMScheduler
 
 from sdlora.base.schedule import NoiseSchedule, Prediction, ScheduleFacts
 from sdlora.config.sections import OptimizerSection
-from sdlora.training.optimizer import GuardedAdamW, rate_factor
+from sdlora.training.optimizer import GuardedAdamW
+from sdlora.training.rates import rate_factor
 
 
 @pytest.fixture(params=["epsilon", "v_prediction"])

@@ -53,7 +53,7 @@ def test_the_settings_that_decide_resuming() -> None:
     expected = {
         key for key in settings if key not in never and (not key.startswith("output.") or key == "output.precision")
     }
-    assert len(settings) == 89
+    assert len(settings) == 95
     assert set(config.flat(DECIDES_RESUMING)) == expected
     sets = {setting.key for setting in all_settings() if setting.section == "data.sets" and setting.affects == "place"}
     assert sets == {"images", "metadata", "masks"}
@@ -99,7 +99,7 @@ def test_only_a_run_needs_a_trigger_word_and_an_output(tmp_path: Path) -> None:
         ("train.color_aug=true", "unknown key train.color_aug: color_aug of kohya's trainer is not supported yet"),
         ("train.learning_rate=1e-4", "unknown key train.learning_rate: it is optimizer.learning_rate here"),
         ("train.lr=1e-4", "unknown key train.lr: it is optimizer.learning_rate here"),
-        ("train.max_train_epochs=3", "kohya's max_train_epochs is not needed: give the length of a run as train.steps"),
+        ("train.max_train_epochs=3", "unknown key train.max_train_epochs: kohya's max_train_epochs is train.epochs here"),
         ("optimiser.unet_lr=1e-4", "unknown key optimiser; did you mean optimizer?"),
         ("train.zzz=3", "unknown key train.zzz; `sdlora settings train` lists the keys of [train]"),
         ("train.warmup_stepz=3", "unknown key train.warmup_stepz; did you mean optimizer.warmup_steps?"),

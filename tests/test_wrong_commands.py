@@ -86,7 +86,7 @@ WRONG = [
     (f"{TRAIN} train.network_dim=8", 1, "kohya's network_dim is lora.rank here"),
     (f"{TRAIN} train.lr=1e-4", 1, "it is optimizer.learning_rate here"),
     (f"{TRAIN} train.color_aug=true", 1, "color_aug of kohya's trainer is not supported yet"),
-    (f"{TRAIN} train.max_train_epochs=3", 1, "kohya's max_train_epochs is not needed"),
+    (f"{TRAIN} train.max_train_epochs=3", 1, "kohya's max_train_epochs is train.epochs here"),
     (f"{TRAIN} optimiser.name=adamw", 1, "unknown key optimiser; did you mean optimizer?"),
     (f"{TRAIN} zzz.zzz=3", 1, "unknown key zzz; the sections are base, data,"),
     (f"{TRAIN} train=3", 1, "expected section.key=value, for example train.steps=300"),

@@ -65,11 +65,13 @@ def plan_(
 
 
 def _lines(forecast: Forecast) -> list[str]:
+    from ..training.length import length_in_words
+
     step, sampling = forecast.step, forecast.sampling
     encoding = [f"{PART_TITLES[part]} {_gb(size)}" for part, size in forecast.encoding.items()]
     disk = forecast.cache_bytes + forecast.checkpoint_bytes + forecast.file_bytes
     lines = [
-        f"{forecast.images} images, {forecast.steps} steps, {forecast.epochs:.1f} epochs",
+        length_in_words(images=forecast.images, steps=forecast.steps, epochs=forecast.epochs),
         f"time: {_time(forecast)}",
         f"step: {forecast.shape}, {forecast.precision}, {forecast.device}",
         f"memory while training: {_gb(step.total)} (weights {_gb(step.weights)}, LoRA {_gb(step.trainable)}, "

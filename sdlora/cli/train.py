@@ -57,6 +57,9 @@ def train(
         ),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps in all; train.steps.", rich_help_panel=TRAINING)] = None,
+    epochs: Annotated[
+        float | None, typer.Option(help="Length in epochs, instead of --steps; train.epochs.", rich_help_panel=TRAINING)
+    ] = None,
     batch_size: Annotated[
         int | None, typer.Option(help="Images in one step; train.batch_size.", rich_help_panel=TRAINING)
     ] = None,
@@ -78,6 +81,7 @@ def train(
         ("--rank", "lora.rank"): rank,
         ("--base", "base.path"): base,
         ("--steps", "train.steps"): steps,
+        ("--epochs", "train.epochs"): epochs,
         ("--batch-size", "train.batch_size"): batch_size,
         ("--learning-rate", "optimizer.learning_rate"): learning_rate,
         ("--out", "output.path"): out,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from ..families import Family
@@ -86,6 +86,30 @@ class LoraSection(Section):
     """Modules that are changed: the attention projections q, k, v and out; or these and the feed-forward layers."""
 
 
+Schedule = Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+"""How learning rates develop, by the names of diffusers and of kohya's trainer."""
+
+
+def _steps_or_share(value: Any, least: int = 0) -> Any:
+    if not (type(value) is int and value >= least) and not (type(value) is float and 0 < value < 1):
+        raise PydanticCustomError(
+            "steps_or_share",
+            "must be a whole number of steps, for example 20, or a share of them below 1, such as 0.05",
+        )
+    return value
+
+
+def _end(value: Any) -> Any:
+    return None if value is None else _steps_or_share(value, least=1)
+
+
+def _betas(value: Any) -> Any:
+    numbers = value if isinstance(value, tuple) else ()
+    if len(numbers) != 2 or not all(type(each) is float and 0 < each < 1 for each in numbers):
+        raise PydanticCustomError("betas", "must be two numbers between 0 and 1, for example [0.9, 0.999]")
+    return value
+
+
 class OptimizerSection(Section):
     """The optimizer, the learning rates and their schedule."""
 
@@ -96,12 +120,38 @@ class OptimizerSection(Section):
     text_encoder_learning_rate: Annotated[float | None, Field(ge=0, lt=1), Setting(kohya="text_encoder_lr")] = None
     """Peak learning rate of the text encoder's modules. 0 does not train the text encoder; captions are then encoded
     once, which is faster. By default 5e-5, and 0 for SDXL."""
-    schedule: Annotated[Literal["constant", "cosine", "linear"], Setting(kohya="lr_scheduler")] = "cosine"
-    """How the learning rates develop after warmup: they stay, or fall to 0 at the last step along a cosine or a line."""
-    warmup_steps: Annotated[int, Field(ge=0), Setting(kohya="lr_warmup_steps")] = 20
-    """Steps in which the learning rates rise from 0 to their peak."""
+    text_encoder_stop: Annotated[
+        int | float | None,
+        BeforeValidator(_end),
+        Setting(
+            kohya="stop_text_encoder_training",
+            values="whole number, at least 1; or a share, more than 0, less than 1",
+        ),
+    ] = None
+    """Steps after which the text encoder's modules stay as they are, as a number or as a share of all steps, rounded down.
+    By default they are trained to the end. It does not make the steps after it faster."""
+    schedule: Annotated[Schedule, Setting(kohya="lr_scheduler")] = "cosine"
+    """How the learning rates develop after warmup: they stay, or fall to 0 at the end along a line, a cosine, several
+    cosines or a power of what is left."""
+    schedule_cycles: Annotated[int, Field(ge=1), Setting(kohya="lr_scheduler_num_cycles")] = 3
+    """Number of cosines of ``cosine_with_restarts``; each starts at the peak. Kohya's default is 1, which is ``cosine``."""
+    schedule_power: Annotated[float, Field(gt=0), Setting(kohya="lr_scheduler_power")] = 1.0
+    """Exponent of ``polynomial``: above 1 the learning rates fall fast at first and slowly at the end; 1 is a line."""
+    warmup_steps: Annotated[
+        int | float,
+        BeforeValidator(_steps_or_share),
+        Setting(kohya="lr_warmup_steps", values="whole number, at least 0; or a share, more than 0, less than 1"),
+    ] = 20
+    """Steps in which the learning rates rise from 0 to their peak. A number below 1 is a share of all steps, rounded down:
+    0.05 of 300 steps are 15."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    """Weight decay of AdamW. In kohya's trainer it is one of the ``optimizer_args``."""
+    """Weight decay of AdamW. In kohya's trainer it is one of the ``optimizer_args``, as are the next two."""
+    betas: Annotated[
+        tuple[float, float], BeforeValidator(_betas), Setting(values="two numbers, more than 0, less than 1")
+    ] = (0.9, 0.99)
+    """Decay rates of AdamW's means of the gradients and of their squares. torch's default is [0.9, 0.999]."""
+    epsilon: Annotated[float, Field(gt=0, lt=1)] = 1e-8
+    """What AdamW adds to the root of the mean square; ``eps`` in torch."""
     max_grad_norm: Annotated[float, Field(gt=0), Setting(kohya="max_grad_norm")] = 1.0
     """Gradients are scaled down to this norm, over all modules together."""
 
@@ -116,6 +166,9 @@ class TrainSection(Section):
 
     steps: Annotated[int, Field(ge=1), Setting(kohya="max_train_steps")] = 600
     """Optimizer steps in all."""
+    epochs: Annotated[float | None, Field(gt=0, allow_inf_nan=False), Setting(kohya="max_train_epochs")] = None
+    """Length of the run in epochs instead of ``train.steps``, rounded to whole steps. An epoch shows each image as often as
+    its repeats say. A run with the same number of steps is the same run."""
     batch_size: Annotated[int, Field(ge=1), Setting(kohya="train_batch_size")] = 4
     """Images in one step, over all processes together."""
     precision: Annotated[Literal["auto", "float32", "bfloat16", "float16"], Setting(kohya="mixed_precision")] = "auto"
@@ -146,6 +199,13 @@ class TrainSection(Section):
     """Seed of everything that is drawn: order, captions, crops, flips, noise and timesteps."""
     save_every: Annotated[int, Field(ge=1), Setting(affects="nothing")] = 100
     """Steps between checkpoints to resume from. They are removed when the run is complete."""
+
+    @model_validator(mode="after")
+    def _has_one_length(self) -> TrainSection:
+        if self.epochs is not None and "steps" in self.model_fields_set:
+            problem = f"epochs = {self.epochs:g}: train.steps = {self.steps} is given too; give one of them"
+            raise PydanticCustomError("settings", "{problems}", {"problems": problem})
+        return self
 
 
 class SamplesSection(Section):

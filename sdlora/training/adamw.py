@@ -9,10 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-BETAS = (0.9, 0.99)
-"""AdamW's decay rates of the means of gradients and of their squares (Kingma & Ba 2015, algorithm 1)."""
-EPSILON = 1e-8
-"""Added to the root of the mean square (Kingma & Ba 2015, algorithm 1)."""
+from ..config.sections import OptimizerSection
+
 FUSED_ON = ("cuda", "cpu")
 """Types of device whose fused kernel skips a step where ``found_inf`` is 1.
 
@@ -30,18 +28,20 @@ class AdamW(Protocol):
         """Apply the gradients at ``rates``, one for each parameter; change nothing where ``finite``, () bool, is false."""
 
 
-def adamw(parameters: Sequence[nn.Parameter], *, weight_decay: float) -> AdamW:
+def adamw(parameters: Sequence[nn.Parameter], section: OptimizerSection) -> AdamW:
     """The fastest AdamW that skips broken steps on the parameters' device."""
     chosen = FusedAdamW if parameters[0].device.type in FUSED_ON else SelectedAdamW
-    return chosen(parameters, weight_decay=weight_decay)
+    return chosen(parameters, section)
 
 
 class FusedAdamW:
     """``torch.optim.AdamW`` as one kernel, which reads ``found_inf``."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter], *, weight_decay: float):
+    def __init__(self, parameters: Sequence[nn.Parameter], section: OptimizerSection):
         groups = [{"params": [p], "lr": torch.tensor(0.0, device=p.device)} for p in parameters]
-        self._adam = torch.optim.AdamW(groups, betas=BETAS, eps=EPSILON, weight_decay=weight_decay, fused=True)
+        self._adam = torch.optim.AdamW(
+            groups, betas=section.betas, eps=section.epsilon, weight_decay=section.weight_decay, fused=True
+        )
         self.state: dict[Any, dict[str, Tensor]] = self._adam.state
 
     def update(self, rates: Sequence[float], finite: Tensor) -> None:
@@ -55,8 +55,8 @@ class FusedAdamW:
 class SelectedAdamW:
     """The same result in operators that every device has, in float32; new values are selected with ``torch.where``."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter], *, weight_decay: float):
-        self._weight_decay = weight_decay
+    def __init__(self, parameters: Sequence[nn.Parameter], section: OptimizerSection):
+        self._section = section
         self._parameters = list(parameters)
         self.state: dict[Any, dict[str, Tensor]] = {}
 
@@ -73,16 +73,16 @@ class SelectedAdamW:
     def _update_one(
         self, parameter: nn.Parameter, gradient: Tensor, state: dict[str, Tensor], rate: float, finite: Tensor
     ) -> None:
-        first, second = BETAS
+        first, second = betas = self._section.betas
         # A broken gradient would make NaN of a moment even where it is not selected.
         gradient = torch.where(finite, gradient, 0.0)
         step = state["step"] + 1
         mean = state["exp_avg"].lerp(gradient, 1 - first)
         square = (state["exp_avg_sq"] * second).addcmul_(gradient, gradient, value=1 - second)
         # 1 - beta**step, exact in float32 for small steps too.
-        mean_correction, square_correction = (-torch.expm1(step * math.log(beta)) for beta in BETAS)
-        root = (square.sqrt() / square_correction.sqrt()).add_(EPSILON)
-        moved = parameter * (1 - rate * self._weight_decay) - (mean / root) * (rate / mean_correction)
+        mean_correction, square_correction = (-torch.expm1(step * math.log(beta)) for beta in betas)
+        root = (square.sqrt() / square_correction.sqrt()).add_(self._section.epsilon)
+        moved = parameter * (1 - rate * self._section.weight_decay) - (mean / root) * (rate / mean_correction)
         for old, new in zip((parameter, *(state[name] for name in _STATE)), (moved, step, mean, square), strict=True):
             old.copy_(torch.where(finite, new, old))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from pathlib import Path
@@ -37,7 +38,7 @@ def describe_run(
         prediction=base.schedule.prediction,
         resolution=plan.resolution,
         modules=modules,
-        epochs=-(-train.steps // batches.batches_per_epoch),
+        epochs=math.ceil(plan.epochs),
         batches_per_epoch=batches.batches_per_epoch,
         precision=str(base.dtype).removeprefix("torch."),
         clip_skip=section.clip_skip,

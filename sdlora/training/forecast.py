@@ -177,9 +177,9 @@ def forecast_run(run: RunPlan, device: torch.device, *, gpu: float | None) -> Fo
     fits = None if gpu is None else taken(max(step.total, *encoding.values())) <= budget
     loras = _loras(run, base)
     return Forecast(
-        images=sum(item.source.role == "train" for item in run.items),
+        images=run.images,
         steps=run.config.train.steps,
-        epochs=run.config.train.steps / run.batches.batches_per_epoch,
+        epochs=run.epochs,
         seconds=None,
         device=kind,
         precision=str(dtype).removeprefix("torch."),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -12,19 +11,10 @@ from torch import Tensor, nn
 from ..config.sections import OptimizerSection
 from .adamw import adamw
 from .loss_scale import LossScale
+from .rates import rate_factor
 
 MOMENTS = 2
 """Values that the optimizer remembers of each parameter, float32: the means of gradients and of their squares."""
-
-
-def rate_factor(step: int, section: OptimizerSection, *, steps: int) -> float:
-    """Factor of the learning rates at ``step`` (from 0) of ``steps``: linear warm-up, then the schedule."""
-    if step < section.warmup_steps:
-        return (step + 1) / (section.warmup_steps + 1)
-    progress = (step - section.warmup_steps) / max(1, steps - section.warmup_steps)
-    if section.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * progress))
-    return 1 - progress if section.schedule == "linear" else 1.0
 
 
 class GuardedAdamW:
@@ -41,12 +31,17 @@ class GuardedAdamW:
         section: OptimizerSection,
         *,
         steps: int,
+        lengths: Sequence[int] = (),
         dtype: torch.dtype = torch.float32,
     ):
-        """``dtype`` is that in which the gradients are computed; for float16 the loss is scaled."""
+        """``lengths`` are the numbers of steps in which each parameter is trained, by default in all ``steps``.
+
+        ``dtype`` is that in which the gradients are computed; for float16 the loss is scaled.
+        """
         self._rates, self._section, self._steps = tuple(rates), section, steps
-        self._adam = adamw(parameters, weight_decay=section.weight_decay)
+        self._adam = adamw(parameters, section)
         self._parameters = list(parameters)
+        self._ends = {p: end for p, end in zip(parameters, lengths, strict=False) if end < steps}
         self._skipped = torch.zeros((), device=parameters[0].device)
         self._scale = LossScale(parameters[0].device) if dtype == torch.float16 else None
 
@@ -62,6 +57,9 @@ class GuardedAdamW:
 
         With several processes, known from ``accelerator``, their gradients are first summed in place.
         """
+        for parameter, end in self._ends.items():
+            if step >= end:
+                parameter.grad = None
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         if accelerator is not None and accelerator.num_processes > 1:
             for gradient in gradients:

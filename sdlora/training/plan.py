@@ -17,6 +17,7 @@ from ..lint.run import examine_dataset
 from ..progress import Progress, Silence
 from .batches import BatchPlan
 from .checkpoint import RunIdentity
+from .length import in_steps
 from .objective import range_problem
 from .training_set import TrainingSet, plan_training_set
 
@@ -26,8 +27,8 @@ class RunPlan:
     """A run that can start."""
 
     config: Config
-    """With every folder of images in ``data.sets``, with what ``data.dataset_config`` says, and with the defaults of the
-    base's family."""
+    """With every folder of images in ``data.sets``, with what ``data.dataset_config`` says, with the defaults of the base's
+    family, and with its length in ``train.steps``."""
     base: BaseCheckpoint
     rules: tuple[BucketRules, ...]
     """Bucket rules, one for each resolution."""
@@ -58,6 +59,16 @@ class RunPlan:
         """The images of each batch."""
         return self.training.batches
 
+    @property
+    def images(self) -> int:
+        """Number of training images."""
+        return sum(item.source.role == "train" for item in self.items)
+
+    @property
+    def epochs(self) -> float:
+        """Length of the run in epochs."""
+        return self.config.train.steps / self.batches.batches_per_epoch
+
 
 def plan_run(config: Config, dataset: ExaminedDataset) -> RunPlan:
     """Place every image of ``dataset``, which ``examine_dataset`` returned for ``config``.
@@ -73,6 +84,11 @@ def plan_run(config: Config, dataset: ExaminedDataset) -> RunPlan:
         )
     if problem := range_problem(config.objective, dataset.base.schedule.timesteps):
         raise ConfigError(problem)
+    if config.optimizer.learning_rate == 0 and config.optimizer.text_encoder_stop is not None:
+        raise ConfigError(
+            f"optimizer.text_encoder_stop = {config.optimizer.text_encoder_stop}: optimizer.learning_rate is 0, so nothing "
+            "would be trained after it; lower train.steps instead"
+        )
     raise_errors(dataset.findings)
     training = plan_training_set(
         dataset.images,
@@ -82,6 +98,7 @@ def plan_run(config: Config, dataset: ExaminedDataset) -> RunPlan:
         seed=config.train.seed,
         prior_loss_weight=config.objective.prior_loss_weight,
     )
+    config = in_steps(config, batches_per_epoch=training.batches.batches_per_epoch)
     return RunPlan(
         config=config,
         base=dataset.base,

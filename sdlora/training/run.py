@@ -41,9 +41,9 @@ def train(
         allow_device_change: resume a half-done run on another type of device or in another precision too.
         progress: receives reports; by default a bar in a terminal.
         stop: set it, from any thread, to save and stop after the current step, as Ctrl-C does in the main thread.
-        say: called with what is worth knowing about the images and captions, line by line, with a warning of an NVIDIA card
-            that cannot be used, and with the device, the precision and the free memory, before a model is loaded; and
-            after the training with a warning where the losses say that it failed.
+        say: called with what is worth knowing about the images and captions, and with the length of the run, line by line,
+            with a warning of an NVIDIA card that cannot be used, and with the device, the precision and the free memory,
+            before a model is loaded; and after the training with a warning where the losses say that it failed.
 
     Raises:
         SdloraError: a fault of the input, found before a model is loaded wherever that is possible.
@@ -63,6 +63,7 @@ def train(
         raise_errors(dataset.findings)
         # Imported late since they bring diffusers: faults of the input are reported before.
         from .determinism import deterministic_algorithms
+        from .length import length_in_words
         from .lock import locked
         from .loop import run_training
         from .plan import plan_run
@@ -70,7 +71,8 @@ def train(
         plan = plan_run(config, dataset)
         if is_main:
             planned = plan.findings[len(dataset.findings) :]
-            for line in (*summary_lines(LintReport(dataset=dataset)), *map(str, planned)):
+            length = length_in_words(images=plan.images, steps=plan.config.train.steps, epochs=plan.epochs)
+            for line in (*summary_lines(LintReport(dataset=dataset)), *map(str, planned), length):
                 say(line)
             if unused := why_not_cuda():
                 say(f"warning: {unused}")

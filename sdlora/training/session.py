@@ -25,10 +25,11 @@ from .fit import Fit, choose_fit
 from .latents import EncodedImage, encode_views
 from .loss import denoising_loss
 from .memory import step_memory
-from .new_adapter import new_adapter
+from .new_adapter import new_adapter, trained_parts
 from .optimizer import GuardedAdamW
 from .plan import RunPlan
 from .preparation import Preparation, StepInputs, StepsAhead
+from .rates import steps_of
 from .shortage import CLOSE_OTHERS, explained
 from .step_shape import StepShape
 
@@ -157,8 +158,10 @@ def open_session(
     with explained("placing the UNet and the LoRA", f"lower lora.rank, or {CLOSE_OTHERS}"):
         move_to(base.device, base.unet)
         adapter, rates = new_adapter(base, config)
+        steps = config.train.steps
+        lengths = [steps_of(part, config.optimizer, steps=steps) for part in trained_parts(base, config)]
         optimizer = GuardedAdamW(
-            adapter.parameters, rates, config.optimizer, steps=config.train.steps, dtype=base.dtype
+            adapter.parameters, rates, config.optimizer, steps=steps, lengths=lengths, dtype=base.dtype
         )
         optimizer.allocate()
     return TrainingSession(
