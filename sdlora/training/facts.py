@@ -20,12 +20,16 @@ def describe_run(
     base: Base,
     *,
     modules: int,
+    step: int,
     tokens: int,
     started_at: float,
     validation_loss: float | None,
     progress: Progress,
 ) -> dict[str, str]:
-    """Metadata of the finished file. Captions were read up to ``tokens`` tokens; ``started_at`` is seconds since 1970."""
+    """Metadata of the file of ``step``.
+
+    Captions were read up to ``tokens`` tokens; ``started_at`` is seconds since 1970.
+    """
     section, train, batches = plan.config.base, plan.config.train, plan.batches
     run = RunFacts(
         title=safe_title(Path(plan.config.output.path).stem),
@@ -37,6 +41,8 @@ def describe_run(
         prediction=base.schedule.prediction,
         resolution=plan.resolution,
         modules=modules,
+        step=step,
+        epoch=-(-step // batches.batches_per_epoch),
         epochs=-(-train.steps // batches.batches_per_epoch),
         batches_per_epoch=batches.batches_per_epoch,
         precision=str(base.dtype).removeprefix("torch."),

@@ -20,12 +20,11 @@ from ..base.load import decoding_dtype, load_base
 from ..base.precision import describe_precision, explain_precision
 from ..errors import DeviceMemoryError, Interrupted, TargetError, TrainingError
 from ..families import WORDS_IN_CHUNK
-from ..formats.lora_writer import write_lora
 from ..lora.low_rank import LowRank
 from ..progress import Progress
 from .checkpoint import RUN_KEY, Checkpoint, RunFolder, finished, forget_run, record_run
 from .course import own_losses, relative_change, run_warning, tail_length
-from .facts import describe_run
+from .exports import Exports, write_run_file
 from .fitted_steps import FittedSteps, fitted
 from .interruption import InterruptFlag, interrupt_flag
 from .plan import RunPlan
@@ -110,9 +109,11 @@ def run_training(
     chosen = explain_precision(config.train.precision, facts, unet_parameters=plan.base.unet_parameters)
     plan = replace(plan, identity=plan.identity.on(facts.kind, chosen.dtype))
     folder = RunFolder(output, plan.identity)
+    exports = Exports(plan, folder)
     loaded = partial(load_base, plan.base, device=accelerator.device, dtype=chosen.dtype)
     if restart:
         folder.remove()
+        exports.remove()
     elif finished(output, plan.identity):
         result = _complete_already(plan, folder)
         wanted = accelerator.is_main_process and lacks_samples(plan)
@@ -121,11 +122,12 @@ def run_training(
             samples=draw_samples(plan, loaded, progress=progress, stop=stop) if wanted else None,
         )
     start = folder.newest(allow_device_change=allow_device_change) or Checkpoint.none(began)
+    exports.check()
     say(describe_precision(facts, chosen))
     with explained("loading the base", CLOSE_OTHERS):
         # Its parts are in main memory until they work, and its VAE encodes in float32.
         base = loaded(vae_dtype=torch.float32, home=torch.device("cpu"))
-    trained = train_lora(plan, base, accelerator, folder, start, progress, stop, say)
+    trained = train_lora(plan, base, accelerator, folder, exports, start, progress, stop, say)
     if accelerator.is_main_process:
         try:
             with explained(f"writing {output}", f"its weights are kept: {folder.place()}; {CLOSE_OTHERS}"):
@@ -164,6 +166,7 @@ def train_lora(
     base: Base,
     accelerator: Accelerator,
     folder: RunFolder,
+    exports: Exports,
     start: Checkpoint,
     progress: Progress,
     stop: threading.Event | None,
@@ -178,7 +181,7 @@ def train_lora(
         session.optimizer.restore(start.tensors)
     try:
         with fitted(session) as fitting:
-            losses = train_steps(fitting, start, folder, progress, stop)
+            losses = train_steps(fitting, start, folder, exports, progress, stop)
             with explained("measuring losses after the last step", CLOSE_OTHERS):
                 held_out = validation_loss(session, progress)
                 own = own_losses(session, progress)
@@ -202,6 +205,7 @@ def train_steps(
     fitted: FittedSteps,
     start: Checkpoint,
     folder: RunFolder,
+    exports: Exports,
     progress: Progress,
     stop: threading.Event | None = None,
 ) -> torch.Tensor:
@@ -239,6 +243,8 @@ def train_steps(
                     torch.distributed.all_reduce(recent)
                 progress.advance(done - reported, f"loss {recent.mean().item():.4f}")
                 reported = done
+            if accelerator.is_main_process:
+                exports.write(done, fitted.session, started_at=start.started_at)
             if done % train.save_every == 0 and done < steps:
                 _check_skipped(session, done)
                 save(done)
@@ -305,27 +311,20 @@ def _all_stop(accelerator: Accelerator, interrupted: InterruptFlag, done: int) -
 
 
 def _write_output(plan: RunPlan, base: Base, trained: TrainedLora, progress: Progress) -> None:
-    output, level = Path(plan.config.output.path), plan.config.output.metadata
-    metadata = describe_run(
+    output = Path(plan.config.output.path)
+    stated = write_run_file(
+        output,
         plan,
         base,
-        modules=len(trained.weights),
+        trained.weights,
+        step=plan.config.train.steps,
         tokens=trained.caption_tokens,
         started_at=trained.started_at,
         validation_loss=trained.validation_loss,
+        identity_key=RUN_KEY,
         progress=progress,
     )
-    if level == "full":
-        metadata[RUN_KEY] = plan.identity.to_json()
-    write_lora(
-        output,
-        trained.weights,
-        None if level == "none" else metadata,
-        dtype=getattr(torch, plan.config.output.precision),
-        family=plan.base.family,
-        base_modules=plan.base.module_shapes(),
-    )
-    if level == "full":
+    if stated:
         forget_run(output)
     else:
         record_run(output, plan.identity)
