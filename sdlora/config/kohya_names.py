@@ -72,7 +72,7 @@ NOT_SUPPORTED = frozenset({
     "huber_scale", "huber_schedule", "huggingface_path_in_repo", "huggingface_repo_id", "huggingface_repo_type",
     "huggingface_repo_visibility", "huggingface_token", "ip_noise_gamma", "ip_noise_gamma_random_strength",
     "keep_tokens_separator", "log_config", "log_prefix", "log_tracker_config", "log_tracker_name", "log_with",
-    "logging_dir", "logit_mean", "logit_std", "loss_type", "lowram", "lr_decay_steps", "lr_scheduler_args",
+    "logit_mean", "logit_std", "loss_type", "lowram", "lr_decay_steps", "lr_scheduler_args",
     "lr_scheduler_min_lr_ratio", "lr_scheduler_num_cycles", "lr_scheduler_power", "lr_scheduler_timescale",
     "max_timestep", "max_validation_steps", "metadata_is_negative_embedding", "metadata_merged_from",
     "metadata_preprocessor", "min_timestep", "mode_scale", "multires_noise_discount", "multires_noise_iterations",

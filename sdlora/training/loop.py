@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -15,7 +14,7 @@ from accelerate import Accelerator, PartialState
 
 from ..base.base import Base
 from ..base.device import device_facts
-from ..base.device_memory import cast, move_to, out_of_memory
+from ..base.device_memory import cast, move_to
 from ..base.load import decoding_dtype, load_base
 from ..base.precision import describe_precision, explain_precision
 from ..errors import DeviceMemoryError, Interrupted, TargetError, TrainingError
@@ -28,7 +27,9 @@ from .exports import Exports, write_run_file
 from .fitted_steps import FittedSteps, fitted
 from .interruption import InterruptFlag, interrupt_flag
 from .plan import RunPlan
+from .records import Records, StepRecord
 from .sample_sheet import draw_samples, lacks_samples
+from .saving import save_state
 from .session import TrainingSession, open_session
 from .shortage import CLOSE_OTHERS, explained
 from .texts import changed_metadata, write_texts
@@ -37,7 +38,6 @@ from .validation import validation_loss
 REPORT_EVERY = 10
 """Steps between readings of the loss: each reading waits for the device."""
 MAX_SKIPPED_SHARE = 0.5
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +91,7 @@ def run_training(
     stop: threading.Event | None,
     allow_device_change: bool = False,
     say: Callable[[str], None] = lambda line: None,
+    on_step: Callable[[StepRecord], None] | None = None,
 ) -> TrainReport:
     """Train as planned, resuming from the newest checkpoint, and write the LoRA file and its samples.
 
@@ -123,11 +124,13 @@ def run_training(
         )
     start = folder.newest(allow_device_change=allow_device_change) or Checkpoint.none(began)
     exports.check()
+    records = Records(plan, on_step, main=accelerator.is_main_process)
+    records.open(start.step)
     say(describe_precision(facts, chosen))
     with explained("loading the base", CLOSE_OTHERS):
         # Its parts are in main memory until they work, and its VAE encodes in float32.
         base = loaded(vae_dtype=torch.float32, home=torch.device("cpu"))
-    trained = train_lora(plan, base, accelerator, folder, exports, start, progress, stop, say)
+    trained = train_lora(plan, base, accelerator, folder, exports, records, start, progress, stop, say)
     if accelerator.is_main_process:
         try:
             with explained(f"writing {output}", f"its weights are kept: {folder.place()}; {CLOSE_OTHERS}"):
@@ -167,6 +170,7 @@ def train_lora(
     accelerator: Accelerator,
     folder: RunFolder,
     exports: Exports,
+    records: Records,
     start: Checkpoint,
     progress: Progress,
     stop: threading.Event | None,
@@ -181,7 +185,7 @@ def train_lora(
         session.optimizer.restore(start.tensors)
     try:
         with fitted(session) as fitting:
-            losses = train_steps(fitting, start, folder, exports, progress, stop)
+            losses = train_steps(fitting, start, folder, exports, records, progress, stop)
             with explained("measuring losses after the last step", CLOSE_OTHERS):
                 held_out = validation_loss(session, progress)
                 own = own_losses(session, progress)
@@ -206,6 +210,7 @@ def train_steps(
     start: Checkpoint,
     folder: RunFolder,
     exports: Exports,
+    records: Records,
     progress: Progress,
     stop: threading.Event | None = None,
 ) -> torch.Tensor:
@@ -224,9 +229,22 @@ def train_steps(
     progress.start("Training", steps, first)
     reported = first
 
+    def read(done: int) -> None:
+        nonlocal reported
+        recent = losses[reported - first : done - first]
+        if accelerator.num_processes > 1:  # Each has its share of every loss.
+            torch.distributed.all_reduce(recent)
+        if records.wanted:
+            records.add(reported, recent.tolist())
+        progress.advance(done - reported, f"loss {recent.mean().item():.4f}")
+        reported = done
+
     def save(done: int) -> str:
         """What to say of the step when stopping there."""
-        return _save(folder, start, done, fitted.session) if accelerator.is_main_process else ""
+        if records.wanted and done > reported and accelerator.num_processes == 1:
+            read(done)
+        records.draw()
+        return save_state(folder, start, done, fitted.session) if accelerator.is_main_process else ""
 
     with interrupt_flag(stop) as interrupted:
         for step in range(first, steps):
@@ -238,11 +256,7 @@ def train_steps(
                 raise
             losses[step - first] = loss
             if done % REPORT_EVERY == 0 or done == steps:
-                recent = losses[reported - first : done - first]
-                if session.accelerator.num_processes > 1:  # Each has its share of every loss.
-                    torch.distributed.all_reduce(recent)
-                progress.advance(done - reported, f"loss {recent.mean().item():.4f}")
-                reported = done
+                read(done)
             if accelerator.is_main_process:
                 exports.write(done, fitted.session, started_at=start.started_at)
             if done % train.save_every == 0 and done < steps:
@@ -257,21 +271,6 @@ def train_steps(
     if first < steps:
         save(steps)
     return losses
-
-
-def _save(folder: RunFolder, start: Checkpoint, done: int, session: TrainingSession) -> str:
-    """Save the state after ``done`` steps; what cannot be saved is a warning, returned as part of a sentence too."""
-    state = session.optimizer.state
-    try:
-        folder.save(Checkpoint(step=done, started_at=start.started_at, tensors=state(), shape=session.shape))
-    except (OSError, RuntimeError, MemoryError) as error:
-        if not isinstance(error, OSError) and not out_of_memory(error):
-            raise
-        reason = (error.strerror or error) if isinstance(error, OSError) else "out of memory"
-        failed = f"step {done} cannot be saved ({reason}); kept: {folder.place()}"
-        logger.warning("%s", failed)
-        return f", but {failed}"
-    return ""
 
 
 def _complete_already(plan: RunPlan, folder: RunFolder) -> TrainResult:
