@@ -84,6 +84,16 @@ def write_whole(path: Path, *chunks: bytes, durable: bool = True) -> None:
         _sync_folder(path.parent)
 
 
+def rename_whole(written: Path, path: Path) -> None:
+    """Give the complete file ``written`` the name ``path`` on the same disk, also after a power failure.
+
+    Raises:
+        OSError: the disk cannot be written to; both files are as they were.
+    """
+    os.replace(written, path)
+    _sync_folder(path.parent)
+
+
 def write_new(path: Path, *chunks: bytes) -> bool:
     """Write ``chunks`` to ``path`` as ``write_whole`` does; False, and nothing is written, if the file exists by then.
 

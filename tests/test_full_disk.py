@@ -66,7 +66,7 @@ def test_after_a_failed_last_write_the_same_command_ends_the_run(
         raise OSError(28, "No space left on device", str(output))
 
     with monkeypatch.context() as patch:
-        patch.setattr("sdlora.training.loop.write_lora", full)
+        patch.setattr("sdlora.training.exports.write_lora", full)
         with pytest.raises(TargetError, match=rf"No space left.*step-{STEPS:08}\.safetensors.*same command"):
             package.train(config_for(tiny_base, images, output))
     assert not output.exists()
@@ -89,7 +89,7 @@ def test_the_last_good_checkpoint_stays_and_resumes(
 
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "save", until_full)
-        patch.setattr("sdlora.training.loop.write_lora", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "full")))
+        patch.setattr("sdlora.training.exports.write_lora", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "full")))
         with pytest.raises(TargetError, match=r"step-00000004\.safetensors"):
             package.train(config_for(tiny_base, images, output))
     assert package.train(config_for(tiny_base, images, output)).result.resumed_from == 4

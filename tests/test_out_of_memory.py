@@ -14,7 +14,7 @@ import torch
 
 import sdlora as package
 from sdlora.errors import DeviceMemoryError
-from sdlora.training import checkpoint, latents, loop
+from sdlora.training import checkpoint, exports, latents, loop
 from sdlora.training.session import TrainingSession
 from sdlora.training.step_shape import StepShape
 from tests.training_runs import STEPS, config_for, same_but_for_times
@@ -52,7 +52,7 @@ def sentence(base: Path, images: Path, out: Path, *more: str) -> str:
     (latents, "encode_pixels", "encoding images; lower data.resolution"),
     ("sdlora.training.session", "GuardedAdamW", "placing the UNet and the LoRA; lower lora.rank"),
     (loop, "validation_loss", "measuring losses after the last step; close other programs"),
-    (loop, "write_lora", "writing "),
+    (exports, "write_lora", "writing "),
 ])  # fmt: skip
 def test_each_phase_has_its_sentence_and_the_same_command_goes_on(
     owner: Any, name: str, said: str, finished: tuple[Path, Path], tiny_base: Path, tmp_path: Path

@@ -239,6 +239,14 @@ class OutputSection(Section):
     """The LoRA file to write. Checkpoints and samples are written beside it."""
     precision: Annotated[Literal["float16", "bfloat16", "float32"], Setting(kohya="save_precision")] = "float16"
     """Precision of the tensors in the file."""
+    save_every: Annotated[int, Field(ge=0), Setting(kohya="save_every_n_steps", affects="nothing")] = 0
+    """Steps between LoRA files on the way, ``NAME-000500.safetensors`` beside the output; 0 writes none. Each can be used
+    as it is. Checkpoints to resume from are ``train.save_every``."""
+    keep: Annotated[int | None, Field(ge=1), Setting(affects="nothing")] = None
+    """Number of LoRA files on the way that are kept, the newest. By default all."""
+    log: Annotated[bool, Setting(kohya="logging_dir", affects="nothing")] = False
+    """Whether the loss and the learning rates of each step are written beside the output, as ``NAME.log.csv``, with a
+    curve of the loss, ``NAME.log.svg``."""
     metadata: Annotated[Literal["none", "minimal", "full"], Setting(kohya="no_metadata", affects="text")] = "full"
     """What the file says about its training: ``full`` is everything; ``minimal`` is what loaders need, the trigger word
     and the texts below; ``none`` is nothing."""

@@ -134,7 +134,7 @@ def finished(output: Path, identity: RunIdentity) -> bool:
         return False
     try:
         stated = read_header(output, ResumeError).metadata.get(RUN_KEY)
-        earlier = RunIdentity.from_json(stated or _recorded(output))
+        earlier = RunIdentity.from_json(stated or recorded_run(output))
         differences = identity.differences(replace(earlier, device=None, precision=None))
     except (ResumeError, OSError, ValueError, KeyError, TypeError):
         differences = ["it is not the output of a training run of this program"]
@@ -146,9 +146,12 @@ def finished(output: Path, identity: RunIdentity) -> bool:
     return True
 
 
-def record_run(output: Path, identity: RunIdentity) -> None:
-    """Write ``NAME.run.json`` beside an output whose metadata do not state which run made it."""
-    record = {"run": identity.to_json(), "sha256": _sha256(output)}
+def record_run(output: Path, identity: RunIdentity, *, content: Path | None = None) -> None:
+    """Write ``NAME.run.json`` beside an output whose metadata do not state which run made it.
+
+    ``content`` is a file with the same bytes, where the output itself is not there yet.
+    """
+    record = {"run": identity.to_json(), "sha256": _sha256(content or output)}
     write_whole(_record(output), json.dumps(record).encode())
 
 
@@ -157,8 +160,12 @@ def forget_run(output: Path) -> None:
     _record(output).unlink(missing_ok=True)
 
 
-def _recorded(output: Path) -> str:
-    """The recorded identity; ``OSError``, ``ValueError`` or ``KeyError`` if none is recorded for these bytes."""
+def recorded_run(output: Path) -> str:
+    """The identity that ``record_run`` wrote, as text.
+
+    Raises:
+        OSError, ValueError, KeyError: none is recorded for these bytes.
+    """
     record = json.loads(_record(output).read_text(encoding="utf-8"))
     if record["sha256"] != _sha256(output):
         raise ValueError
@@ -220,6 +227,10 @@ class RunFolder:
         write_whole(self._folder / f"step-{checkpoint.step:08}.safetensors", header, payload)
         for old in self._files()[:-KEPT]:
             old.unlink(missing_ok=True)
+
+    def unfinished_file(self) -> Path:
+        """Where a file of the run is written that gets its place by a renaming; it is removed with the folder."""
+        return self._folder / "unfinished.safetensors"
 
     def place(self) -> str:
         """Where the newest checkpoint is, as text; it may be that there is none."""

@@ -21,12 +21,16 @@ def describe_run(
     base: Base,
     *,
     modules: int,
+    step: int,
     tokens: int,
     started_at: float,
     validation_loss: float | None,
     progress: Progress,
 ) -> dict[str, str]:
-    """Metadata of the finished file. Captions were read up to ``tokens`` tokens; ``started_at`` is seconds since 1970."""
+    """Metadata of the file of ``step``.
+
+    Captions were read up to ``tokens`` tokens; ``started_at`` is seconds since 1970.
+    """
     section, train, batches = plan.config.base, plan.config.train, plan.batches
     run = RunFacts(
         title=safe_title(Path(plan.config.output.path).stem),
@@ -38,6 +42,8 @@ def describe_run(
         prediction=base.schedule.prediction,
         resolution=plan.resolution,
         modules=modules,
+        step=step,
+        epoch=math.ceil(step / batches.batches_per_epoch),
         epochs=math.ceil(plan.epochs),
         batches_per_epoch=batches.batches_per_epoch,
         precision=str(base.dtype).removeprefix("torch."),

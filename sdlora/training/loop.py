@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -15,21 +14,22 @@ from accelerate import Accelerator, PartialState
 
 from ..base.base import Base
 from ..base.device import device_facts
-from ..base.device_memory import cast, move_to, out_of_memory
+from ..base.device_memory import cast, move_to
 from ..base.load import decoding_dtype, load_base
 from ..base.precision import describe_precision, explain_precision
 from ..errors import DeviceMemoryError, Interrupted, TargetError, TrainingError
 from ..families import WORDS_IN_CHUNK
-from ..formats.lora_writer import write_lora
 from ..lora.low_rank import LowRank
 from ..progress import Progress
 from .checkpoint import RUN_KEY, Checkpoint, RunFolder, finished, forget_run, record_run
 from .course import own_losses, relative_change, run_warning, tail_length
-from .facts import describe_run
+from .exports import Exports, write_run_file
 from .fitted_steps import FittedSteps, fitted
 from .interruption import InterruptFlag, interrupt_flag
 from .plan import RunPlan
+from .records import Records, StepRecord
 from .sample_sheet import draw_samples, lacks_samples
+from .saving import save_state
 from .session import TrainingSession, open_session
 from .shortage import CLOSE_OTHERS, explained
 from .texts import changed_metadata, write_texts
@@ -38,7 +38,6 @@ from .validation import validation_loss
 REPORT_EVERY = 10
 """Steps between readings of the loss: each reading waits for the device."""
 MAX_SKIPPED_SHARE = 0.5
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +91,7 @@ def run_training(
     stop: threading.Event | None,
     allow_device_change: bool = False,
     say: Callable[[str], None] = lambda line: None,
+    on_step: Callable[[StepRecord], None] | None = None,
 ) -> TrainReport:
     """Train as planned, resuming from the newest checkpoint, and write the LoRA file and its samples.
 
@@ -110,9 +110,11 @@ def run_training(
     chosen = explain_precision(config.train.precision, facts, unet_parameters=plan.base.unet_parameters)
     plan = replace(plan, identity=plan.identity.on(facts.kind, chosen.dtype))
     folder = RunFolder(output, plan.identity)
+    exports = Exports(plan, folder)
     loaded = partial(load_base, plan.base, device=accelerator.device, dtype=chosen.dtype)
     if restart:
         folder.remove()
+        exports.remove()
     elif finished(output, plan.identity):
         result = _complete_already(plan, folder)
         wanted = accelerator.is_main_process and lacks_samples(plan)
@@ -121,11 +123,14 @@ def run_training(
             samples=draw_samples(plan, loaded, progress=progress, stop=stop) if wanted else None,
         )
     start = folder.newest(allow_device_change=allow_device_change) or Checkpoint.none(began)
+    exports.check()
+    records = Records(plan, on_step, main=accelerator.is_main_process)
+    records.open(start.step)
     say(describe_precision(facts, chosen))
     with explained("loading the base", CLOSE_OTHERS):
         # Its parts are in main memory until they work, and its VAE encodes in float32.
         base = loaded(vae_dtype=torch.float32, home=torch.device("cpu"))
-    trained = train_lora(plan, base, accelerator, folder, start, progress, stop, say)
+    trained = train_lora(plan, base, accelerator, folder, exports, records, start, progress, stop, say)
     if accelerator.is_main_process:
         try:
             with explained(f"writing {output}", f"its weights are kept: {folder.place()}; {CLOSE_OTHERS}"):
@@ -164,6 +169,8 @@ def train_lora(
     base: Base,
     accelerator: Accelerator,
     folder: RunFolder,
+    exports: Exports,
+    records: Records,
     start: Checkpoint,
     progress: Progress,
     stop: threading.Event | None,
@@ -178,7 +185,7 @@ def train_lora(
         session.optimizer.restore(start.tensors)
     try:
         with fitted(session) as fitting:
-            losses = train_steps(fitting, start, folder, progress, stop)
+            losses = train_steps(fitting, start, folder, exports, records, progress, stop)
             with explained("measuring losses after the last step", CLOSE_OTHERS):
                 held_out = validation_loss(session, progress)
                 own = own_losses(session, progress)
@@ -202,6 +209,8 @@ def train_steps(
     fitted: FittedSteps,
     start: Checkpoint,
     folder: RunFolder,
+    exports: Exports,
+    records: Records,
     progress: Progress,
     stop: threading.Event | None = None,
 ) -> torch.Tensor:
@@ -220,9 +229,22 @@ def train_steps(
     progress.start("Training", steps, first)
     reported = first
 
+    def read(done: int) -> None:
+        nonlocal reported
+        recent = losses[reported - first : done - first]
+        if accelerator.num_processes > 1:  # Each has its share of every loss.
+            torch.distributed.all_reduce(recent)
+        if records.wanted:
+            records.add(reported, recent.tolist())
+        progress.advance(done - reported, f"loss {recent.mean().item():.4f}")
+        reported = done
+
     def save(done: int) -> str:
         """What to say of the step when stopping there."""
-        return _save(folder, start, done, fitted.session) if accelerator.is_main_process else ""
+        if records.wanted and done > reported and accelerator.num_processes == 1:
+            read(done)
+        records.draw()
+        return save_state(folder, start, done, fitted.session) if accelerator.is_main_process else ""
 
     with interrupt_flag(stop) as interrupted:
         for step in range(first, steps):
@@ -234,11 +256,9 @@ def train_steps(
                 raise
             losses[step - first] = loss
             if done % REPORT_EVERY == 0 or done == steps:
-                recent = losses[reported - first : done - first]
-                if session.accelerator.num_processes > 1:  # Each has its share of every loss.
-                    torch.distributed.all_reduce(recent)
-                progress.advance(done - reported, f"loss {recent.mean().item():.4f}")
-                reported = done
+                read(done)
+            if accelerator.is_main_process:
+                exports.write(done, fitted.session, started_at=start.started_at)
             if done % train.save_every == 0 and done < steps:
                 _check_skipped(session, done)
                 save(done)
@@ -251,21 +271,6 @@ def train_steps(
     if first < steps:
         save(steps)
     return losses
-
-
-def _save(folder: RunFolder, start: Checkpoint, done: int, session: TrainingSession) -> str:
-    """Save the state after ``done`` steps; what cannot be saved is a warning, returned as part of a sentence too."""
-    state = session.optimizer.state
-    try:
-        folder.save(Checkpoint(step=done, started_at=start.started_at, tensors=state(), shape=session.shape))
-    except (OSError, RuntimeError, MemoryError) as error:
-        if not isinstance(error, OSError) and not out_of_memory(error):
-            raise
-        reason = (error.strerror or error) if isinstance(error, OSError) else "out of memory"
-        failed = f"step {done} cannot be saved ({reason}); kept: {folder.place()}"
-        logger.warning("%s", failed)
-        return f", but {failed}"
-    return ""
 
 
 def _complete_already(plan: RunPlan, folder: RunFolder) -> TrainResult:
@@ -305,27 +310,20 @@ def _all_stop(accelerator: Accelerator, interrupted: InterruptFlag, done: int) -
 
 
 def _write_output(plan: RunPlan, base: Base, trained: TrainedLora, progress: Progress) -> None:
-    output, level = Path(plan.config.output.path), plan.config.output.metadata
-    metadata = describe_run(
+    output = Path(plan.config.output.path)
+    stated = write_run_file(
+        output,
         plan,
         base,
-        modules=len(trained.weights),
+        trained.weights,
+        step=plan.config.train.steps,
         tokens=trained.caption_tokens,
         started_at=trained.started_at,
         validation_loss=trained.validation_loss,
+        identity_key=RUN_KEY,
         progress=progress,
     )
-    if level == "full":
-        metadata[RUN_KEY] = plan.identity.to_json()
-    write_lora(
-        output,
-        trained.weights,
-        None if level == "none" else metadata,
-        dtype=getattr(torch, plan.config.output.precision),
-        family=plan.base.family,
-        base_modules=plan.base.module_shapes(),
-    )
-    if level == "full":
+    if stated:
         forget_run(output)
     else:
         record_run(output, plan.identity)

@@ -64,7 +64,12 @@ class RunFacts:
     prediction: Prediction
     resolution: int
     modules: int
+    step: int
+    """Steps after which the file was written."""
+    epoch: int
+    """Epochs that were started by then."""
     epochs: int
+    """Epochs of the whole run; the last may be incomplete."""
     batches_per_epoch: int
     precision: str
     clip_skip: int | None
@@ -195,9 +200,9 @@ def _optimization(config: Config, run: RunFacts) -> dict[str, object]:
         "ss_lr_warmup_steps": warmup_length(optimizer, steps=train.steps),
         "ss_max_grad_norm": optimizer.max_grad_norm,
         "ss_max_train_steps": train.steps,
-        "ss_steps": train.steps,
+        "ss_steps": run.step,
         "ss_num_epochs": run.epochs,
-        "ss_epoch": run.epochs,
+        "ss_epoch": run.epoch,
         "ss_num_batches_per_epoch": run.batches_per_epoch,
         "ss_batch_size_per_device": train.batch_size,
         "ss_total_batch_size": train.batch_size,

@@ -20,6 +20,7 @@ from ..progress import Progress, Silence, progress_or_bar, raise_if_stopped
 
 if TYPE_CHECKING:
     from .loop import TrainReport
+    from .records import StepRecord
 
 
 def train(
@@ -30,6 +31,7 @@ def train(
     progress: Progress | None = None,
     stop: threading.Event | None = None,
     say: Callable[[str], None] = lambda line: None,
+    on_step: Callable[[StepRecord], None] | None = None,
 ) -> TrainReport:
     """Train a LoRA, or resume its training, and write the file ``config.output.path``.
 
@@ -44,6 +46,7 @@ def train(
         say: called with what is worth knowing about the images and captions, and with the length of the run, line by line,
             with a warning of an NVIDIA card that cannot be used, and with the device, the precision and the free memory,
             before a model is loaded; and after the training with a warning where the losses say that it failed.
+        on_step: called with each step's loss and learning rates, in order; every few steps, when the losses are read.
 
     Raises:
         SdloraError: a fault of the input, found before a model is loaded wherever that is possible.
@@ -86,6 +89,7 @@ def train(
                 stop=stop,
                 allow_device_change=allow_device_change,
                 say=say if is_main else lambda line: None,
+                on_step=on_step,
             )
         if is_main and report.result.warning:
             say(f"warning: {report.result.warning}")
