@@ -1,4 +1,4 @@
-"""How learning rates develop: a factor on their peaks, by the step alone; and how long a part is trained."""
+"""How the learning rates develop: a factor on their peaks, by the step alone; and how long a part is trained."""
 
 from __future__ import annotations
 
