@@ -33,6 +33,20 @@ def load_config(file: str | Path | None = None, overrides: Iterable[str] = ()) -
     return _load(Config, file, overrides)
 
 
+def as_config(config: Config | str | Path, function: str) -> Config:
+    """``config``, or the configuration in the TOML file that it names; ``function`` is the public one that it was given to.
+
+    Raises:
+        ConfigError: it is neither, or the file is at fault.
+    """
+    if isinstance(config, (str, Path)):
+        return load_config(config)
+    if not isinstance(config, Config):
+        expected = "a configuration (sdlora.load_config) or the path of its TOML file"
+        raise ConfigError(f"{function}: expected {expected}, not {type(config).__name__}")
+    return config
+
+
 def load_dataset(file: str | Path | None = None, overrides: Iterable[str] = ()) -> tuple[DataSection, BaseSection]:
     """The dataset and the base of a configuration, which needs neither a trigger word nor an output.
 

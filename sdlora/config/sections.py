@@ -133,8 +133,8 @@ class OptimizerSection(Section):
     schedule: Annotated[Schedule, Setting(kohya="lr_scheduler")] = "cosine"
     """How the learning rates develop after warmup: they stay, or fall to 0 at the end along a line, a cosine, several
     cosines or a power of what is left."""
-    schedule_cycles: Annotated[int, Field(ge=1), Setting(kohya="lr_scheduler_num_cycles")] = 3
-    """Number of cosines of ``cosine_with_restarts``; each starts at the peak. Kohya's default is 1, which is ``cosine``."""
+    schedule_cycles: Annotated[int, Field(ge=1), Setting(kohya="lr_scheduler_num_cycles")] = 1
+    """Number of cosines of ``cosine_with_restarts``; each starts at the peak. 1 is ``cosine``."""
     schedule_power: Annotated[float, Field(gt=0), Setting(kohya="lr_scheduler_power")] = 1.0
     """Exponent of ``polynomial``: above 1 the learning rates fall fast at first and slowly at the end; 1 is a line."""
     warmup_steps: Annotated[

@@ -15,7 +15,7 @@ from ..base.base import Base
 from ..base.checkpoint import BaseCheckpoint
 from ..base.load import load_base
 from ..base.precision import choose_device, choose_precision
-from ..config.loading import load_config
+from ..config.loading import as_config
 from ..config.sections import Config
 from ..data.findings import Finding
 from ..errors import ConfigError
@@ -135,11 +135,7 @@ def plan(
         SdloraError: a fault of the input, as ``train`` raises it.
         Interrupted: ``stop`` was set.
     """
-    if isinstance(config, (str, Path)):
-        config = load_config(config)
-    elif not isinstance(config, Config):
-        expected = "a configuration (sdlora.load_config) or the path of its TOML file"
-        raise ConfigError(f"plan: expected {expected}, not {type(config).__name__}")
+    config = as_config(config, "plan")
     if gpu is not None and not (isinstance(gpu, (int, float)) and 0 < gpu < math.inf):
         raise ConfigError(f"--gpu {gpu}: expected the memory of a GPU in gigabytes, such as 8")
     check_target(Path(config.output.path))

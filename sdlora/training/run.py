@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..base.gpu_build import why_not_cuda
-from ..config.loading import load_config
+from ..config.loading import as_config
 from ..config.sections import Config
 from ..data.findings import raise_errors
-from ..errors import ConfigError
 from ..files import check_target
 from ..lint.report import LintReport, summary_lines
 from ..lint.run import examine_dataset
@@ -52,11 +51,7 @@ def train(
         SdloraError: a fault of the input, found before a model is loaded wherever that is possible.
         Interrupted: Ctrl-C or ``stop``; the state is saved, and the same call resumes from it.
     """
-    if isinstance(config, (str, Path)):
-        config = load_config(config)
-    elif not isinstance(config, Config):
-        expected = "a configuration (sdlora.load_config) or the path of its TOML file"
-        raise ConfigError(f"train: expected {expected}, not {type(config).__name__}")
+    config = as_config(config, "train")
     from accelerate import Accelerator
 
     check_target(Path(config.output.path))
