@@ -118,10 +118,8 @@ def run_training(
     elif finished(output, plan.identity):
         result = _complete_already(plan, folder)
         wanted = accelerator.is_main_process and lacks_samples(plan)
-        return TrainReport(
-            result=result,
-            samples=draw_samples(plan, loaded, progress=progress, stop=stop) if wanted else None,
-        )
+        drawn = draw_samples(plan, loaded, progress=progress, stop=stop) if wanted else None
+        return TrainReport(result=result, samples=drawn)
     start = folder.newest(allow_device_change=allow_device_change) or Checkpoint.none(began)
     exports.check()
     records = Records(plan, on_step, main=accelerator.is_main_process)
