@@ -14,7 +14,8 @@ import pytest
 import sdlora as package
 from sdlora.errors import ResumeError
 from sdlora.training.curve import loss_curve, moving_mean, window_of
-from sdlora.training.records import HEADER, LossLog, StepRecord
+from sdlora.training.plan import plan_config
+from sdlora.training.records import HEADER, LossLog, Records, StepRecord
 from sdlora.training.session import TrainingSession
 from tests.test_exports import payload, stopped_after
 from tests.training_runs import STEPS, config_for
@@ -142,3 +143,13 @@ def test_a_curve_of_any_losses_is_well_formed_and_within_its_frame(losses: list[
         assert 0 < float(x) < width
         assert 0 < float(y) < height
     assert any("1 loss above, up to 50" in word for word in words) == (50.0 in losses)
+
+
+def test_the_rate_of_the_text_encoders_is_recorded_as_0_after_their_stop(
+    finished: tuple[Path, Path], tiny_base: Path, tmp_path: Path
+) -> None:
+    config = config_for(tiny_base, finished[0], tmp_path / "x.safetensors", "optimizer.text_encoder_stop=2")
+    called: list[StepRecord] = []
+    Records(plan_config(config), called.append).add(0, [0.1] * 4)
+    assert [record.text_encoder_learning_rate > 0 for record in called] == [True, True, False, False]
+    assert all(record.learning_rate > 0 for record in called)

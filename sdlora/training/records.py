@@ -11,8 +11,8 @@ from pathlib import Path
 from ..errors import ResumeError
 from ..files import printable, write_whole
 from .curve import loss_curve
-from .optimizer import rate_factor
 from .plan import RunPlan
+from .rates import rate_factor, steps_of
 
 HEADER = "step,loss,learning_rate,text_encoder_learning_rate\n"
 logger = logging.getLogger(__name__)
@@ -29,6 +29,7 @@ class StepRecord:
     learning_rate: float
     """That of the UNet's modules in this step."""
     text_encoder_learning_rate: float
+    """That of the text encoders; 0 after ``optimizer.text_encoder_stop``."""
 
 
 class Records:
@@ -65,13 +66,16 @@ class Records:
             self._log.draw()
 
     def _record(self, step: int, loss: float) -> StepRecord:
-        config = self._plan.config
-        factor = rate_factor(step, config.optimizer, steps=config.train.steps)
+        config, steps = self._plan.config, self._plan.config.train.steps
+        factor = rate_factor(step, config.optimizer, steps=steps)
+        encoders = config.optimizer.text_encoder_rate(self._plan.base.family) * factor
         return StepRecord(
             step=step + 1,
             loss=loss,
             learning_rate=config.optimizer.learning_rate * factor,
-            text_encoder_learning_rate=config.optimizer.text_encoder_rate(self._plan.base.family) * factor,
+            text_encoder_learning_rate=encoders
+            if step < steps_of("text_encoder", config.optimizer, steps=steps)
+            else 0.0,
         )
 
 
