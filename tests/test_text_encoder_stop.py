@@ -47,7 +47,6 @@ def test_gradients_after_the_stop_neither_count_nor_leave_a_trace() -> None:
     ours, stopped, alone = (torch.nn.Parameter(start.clone()) for _ in range(3))
     both = GuardedAdamW([ours, stopped], [1e-2, 1e-2], section, steps=9, lengths=[9, 0])
     single = GuardedAdamW([alone], [1e-2], section, steps=9)
-    both.allocate()
     for step in range(9):
         ours.grad = torch.full((8,), step - 3.0)
         alone.grad = ours.grad.clone()

@@ -22,18 +22,22 @@ class DeviceFacts:
     """Bytes of memory that can still be taken; None where the device does not say."""
 
 
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether ``device`` multiplies bfloat16 in hardware; on Apple's Metal it counts as if it did not."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+
+
 def device_facts(device: torch.device) -> DeviceFacts:
     """Ask ``device`` for its facts."""
+    name = device.type
     free: int | None = None
     if device.type == "cuda":
-        bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
         name, (free, _) = torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)
     elif device.type == "cpu":
-        bfloat16 = torch.cpu._is_amx_tile_supported()
         name, free = f"CPU with {torch.get_num_threads()} threads", psutil.virtual_memory().available
     elif device.type == "mps":
-        bfloat16, name = False, "Apple GPU"
+        name = "Apple GPU"
         free = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    else:
-        bfloat16, name = False, device.type
-    return DeviceFacts(kind=device.type, name=name, bfloat16=bfloat16, free=free)
+    return DeviceFacts(kind=device.type, name=name, bfloat16=multiplies_bfloat16(device), free=free)

@@ -15,6 +15,7 @@ from .architecture import Shapes, clip_config, unet_config, vae_config
 from .attention import use_attention
 from .base import Base, TextEncoder
 from .checkpoint import BaseCheckpoint
+from .device import multiplies_bfloat16
 from .models import (
     AutoencoderKL,
     CLIPTextConfig,
@@ -88,7 +89,7 @@ def decoding_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     It is bfloat16 with bfloat16, and with float16 on a GPU that multiplies bfloat16 in hardware: decoding needs half the
     memory of float32 there. Else it is float32.
     """
-    in_hardware = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    in_hardware = device.type == "cuda" and multiplies_bfloat16(device)
     halved = dtype == torch.bfloat16 or (dtype == torch.float16 and in_hardware)
     return torch.bfloat16 if halved else torch.float32
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
+from ..config.choices import PRECISIONS
 from ..errors import SdloraError
 from .device import DeviceFacts, device_facts
 
-PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 SMALL_UNET = 100_000_000
 """Parameters. Below this, a CPU spends more time on conversions than bfloat16 saves (``benchmarks/train_step.py``)."""
 

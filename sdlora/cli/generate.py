@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..config.choices import PRECISIONS
 from ..errors import Interrupted
 from ..files import check_target
 from ..generation.request import MAX_SEED, RANDOM_SEED, ImageRequest, first_seed
@@ -18,8 +19,7 @@ from .app import BaseOption, JsonOption, app, emit, examples, guard, parse_size
 if TYPE_CHECKING:
     from ..generation.images import GeneratedImage
 
-_PRECISIONS = ("auto", "float32", "bfloat16", "float16")
-_ANY_PRECISION = f"{', '.join(_PRECISIONS[:-1])} or {_PRECISIONS[-1]}"
+_ANY_PRECISION = f"{', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}"
 
 
 @app.command(
@@ -73,7 +73,7 @@ def generate(
     shape = parse_size(size)
     if strip and count > 1:
         raise typer.BadParameter("a strip shows one seed; remove --count", param_hint="--strip")
-    if precision not in _PRECISIONS:
+    if precision not in PRECISIONS:
         raise typer.BadParameter(f"{precision!r} is not {_ANY_PRECISION}", param_hint="--precision")
     encoders = [*(text_encoder or ()), None, None]
     from ..config.loading import base_section

@@ -68,8 +68,8 @@ def _lines(forecast: Forecast) -> list[str]:
     from ..training.length import length_in_words
 
     step, sampling = forecast.step, forecast.sampling
+    cache, checkpoints = _gb(forecast.cache_bytes), _gb(forecast.checkpoint_bytes)
     encoding = [f"{PART_TITLES[part]} {_gb(size)}" for part, size in forecast.encoding.items()]
-    disk = forecast.cache_bytes + forecast.checkpoint_bytes + forecast.file_bytes
     lines = [
         length_in_words(images=forecast.images, steps=forecast.steps, epochs=forecast.epochs),
         f"time: {_time(forecast)}",
@@ -78,7 +78,7 @@ def _lines(forecast: Forecast) -> list[str]:
         f"activations {_gb(step.activations)}, temporary {_gb(step.temporary)})",
         f"memory while encoding: {', '.join(encoding)}",
         f"memory while sampling: {_gb(sampling.total)}, or {_gb(sampling.least)} where it is short",
-        f"disk: {_gb(disk)} (cache {_gb(forecast.cache_bytes)}, checkpoints {_gb(forecast.checkpoint_bytes)})",
+        f"disk: {_gb(forecast.disk_bytes)} (cache {cache}, checkpoints {checkpoints})",
         f"LoRA file: {forecast.file_bytes / 1e6:.1f} MB",
     ]
     if forecast.gpu_gb is None:

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from ..families import Family
+from .choices import Precision
 from .data_section import DataSection, ImageSettings, MaskKind, SetSection
 from .objective_section import ObjectiveSection
 from .setting import Affects, Section, Setting, setting_of
@@ -171,7 +172,7 @@ class TrainSection(Section):
     its repeats say. A run with the same number of steps is the same run."""
     batch_size: Annotated[int, Field(ge=1), Setting(kohya="train_batch_size")] = 4
     """Images in one step, over all processes together."""
-    precision: Annotated[Literal["auto", "float32", "bfloat16", "float16"], Setting(kohya="mixed_precision")] = "auto"
+    precision: Annotated[Precision, Setting(kohya="mixed_precision")] = "auto"
     """Precision of the frozen base. ``auto`` is bfloat16 on a GPU that multiplies it in hardware, float16 on other NVIDIA
     GPUs and on Apple's, and on a CPU float32, or bfloat16 where the CPU multiplies it in hardware and the base is large
     enough to gain from it. With float16 the loss is scaled so that small gradients are kept. The LoRA itself is always

@@ -22,7 +22,8 @@ class AdamW(Protocol):
     """AdamW (Loshchilov & Hutter 2019, algorithm 2) over flat parameters, each with its own learning rate."""
 
     state: dict[Any, dict[str, Tensor]]
-    """Parameter -> ``step`` () float32, ``exp_avg`` and ``exp_avg_sq`` of its shape; empty before the first step."""
+    """Parameter -> ``step`` () float32, ``exp_avg`` and ``exp_avg_sq`` of its shape. They are made before the first step, so
+    that a step that runs out of memory has changed nothing."""
 
     def update(self, rates: Sequence[float], finite: Tensor) -> None:
         """Apply the gradients at ``rates``, one for each parameter; change nothing where ``finite``, () bool, is false."""
@@ -43,6 +44,7 @@ class FusedAdamW:
             groups, betas=section.betas, eps=section.epsilon, weight_decay=section.weight_decay, fused=True
         )
         self.state: dict[Any, dict[str, Tensor]] = self._adam.state
+        self.state.update(_fresh_state(parameters))
 
     def update(self, rates: Sequence[float], finite: Tensor) -> None:
         for group, rate in zip(self._adam.param_groups, rates, strict=True):
@@ -58,17 +60,13 @@ class SelectedAdamW:
     def __init__(self, parameters: Sequence[nn.Parameter], section: OptimizerSection):
         self._section = section
         self._parameters = list(parameters)
-        self.state: dict[Any, dict[str, Tensor]] = {}
+        self.state: dict[Any, dict[str, Tensor]] = _fresh_state(parameters)
 
     @torch.no_grad()
     def update(self, rates: Sequence[float], finite: Tensor) -> None:
         for parameter, rate in zip(self._parameters, rates, strict=True):
-            if parameter.grad is None:
-                continue
-            if parameter not in self.state:
-                moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-                self.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
-            self._update_one(parameter, parameter.grad, self.state[parameter], rate, finite)
+            if parameter.grad is not None:
+                self._update_one(parameter, parameter.grad, self.state[parameter], rate, finite)
 
     def _update_one(
         self, parameter: nn.Parameter, gradient: Tensor, state: dict[str, Tensor], rate: float, finite: Tensor
@@ -88,3 +86,14 @@ class SelectedAdamW:
 
 
 _STATE = ("step", "exp_avg", "exp_avg_sq")
+
+
+def _fresh_state(parameters: Sequence[nn.Parameter]) -> dict[Any, dict[str, Tensor]]:
+    return {
+        p: {
+            "step": torch.zeros((), device=p.device),
+            "exp_avg": torch.zeros_like(p.detach()),
+            "exp_avg_sq": torch.zeros_like(p.detach()),
+        }
+        for p in parameters
+    }

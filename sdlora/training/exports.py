@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from ..base.base import Base
-from ..base.device_memory import out_of_memory
 from ..errors import ResumeError
 from ..families import WORDS_IN_CHUNK
 from ..files import printable, rename_whole
@@ -23,6 +22,7 @@ from .checkpoint import RunFolder, RunIdentity, forget_run, record_run, recorded
 from .facts import describe_run
 from .plan import RunPlan
 from .session import TrainingSession
+from .shortage import why_not_written
 
 EXPORT_KEY = "sdlora_run_on_the_way"
 """Metadata key of a file on the way that holds its run's identity. It is not the output's key, so that such a file under
@@ -110,9 +110,7 @@ class Exports:
         try:
             self._write(file, step, session, started_at)
         except (OSError, RuntimeError, MemoryError) as error:
-            if not isinstance(error, OSError) and not out_of_memory(error):
-                raise
-            reason = (error.strerror or error) if isinstance(error, OSError) else "out of memory"
+            reason = why_not_written(error)
             logger.warning("%s cannot be written (%s); the run goes on without it", printable(file), reason)
 
     def _write(self, file: Path, step: int, session: TrainingSession, started_at: float) -> None:

@@ -50,18 +50,18 @@ def choose_fit(
         )
     choices = (recorded,) if recorded else _choices(images)
     shapes = tuple(dict.fromkeys(_shape(train, choice) for choice in choices))
-    fitting = [shape for shape in shapes if _taken(needed(shape)) <= free]
+    fitting = [shape for shape in shapes if taken(needed(shape)) <= free]
     shape = fitting[0] if fitting else shapes[-1]
-    room = max(0.0, free - _taken(needed(shape))) / 2
+    room = max(0.0, free - taken(needed(shape))) / 2
     if "auto" not in (train.micro_batch, train.gradient_checkpointing):
         return Fit(shape=shape, room=room, line="")
     parts = [
-        f"{shape} of a batch of {train.batch_size}: {_gigabytes(_taken(needed(shape)))}, free are {_gigabytes(free)}"
+        f"{shape} of a batch of {train.batch_size}: {_gigabytes(taken(needed(shape)))}, free are {_gigabytes(free)}"
     ]
     if recorded:
         parts.append("as in the steps before")
     elif shape != shapes[0] and fitting:
-        parts.append(f"{shapes[0]} would need {_gigabytes(_taken(needed(shapes[0])))}")
+        parts.append(f"{shapes[0]} would need {_gigabytes(taken(needed(shapes[0])))}")
     if not fitting:
         parts.append("it may not fit; lower data.resolution or lora.rank, or use a GPU with more memory")
     return Fit(shape=shape, room=room, line=f"memory: {'; '.join(parts)}")
@@ -84,7 +84,8 @@ def _shape(train: TrainSection, choice: StepShape) -> StepShape:
     )
 
 
-def _taken(needed: float) -> float:
+def taken(needed: float) -> float:
+    """Bytes of a GPU that are taken where a computation needs ``needed``."""
     return needed * ROUNDED_UP + CONTEXT
 
 

@@ -28,15 +28,16 @@ from ..lora.adapter import choose_targets
 from ..lora.low_rank import LowRank
 from ..lora.quantized import QUANTIZED
 from ..progress import Progress, progress_or_bar
-from .caption_embeddings import chunks_of
 from .checkpoint import KEPT
-from .fit import CONTEXT, ROUNDED_UP, choose_fit
-from .memory import META, StepMemory, step_memory
+from .fit import choose_fit, taken
+from .memory import META, StepMemory
+from .new_adapter import trained_parts
 from .optimizer import MOMENTS
 from .part_memory import SamplingMemory, encoding_memory, sampling_memory
 from .plan import RunPlan, plan_run
 from .probe import step_seconds
 from .step_shape import StepShape
+from .step_sizes import StepSizes
 
 GIGABYTE = 1e9
 
@@ -75,6 +76,11 @@ class Forecast:
     """Findings about images and captions; none is an error."""
 
     @property
+    def disk_bytes(self) -> int:
+        """What is written in all."""
+        return self.cache_bytes + self.checkpoint_bytes + self.file_bytes
+
+    @property
     def peak_bytes(self) -> int:
         """The most that training or encoding needs on the device."""
         return max(self.step.total, *self.encoding.values())
@@ -96,7 +102,7 @@ class Forecast:
             "encoding_gb": {part: _gb(size) for part, size in self.encoding.items()},
             "sampling_gb": _gb(self.sampling.total),
             "sampling_least_gb": _gb(self.sampling.least),
-            "disk_gb": _gb(self.cache_bytes + self.checkpoint_bytes + self.file_bytes),
+            "disk_gb": _gb(self.disk_bytes),
             "file_mb": round(self.file_bytes / 1e6, 3),
             "gpu_gb": self.gpu_gb,
             "fits": self.fits,
@@ -163,9 +169,9 @@ def forecast_run(run: RunPlan, device: torch.device, *, gpu: float | None) -> Fo
         else choose_precision(requested, device, unet_parameters=run.base.unet_parameters)
     )
     base = load_base(replace(run.base, attention="sdpa"), device=META, dtype=dtype)
-    sizes = _Sizes.of(run, base, dtype, kind)
+    sizes = StepSizes.of(run, base, kind)
     budget = math.inf if gpu is None else gpu * GIGABYTE
-    shape, step = sizes.fitted(run.config, run.base, budget)
+    shape, step = _fitted(sizes, run.config, run.base, budget)
     sampling = sampling_memory(base, width=run.base.resolution, height=run.base.resolution, device_type=kind)
     encoding = encoding_memory(base, width=sizes.width, height=sizes.height, chunks=sizes.chunks, device_type=kind)
     if run.config.optimizer.text_encoder_rate(run.base.family):
@@ -194,77 +200,45 @@ def forecast_run(run: RunPlan, device: torch.device, *, gpu: float | None) -> Fo
         ),
         gpu_gb=gpu,
         fits=fits,
-        settings={} if fits is not False else sizes.remedy(run, budget, max(encoding.values())),
+        settings={} if fits is not False else _remedy(sizes, run, budget, max(encoding.values())),
         findings=run.findings,
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Sizes:
-    """What decides the memory of a step besides the settings."""
+def _fitted(
+    sizes: StepSizes, config: Config, checkpoint: BaseCheckpoint, budget: float
+) -> tuple[StepShape, StepMemory]:
+    """The shape that a run takes on a device of ``budget`` bytes, and what it needs."""
+    fit = choose_fit(
+        config.train,
+        images=config.train.batch_size,
+        free=budget,
+        needed=lambda shape: sizes.needed(checkpoint, config, shape).total,
+        recorded=None,
+    )
+    return fit.shape, sizes.needed(checkpoint, config, fit.shape)
 
-    width: int
-    height: int
-    """Size of the largest images in pixels."""
-    chunks: int
-    dtype: torch.dtype
-    device_type: str
 
-    @classmethod
-    def of(cls, run: RunPlan, base: Base, dtype: torch.dtype, device_type: str) -> _Sizes:
-        width, height = max((views.size for views in run.training.shown), key=math.prod)
-        chunks = chunks_of(base, run.items, run.config.data.max_token_length)
-        return cls(width=width, height=height, chunks=chunks, dtype=dtype, device_type=device_type)
-
-    def fitted(self, config: Config, checkpoint: BaseCheckpoint, budget: float) -> tuple[StepShape, StepMemory]:
-        """The shape that a run takes on a device of ``budget`` bytes, and what it needs."""
-
-        def needed(shape: StepShape) -> StepMemory:
-            return step_memory(
-                checkpoint,
-                config,
-                width=self.width,
-                height=self.height,
-                shape=shape,
-                dtype=self.dtype,
-                chunks=self.chunks,
-                device_type=self.device_type,
-            )
-
-        fit = choose_fit(
-            config.train,
-            images=config.train.batch_size,
-            free=budget,
-            needed=lambda shape: needed(shape).total,
-            recorded=None,
-        )
-        return fit.shape, needed(fit.shape)
-
-    def remedy(self, run: RunPlan, budget: float, encoding: int) -> dict[str, Any]:
-        """The least change of settings with which the run fits: first what changes its time alone."""
-        if taken(encoding) > budget:
-            return {}
-        frozen = {"optimizer.text_encoder_learning_rate": 0.0}
-        changes: list[dict[str, Any]] = [{}, frozen]
-        changes += [{**frozen, "base.quantization": kind} for kind in QUANTIZED]
-        for change in changes:
-            config = with_settings(
-                run.config, change | {"train.micro_batch": "auto", "train.gradient_checkpointing": "auto"}
-            )
-            checkpoint = replace(run.base, quantization=config.base.quantization)
-            shape, step = self.fitted(config, checkpoint, budget)
-            if taken(step.total) <= budget:
-                found = change | {
-                    "train.micro_batch": shape.micro_batch,
-                    "train.gradient_checkpointing": shape.checkpointing,
-                }
-                return {key: value for key, value in found.items() if setting(run.config, key) != value}
+def _remedy(sizes: StepSizes, run: RunPlan, budget: float, encoding: int) -> dict[str, Any]:
+    """The least change of settings with which the run fits: first what changes its time alone."""
+    if taken(encoding) > budget:
         return {}
-
-
-def taken(needed: float) -> float:
-    """Bytes of a GPU that are taken where a computation needs ``needed``."""
-    return needed * ROUNDED_UP + CONTEXT
+    frozen = {"optimizer.text_encoder_learning_rate": 0.0}
+    changes: list[dict[str, Any]] = [{}, frozen]
+    changes += [{**frozen, "base.quantization": kind} for kind in QUANTIZED]
+    for change in changes:
+        config = with_settings(
+            run.config, change | {"train.micro_batch": "auto", "train.gradient_checkpointing": "auto"}
+        )
+        checkpoint = replace(run.base, quantization=config.base.quantization)
+        shape, step = _fitted(sizes, config, checkpoint, budget)
+        if taken(step.total) <= budget:
+            found = change | {
+                "train.micro_batch": shape.micro_batch,
+                "train.gradient_checkpointing": shape.checkpointing,
+            }
+            return {key: value for key, value in found.items() if setting(run.config, key) != value}
+    return {}
 
 
 def setting(config: Config, key: str) -> Any:
@@ -284,9 +258,7 @@ def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
 
 def _loras(run: RunPlan, base: Base) -> dict[str, LowRank]:
     """What the file will hold, without memory."""
-    optimizer, lora = run.config.optimizer, run.config.lora
-    rates = {"unet": optimizer.learning_rate}
-    rates |= {encoder.facts.part: optimizer.text_encoder_rate(run.base.family) for encoder in base.text_encoders}
+    lora, trained = run.config.lora, trained_parts(base, run.config)
     return {
         name: LowRank(
             down=torch.empty(lora.rank, module.in_features, device=META),
@@ -294,7 +266,7 @@ def _loras(run: RunPlan, base: Base) -> dict[str, LowRank]:
             alpha=lora.alpha,
         )
         for name, module in choose_targets(base.modules(), lora.targets).items()
-        if rates[name.partition(".")[0]]
+        if name.partition(".")[0] in trained
     }
 
 
@@ -311,5 +283,5 @@ def _cache_bytes(run: RunPlan, base: Base, chunks: int) -> int:
     if run.config.optimizer.text_encoder_rate(run.base.family):
         return latents
     width = base.unet.config["cross_attention_dim"]
-    captions = {sample.caption for step in range(run.config.train.steps) for sample in run.training.batch(step)}
+    captions = set(run.training.captions(range(run.config.train.steps)))
     return latents + len(captions) * chunks * TOKENS_IN_CHUNK * width * base.dtype.itemsize

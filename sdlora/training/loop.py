@@ -29,7 +29,7 @@ from .interruption import InterruptFlag, interrupt_flag
 from .plan import RunPlan
 from .records import Records, StepRecord
 from .sample_sheet import draw_samples, lacks_samples
-from .saving import save_state
+from .saving import RunFiles, save_state
 from .session import TrainingSession, open_session
 from .shortage import CLOSE_OTHERS, explained
 from .texts import changed_metadata, write_texts
@@ -121,14 +121,14 @@ def run_training(
         drawn = draw_samples(plan, loaded, progress=progress, stop=stop) if wanted else None
         return TrainReport(result=result, samples=drawn)
     start = folder.newest(allow_device_change=allow_device_change) or Checkpoint.none(began)
+    files = RunFiles(folder=folder, exports=exports, records=Records(plan, on_step, main=accelerator.is_main_process))
     exports.check()
-    records = Records(plan, on_step, main=accelerator.is_main_process)
-    records.open(start.step)
+    files.records.open(start.step)
     say(describe_precision(facts, chosen))
     with explained("loading the base", CLOSE_OTHERS):
         # Its parts are in main memory until they work, and its VAE encodes in float32.
         base = loaded(vae_dtype=torch.float32, home=torch.device("cpu"))
-    trained = train_lora(plan, base, accelerator, folder, exports, records, start, progress, stop, say)
+    trained = train_lora(plan, base, accelerator, files, start, progress, stop, say)
     if accelerator.is_main_process:
         try:
             with explained(f"writing {output}", f"its weights are kept: {folder.place()}; {CLOSE_OTHERS}"):
@@ -166,9 +166,7 @@ def train_lora(
     plan: RunPlan,
     base: Base,
     accelerator: Accelerator,
-    folder: RunFolder,
-    exports: Exports,
-    records: Records,
+    files: RunFiles,
     start: Checkpoint,
     progress: Progress,
     stop: threading.Event | None,
@@ -183,7 +181,7 @@ def train_lora(
         session.optimizer.restore(start.tensors)
     try:
         with fitted(session) as fitting:
-            losses = train_steps(fitting, start, folder, exports, records, progress, stop)
+            losses = train_steps(fitting, start, files, progress, stop)
             with explained("measuring losses after the last step", CLOSE_OTHERS):
                 held_out = validation_loss(session, progress)
                 own = own_losses(session, progress)
@@ -206,9 +204,7 @@ def train_lora(
 def train_steps(
     fitted: FittedSteps,
     start: Checkpoint,
-    folder: RunFolder,
-    exports: Exports,
-    records: Records,
+    files: RunFiles,
     progress: Progress,
     stop: threading.Event | None = None,
 ) -> torch.Tensor:
@@ -232,17 +228,17 @@ def train_steps(
         recent = losses[reported - first : done - first]
         if accelerator.num_processes > 1:  # Each has its share of every loss.
             torch.distributed.all_reduce(recent)
-        if records.wanted:
-            records.add(reported, recent.tolist())
+        if files.records.wanted:
+            files.records.add(reported, recent.tolist())
         progress.advance(done - reported, f"loss {recent.mean().item():.4f}")
         reported = done
 
     def save(done: int) -> str:
         """What to say of the step when stopping there."""
-        if records.wanted and done > reported and accelerator.num_processes == 1:
+        if files.records.wanted and done > reported and accelerator.num_processes == 1:
             read(done)
-        records.draw()
-        return save_state(folder, start, done, fitted.session) if accelerator.is_main_process else ""
+        files.records.draw()
+        return save_state(files.folder, start, done, fitted.session) if accelerator.is_main_process else ""
 
     with interrupt_flag(stop) as interrupted:
         for step in range(first, steps):
@@ -256,7 +252,7 @@ def train_steps(
             if done % REPORT_EVERY == 0 or done == steps:
                 read(done)
             if accelerator.is_main_process:
-                exports.write(done, fitted.session, started_at=start.started_at)
+                files.exports.write(done, fitted.session, started_at=start.started_at)
             if done % train.save_every == 0 and done < steps:
                 _check_skipped(session, done)
                 save(done)

@@ -78,12 +78,6 @@ class GuardedAdamW:
         if self._scale is not None:
             self._scale.update(finite)
 
-    def allocate(self) -> None:
-        """Make the moments, all zero, before the first step: a step that runs out of memory has then changed nothing."""
-        for p in self._parameters:
-            moments = {name: torch.zeros_like(p.detach()) for name in ("exp_avg", "exp_avg_sq")}
-            self._adam.state[p] = {"step": torch.zeros((), device=p.device), **moments}
-
     def skipped_steps(self) -> int:
         """Number of steps skipped so far; waits for the device."""
         return int(self._skipped.item())
@@ -97,7 +91,7 @@ class GuardedAdamW:
         tensors = {"skipped": self._skipped}
         for i, parameter in enumerate(self._parameters):
             tensors[f"parameter.{i}"] = parameter.detach()
-            for name, tensor in self._adam.state.get(parameter, {}).items():
+            for name, tensor in self._adam.state[parameter].items():
                 tensors[f"{name}.{i}"] = tensor
         return tensors if self._scale is None else tensors | self._scale.state()
 

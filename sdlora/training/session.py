@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from accelerate import Accelerator
@@ -20,11 +20,10 @@ from ..cache.store import open_cache
 from ..data.views import View
 from ..lora.adapter import Adapter
 from ..progress import Progress
-from .caption_embeddings import CaptionEmbeddings, chunks_of, open_caption_embeddings
+from .caption_embeddings import CaptionEmbeddings, open_caption_embeddings
 from .fit import Fit, choose_fit
 from .latents import EncodedImage, encode_views
 from .loss import denoising_loss
-from .memory import step_memory
 from .new_adapter import new_adapter, trained_parts
 from .optimizer import GuardedAdamW
 from .plan import RunPlan
@@ -32,6 +31,7 @@ from .preparation import Preparation, StepInputs, StepsAhead
 from .rates import steps_of
 from .shortage import CLOSE_OTHERS, explained
 from .step_shape import StepShape
+from .step_sizes import StepSizes
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -163,7 +163,6 @@ def open_session(
         optimizer = GuardedAdamW(
             adapter.parameters, rates, config.optimizer, steps=steps, lengths=lengths, dtype=base.dtype
         )
-        optimizer.allocate()
     return TrainingSession(
         plan=plan,
         shape=fit.shape,
@@ -178,24 +177,17 @@ def open_session(
 
 def fit_run(plan: RunPlan, base: Base, *, processes: int, recorded: StepShape | None) -> Fit:
     """The shape of the steps of ``plan``, while nothing of ``base`` is on its device; see ``choose_fit``."""
-    config, free = plan.config, free_memory(base.device)
-    width, height = max((views.size for views in plan.training.shown), key=math.prod)
-    chunks = 1 if math.isinf(free) else chunks_of(base, plan.items, config.data.max_token_length)
-
-    def needed(shape: StepShape) -> float:
-        return step_memory(
-            plan.base,
-            config,
-            width=width,
-            height=height,
-            shape=shape,
-            dtype=base.dtype,
-            chunks=chunks,
-            device_type=base.device.type,
-        ).total
-
+    config = plan.config
+    # Only a device whose memory has an end is asked what a step needs.
+    sizes = cache(lambda: StepSizes.of(plan, base, base.device.type))
     images = math.ceil(config.train.batch_size / processes)
-    return choose_fit(config.train, images=images, free=free, needed=needed, recorded=recorded)
+    return choose_fit(
+        config.train,
+        images=images,
+        free=free_memory(base.device),
+        needed=lambda shape: sizes().needed(plan.base, config, shape).total,
+        recorded=recorded,
+    )
 
 
 def _captions(plan: RunPlan, first: int) -> Iterator[str]:
