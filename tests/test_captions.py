@@ -149,6 +149,7 @@ def test_many_and_deep_wildcards_stay_within_bounds() -> None:
     assert wildcard_variants([many, "x"]) == ((" ".join(["c c"] * 40), "x"), (" ".join(["bbb"] * 40), "x"))
     assert len(wildcard_variants(["{a|b}" * 4] * 2)) == MAX_VARIANTS
     assert len(wildcard_variants(["{a|b}" * 4, "{a|b}" * 5])) == 1
+    assert wildcard_variants(["{a|a}" * 40 + "{b|c}"]) == (("a" * 40 + "b",), ("a" * 40 + "c",))
     assert draw_wildcards("{a|" * 5000 + "}" * 5000, lambda _: 1).count("{") == 5000 - MAX_DEPTH
 
 

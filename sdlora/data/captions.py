@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -210,8 +210,9 @@ def wildcard_variants(texts: Sequence[str]) -> tuple[tuple[str, ...], ...]:
     """Everything that ``draw_wildcards`` can return for ``texts`` together; the two longest if there are more than
     ``MAX_VARIANTS``."""
     pieces = [_pieces(text) for text in texts]
-    if math.prod(map(_count, pieces)) <= MAX_VARIANTS:
-        return tuple(dict.fromkeys(itertools.product(*map(_variants, pieces))))
+    variants = [found for found in map(_variants, pieces) if found is not None]
+    if len(variants) == len(pieces) and math.prod(map(len, variants)) <= MAX_VARIANTS:
+        return tuple(itertools.product(*variants))
     by_words = tuple(_widest(text, lambda variant: len(re.findall(r"\w+|[^\w\s]", variant))) for text in pieces)
     return tuple(dict.fromkeys((by_words, tuple(_widest(text, len) for text in pieces))))
 
@@ -245,13 +246,27 @@ def _drawn(pieces: Wildcards, choose: Callable[[int], int]) -> str:
     return "".join(p if isinstance(p, str) else _drawn(p[choose(len(p))], choose) for p in pieces)
 
 
-def _count(pieces: Wildcards) -> int:
-    return math.prod(1 if isinstance(p, str) else sum(map(_count, p)) for p in pieces)
+def _variants(pieces: Wildcards) -> tuple[str, ...] | None:
+    """Every different text that ``pieces`` can become, in order; None where these are more than ``MAX_VARIANTS``."""
+    made = ("",)
+    for piece in pieces:
+        endings = (piece,) if isinstance(piece, str) else _alternatives(piece)
+        # A text has at least as many variants as any part of it.
+        if endings is None:
+            return None
+        made = tuple(dict.fromkeys(map("".join, itertools.product(made, endings))))
+        if len(made) > MAX_VARIANTS:
+            return None
+    return made
 
 
-def _variants(pieces: Wildcards) -> Iterator[str]:
-    choices = [(p,) if isinstance(p, str) else list(itertools.chain(*map(_variants, p))) for p in pieces]
-    return ("".join(variant) for variant in itertools.product(*choices))
+def _alternatives(wildcard: tuple[Wildcards, ...]) -> tuple[str, ...] | None:
+    found: dict[str, None] = {}
+    for variants in map(_variants, wildcard):
+        found |= dict.fromkeys(variants or ())
+        if variants is None or len(found) > MAX_VARIANTS:
+            return None
+    return tuple(found)
 
 
 def _widest(pieces: Wildcards, width: Callable[[str], int]) -> str:
