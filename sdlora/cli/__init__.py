@@ -42,4 +42,24 @@ def main() -> None:
     gc.set_threshold(100_000, 20, 20)
     # diffusers imports peft where it finds it, a third of a second for a package that no verb uses.
     sys.modules.setdefault("peft", None)  # ty: ignore[no-matching-overload]
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        _end_with_gloo(end.code)
+        raise
+
+
+def _end_with_gloo(code: object) -> None:
+    """End a process that shares its steps with others on CPUs at once.
+
+    Threads of gloo let go of tensors a moment after they were summed. While Python shuts down, that ends the process with
+    SIGABRT, and torch has no call that waits for these threads.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    if torch.distributed.get_backend() != "gloo":
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
-from ..config.sections import OptimizerSection, Schedule
+from ..config.optimizer_section import OptimizerSection, Schedule
 
 
 def rate_factor(step: int, section: OptimizerSection, *, steps: int) -> float:

@@ -1,0 +1,85 @@
+"""The configuration of the optimizer, the learning rates and their schedule."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
+
+from ..families import Family
+from .setting import Section, Setting
+
+Schedule = Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+"""How learning rates develop, by the names of diffusers and of kohya's trainer."""
+
+
+def _steps_or_share(value: Any, least: int = 0) -> Any:
+    if not (type(value) is int and value >= least) and not (type(value) is float and 0 < value < 1):
+        raise PydanticCustomError(
+            "steps_or_share",
+            "must be a whole number of steps, for example 20, or a share of them below 1, such as 0.05",
+        )
+    return value
+
+
+def _end(value: Any) -> Any:
+    return None if value is None else _steps_or_share(value, least=1)
+
+
+def _betas(value: Any) -> Any:
+    numbers = value if isinstance(value, tuple) else ()
+    if len(numbers) != 2 or not all(type(each) is float and 0 < each < 1 for each in numbers):
+        raise PydanticCustomError("betas", "must be two numbers between 0 and 1, for example [0.9, 0.999]")
+    return value
+
+
+class OptimizerSection(Section):
+    """The optimizer, the learning rates and their schedule."""
+
+    name: Annotated[Literal["adamw"], Setting(kohya="optimizer_type")] = "adamw"
+    """The optimizer."""
+    learning_rate: Annotated[float, Field(ge=0, lt=1), Setting(kohya="learning_rate")] = 3e-4
+    """Peak learning rate of the UNet's modules."""
+    text_encoder_learning_rate: Annotated[float | None, Field(ge=0, lt=1), Setting(kohya="text_encoder_lr")] = None
+    """Peak learning rate of the text encoder's modules. 0 does not train the text encoder; captions are then encoded
+    once, which is faster. By default 5e-5, and 0 for SDXL."""
+    text_encoder_stop: Annotated[
+        int | float | None,
+        BeforeValidator(_end),
+        Setting(
+            kohya="stop_text_encoder_training",
+            values="whole number, at least 1; or a share, more than 0, less than 1",
+        ),
+    ] = None
+    """Steps after which the text encoder's modules stay as they are, as a number or as a share of all steps, rounded down.
+    By default they are trained to the end. It does not make the steps after it faster."""
+    schedule: Annotated[Schedule, Setting(kohya="lr_scheduler")] = "cosine"
+    """How the learning rates develop after warmup: they stay, or fall to 0 at the end along a line, a cosine, several
+    cosines or a power of what is left."""
+    schedule_cycles: Annotated[int, Field(ge=1), Setting(kohya="lr_scheduler_num_cycles")] = 1
+    """Number of cosines of ``cosine_with_restarts``; each starts at the peak. 1 is ``cosine``."""
+    schedule_power: Annotated[float, Field(gt=0), Setting(kohya="lr_scheduler_power")] = 1.0
+    """Exponent of ``polynomial``: above 1 the learning rates fall fast at first and slowly at the end; 1 is a line."""
+    warmup_steps: Annotated[
+        int | float,
+        BeforeValidator(_steps_or_share),
+        Setting(kohya="lr_warmup_steps", values="whole number, at least 0; or a share, more than 0, less than 1"),
+    ] = 20
+    """Steps in which the learning rates rise from 0 to their peak. A number below 1 is a share of all steps, rounded down:
+    0.05 of 300 steps are 15."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Weight decay of AdamW. In kohya's trainer it is one of the ``optimizer_args``, as are the next two."""
+    betas: Annotated[
+        tuple[float, float], BeforeValidator(_betas), Setting(values="two numbers, more than 0, less than 1")
+    ] = (0.9, 0.99)
+    """Decay rates of AdamW's means of the gradients and of their squares. torch's default is [0.9, 0.999]."""
+    epsilon: Annotated[float, Field(gt=0, lt=1)] = 1e-8
+    """What AdamW adds to the root of the mean square; ``eps`` in torch."""
+    max_grad_norm: Annotated[float, Field(gt=0), Setting(kohya="max_grad_norm")] = 1.0
+    """Gradients are scaled down to this norm, over all modules together."""
+
+    def text_encoder_rate(self, family: Family) -> float:
+        """``text_encoder_learning_rate``, or the default for ``family``."""
+        stated = self.text_encoder_learning_rate
+        return family.text_encoder_learning_rate if stated is None else stated
