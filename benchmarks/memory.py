@@ -82,7 +82,8 @@ def measured_step(checkpoint: BaseCheckpoint, config: Config, *, side: int, shap
     base = load_base(checkpoint, device=cuda, dtype=torch.bfloat16, home=torch.device("cpu"))
     move_to(cuda, base.unet)
     torch.cuda.reset_peak_memory_stats(cuda)
-    adapter, rates = new_adapter(base, config)
+    adapter = new_adapter(base, config)
+    rates = [group.rate for group in adapter.groups]
     optimizer = GuardedAdamW(adapter.parameters, rates, config.optimizer, steps=2)
     adapter.attach(base.modules())
     if shape.checkpointing:

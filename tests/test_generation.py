@@ -32,7 +32,7 @@ def random_lora(base: Path, file: Path, *, seed: int, drop: str = "", alpha: flo
     """A LoRA with a strong effect on every attention projection of ``base``."""
     from sdlora.base.checkpoint import find_base
     from sdlora.base.load import load_base
-    from sdlora.lora.adapter import choose_targets
+    from sdlora.lora.targets import choose_targets
 
     loaded = load_base(find_base(str(base)), device=torch.device("cpu"), dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)

@@ -23,9 +23,9 @@ from sdlora.generation.images import generate_images
 from sdlora.generation.loras import LoraChoice
 from sdlora.generation.request import ImageRequest
 from sdlora.generation.samplers import SAMPLERS
-from sdlora.lora.adapter import choose_targets
 from sdlora.lora.low_rank import LowRank
 from sdlora.lora.merging import temporarily_merged
+from sdlora.lora.targets import choose_targets
 from sdlora.progress import Silence
 from tests.full_size import full_size_base
 from tests.test_generation import random_lora

@@ -8,10 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sdlora.lora.adapter import Adapter, choose_targets
+from sdlora.lora.adapter import Adapter
 from sdlora.lora.layers import LoraLinear
 from sdlora.lora.low_rank import LowRank
+from sdlora.lora.low_rank_trainable import TrainableLowRank
 from sdlora.lora.merging import temporarily_merged
+from sdlora.lora.targets import choose_targets
 
 
 class Block(nn.Module):
@@ -33,11 +35,17 @@ def named(block: nn.Module) -> dict[str, nn.Module]:
     return {f"unet.{name}": module for name, module in block.named_modules() if name}
 
 
-def new_adapter(block: nn.Module, *, rank: int = 3, alpha: float = 6.0, seed: int = 0) -> Adapter:
-    return Adapter([choose_targets(named(block), "attention")], rank=rank, alpha=alpha, seed=seed)
+def new_adapter(block: nn.Module, *, rank: int = 3, alpha: float = 6.0, seed: int = 0) -> Adapter[str]:
+    targets = choose_targets(named(block), "attention")
+    trainables = {name: TrainableLowRank(module=each, rank=rank, alpha=alpha) for name, each in targets.items()}
+    return Adapter(trainables, seed=seed, group_of=lambda name, tensor: "unet")
 
 
-def fill_up_matrices(adapter: Adapter) -> None:
+def low_rank_changes(adapter: Adapter[str]) -> dict[str, LowRank]:
+    return {name: change for name, change in adapter.changes().items() if isinstance(change, LowRank)}
+
+
+def fill_up_matrices(adapter: Adapter[str]) -> None:
     with torch.no_grad():
         for parameter in adapter.parameters:
             parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
@@ -111,10 +119,10 @@ def test_gradients_arrive_in_the_float32_masters(dtype: torch.dtype) -> None:
         gradient = master.grad.clone()
     assert gradient.dtype == torch.float32
     assert (gradient != 0).float().mean() > 0.8
-    before = {name: weight.up for name, weight in adapter.weights().items()}
+    before = {name: weight.up for name, weight in low_rank_changes(adapter).items()}
     with torch.no_grad():
         master.sub_(gradient)
-    assert all(not torch.equal(before[name], weight.up) for name, weight in adapter.weights().items())
+    assert all(not torch.equal(before[name], weight.up) for name, weight in adapter.changes().items())
     adapter.begin_step()
     block(x).float().square().sum().backward()
     adapter.end_backward()
@@ -149,7 +157,7 @@ def test_gradients_of_several_backward_passes_add_up_in_float32(dtype: torch.dty
 
 
 def test_initial_values_depend_on_seed_and_name_alone() -> None:
-    first, again, other = (new_adapter(Block(), seed=seed).weights() for seed in (1, 1, 2))
+    first, again, other = (low_rank_changes(new_adapter(Block(), seed=seed)) for seed in (1, 1, 2))
     for name in first:
         assert torch.equal(first[name].down, again[name].down)
         assert not torch.equal(first[name].down, other[name].down)
@@ -165,7 +173,7 @@ def test_attached_training_equals_merged_generation() -> None:
     adapter.attach(modules)
     attached = block(x)
     adapter.detach(modules)
-    change = {name: (weight, 1.0) for name, weight in adapter.weights().items()}
+    change = {name: (weight, 1.0) for name, weight in adapter.changes().items()}
     with temporarily_merged(modules, [change]):
         torch.testing.assert_close(block(x), attached, rtol=1e-4, atol=1e-4)
 

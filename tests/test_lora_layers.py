@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sdlora.lora.adapter import Adapter, choose_targets
+from sdlora.lora.adapter import Adapter
 from sdlora.lora.layers import LoraLinear
+from sdlora.lora.low_rank_trainable import TrainableLowRank
+from sdlora.lora.targets import choose_targets
 
 ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
@@ -105,7 +107,9 @@ def test_gradients_arrive_whatever_happens_to_grad(moment: str) -> None:
 def test_gradients_arrive_in_masters_whose_grad_was_set_to_none(dtype: torch.dtype) -> None:
     block = nn.ModuleDict({"attn": nn.ModuleDict({"to_q": nn.Linear(6, 6, dtype=dtype)})}).requires_grad_(False)
     modules = {f"unet.{name}": module for name, module in block.named_modules() if name}
-    adapter = Adapter([choose_targets(modules, "attention")], rank=2, alpha=2.0, seed=0)
+    targets = choose_targets(modules, "attention")
+    trainables = {name: TrainableLowRank(module=module, rank=2, alpha=2.0) for name, module in targets.items()}
+    adapter = Adapter(trainables, seed=0, group_of=lambda name, tensor: "unet")
     adapter.attach(modules)
     (master,) = adapter.parameters
     for parameter in adapter.parameters:

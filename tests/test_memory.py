@@ -77,7 +77,7 @@ def frozen_in(base: Base, adapter: Any) -> list[Tensor]:
 def test_activations_are_what_a_real_forward_pass_saves(rate: float) -> None:
     settings = config(f"optimizer.text_encoder_learning_rate={rate}")
     base = opened("mini")
-    adapter, _ = new_adapter(base, settings)
+    adapter = new_adapter(base, settings)
     adapter.attach(base.modules())
     saved = Saved(frozen_in(base, adapter))
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
@@ -91,7 +91,7 @@ def test_activations_are_what_a_real_forward_pass_saves(rate: float) -> None:
 def test_the_peak_is_what_the_allocator_hands_out(checkpointing: bool) -> None:
     settings = config()
     base = opened("mini")
-    adapter, _ = new_adapter(base, settings)
+    adapter = new_adapter(base, settings)
     adapter.attach(base.modules())
     if checkpointing:
         base.unet.enable_gradient_checkpointing()
@@ -133,7 +133,7 @@ def test_attention_keeps_no_matrix_on_cuda() -> None:
 
 def test_trained_values_are_counted_with_gradients_moments_and_copies() -> None:
     settings = config("optimizer.text_encoder_learning_rate=0")
-    adapter, _ = new_adapter(opened("mini"), settings)
+    adapter = new_adapter(opened("mini"), settings)
     (values,) = (parameter.numel() for parameter in adapter.parameters)
     assert estimate("mini", settings, checkpointing=False).trainable == values * 16
     assert estimate("mini", settings, checkpointing=False, dtype=torch.float16).trainable == values * (16 + 4)

@@ -19,10 +19,10 @@ from sdlora.base.device_memory import Room
 from sdlora.base.load import load_base
 from sdlora.base.schedule import NoiseSchedule
 from sdlora.cache.store import EncodedCache
-from sdlora.lora.adapter import Adapter, choose_targets
 from sdlora.progress import Silence
 from sdlora.training.caption_embeddings import open_caption_embeddings
 from sdlora.training.latents import EncodedImage
+from sdlora.training.new_adapter import new_adapter
 from sdlora.training.optimizer import GuardedAdamW
 from sdlora.training.plan import RunPlan, plan_config
 from sdlora.training.session import TrainingSession
@@ -47,11 +47,8 @@ def session_on(base: Base, plan: RunPlan, *, side: int, micro_batch: int = 2, sp
     latents = torch.zeros(4, side // 8, side // 8, device="cpu" if spilled else META)
     framing, mask = Framing.whole(side, side), latents[:1] if spilled else None
     image = EncodedImage(mean=latents, std=latents.clone(), framing=framing, mask=mask)
-    parts = ["unet.", *(f"{encoder.facts.part}." for encoder in base.text_encoders if text_rate)]
-    targets = choose_targets(base.modules(), config.lora.targets)
-    groups = [{name: module for name, module in targets.items() if name.startswith(part)} for part in parts]
-    adapter, steps = Adapter(groups, rank=4, alpha=4, seed=0), config.train.steps
-    rates = [1e-4] * len(groups)
+    adapter, steps = new_adapter(base, config), config.train.steps
+    rates = [group.rate for group in adapter.groups]
     session = TrainingSession(
         plan=plan,
         shape=StepShape(micro_batch=micro_batch, checkpointing=False),

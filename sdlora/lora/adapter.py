@@ -1,35 +1,20 @@
-"""Choose the modules that a LoRA changes, put trainable layers in their places, and take them out again."""
+"""Trainable layers in the places of frozen ones, on flat buffers."""
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .attaching import put_in_place
-from .layers import LoraLinear
-from .low_rank import LowRank
-from .quantized import FrozenLinear, QuantizedLinear
+from .change import Change
+from .trainable import Trainable
 
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
-FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "mlp.fc1", "mlp.fc2")
-TARGETS = {"attention": ATTENTION, "attention-mlp": ATTENTION + FEED_FORWARD}
-"""Value of ``lora.targets`` -> endings of the names of the modules that it means."""
-
-
-def choose_targets(modules: Mapping[str, nn.Module], targets: str) -> dict[str, FrozenLinear]:
-    """The linear modules of ``modules`` (canonical name -> module) that ``targets``, a key of ``TARGETS``, means; sorted."""
-    endings = tuple(f".{ending}" for ending in TARGETS[targets])
-    return {
-        name: module
-        for name, module in sorted(modules.items())
-        if isinstance(module, FrozenLinear) and name.endswith(endings)
-    }
+Group = TypeVar("Group", bound=Hashable)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,35 +28,51 @@ class _WorkingCopy:
     gradients: Tensor
 
 
-class Adapter:
-    """Trainable low-rank layers in the places of frozen ones.
+class Adapter(Generic[Group]):
+    """Trainable layers in the places of frozen ones.
 
-    All matrices of a group are views of one flat buffer, so gradient clipping, the optimizer and a reduction over
+    All tensors of a group are views of one flat buffer, so gradient clipping, the optimizer and a reduction over
     processes are a single operation each, whatever the number of modules. ``parameters`` are float32 masters; if the
     base computes in another dtype, the layers use a copy in that dtype, made once in each step.
     """
 
-    def __init__(self, groups: Sequence[Mapping[str, FrozenLinear]], *, rank: int, alpha: float, seed: int):
-        """Make a fresh adapter: down matrices random, as a function of (``seed``, name), up matrices zero.
+    def __init__(self, trainables: Mapping[str, Trainable], *, seed: int, group_of: Callable[[str, str], Group]):
+        """Make a fresh adapter; the start values are a function of ``seed`` and the names.
 
-        Each of ``groups`` (canonical name -> frozen module) becomes one flat float32 entry of ``parameters``, of
-        Σ rank · (in + out) values. The change of a module is ``alpha`` / ``rank`` · up @ down.
+        Args:
+            trainables: canonical name -> what is trained of that module.
+            seed: of the start values.
+            group_of: the group of a tensor, by the canonical name of its module and its own. Each group is one flat float32
+                entry of ``parameters``; ``groups`` has them in the same order, in which they first occur.
         """
-        self.alpha = alpha
+        members: dict[Group, list[tuple[str, str]]] = {}
+        for name, trainable in trainables.items():
+            for tensor in trainable.shapes:
+                members.setdefault(group_of(name, tensor), []).append((name, tensor))
+        self._trainables = dict(trainables)
+        self.groups = tuple(members)
         self.parameters: list[nn.Parameter] = []
         self._working_copies: list[_WorkingCopy] = []
-        self._masters: dict[str, tuple[Tensor, Tensor]] = {}
-        """Canonical name -> (rank, in) and (out, rank) views of the masters."""
-        self._layers: dict[str, LoraLinear] = {}
-        self._frozen: dict[str, FrozenLinear] = {}
-        for group in groups:
-            self._add_group(group, rank, seed)
+        self._masters: dict[str, dict[str, Tensor]] = {name: {} for name in trainables}
+        """Canonical name -> views of the masters, by the names of the tensors."""
+        leaves: dict[str, dict[str, Tensor]] = {name: {} for name in trainables}
+        gradients: dict[str, dict[str, Tensor]] = {name: {} for name in trainables}
+        for tensors in members.values():
+            self._add_group(tensors, leaves, gradients)
+        for name, trainable in trainables.items():
+            for tensor, values in trainable.start(name, seed).items():
+                self._masters[name][tensor].copy_(values)
+        self._layers = {name: each.layer(leaves[name], gradients[name]) for name, each in trainables.items()}
 
-    def _add_group(self, group: Mapping[str, FrozenLinear], rank: int, seed: int) -> None:
-        first = next(iter(group.values()))
-        like = first if isinstance(first, QuantizedLinear) else first.weight
-        total = sum(rank * (module.in_features + module.out_features) for module in group.values())
-        master = nn.Parameter(torch.zeros(total, device=like.device))
+    def _add_group(
+        self,
+        tensors: list[tuple[str, str]],
+        leaves: dict[str, dict[str, Tensor]],
+        gradients: dict[str, dict[str, Tensor]],
+    ) -> None:
+        like = self._trainables[tensors[0][0]].like
+        shapes = [self._trainables[name].shapes[tensor] for name, tensor in tensors]
+        master = nn.Parameter(torch.zeros(sum(map(math.prod, shapes)), device=like.device))
         master.grad = torch.zeros_like(master)
         working = _WorkingCopy(values=master.detach(), gradients=master.grad)
         if like.dtype != master.dtype:
@@ -82,20 +83,12 @@ class Adapter:
         self.parameters.append(master)
         self._working_copies.append(working)
         position = 0
-        for name, module in group.items():
-            leaves, masters, gradients = [], [], []
-            for rows, columns in ((rank, module.in_features), (module.out_features, rank)):
-                span = slice(position, position + rows * columns)
-                leaves.append(working.values[span].view(rows, columns).requires_grad_())
-                gradients.append(working.gradients[span].view(rows, columns))
-                masters.append(master.detach()[span].view(rows, columns))
-                position = span.stop
-            down, up = leaves
-            down_master, up_master = masters
-            down_master.copy_(_kaiming_uniform(down.shape, seed, name))
-            self._masters[name] = (down_master, up_master)
-            self._layers[name] = LoraLinear(module, down, up, self.alpha / rank, gradients=(gradients[0], gradients[1]))
-            self._frozen[name] = module
+        for (name, tensor), shape in zip(tensors, shapes, strict=True):
+            span = slice(position, position + math.prod(shape))
+            leaves[name][tensor] = working.values[span].view(shape).requires_grad_()
+            gradients[name][tensor] = working.gradients[span].view(shape)
+            self._masters[name][tensor] = master.detach()[span].view(shape)
+            position = span.stop
 
     @torch.no_grad()
     def begin_step(self) -> None:
@@ -123,19 +116,11 @@ class Adapter:
 
     def detach(self, modules: Mapping[str, nn.Module]) -> None:
         """Put the frozen modules back: the exact inverse of ``attach``."""
-        put_in_place(modules, self._frozen)
+        put_in_place(modules, {name: trainable.module for name, trainable in self._trainables.items()})
 
-    def weights(self) -> dict[str, LowRank]:
-        """Canonical name -> a copy of the trained matrices, (rank, in) and (out, rank) float32, on the CPU."""
+    def changes(self) -> dict[str, Change]:
+        """Canonical name -> the trained change, of copies of its tensors, float32 on the CPU."""
         return {
-            name: LowRank(down=down.cpu().clone(), up=up.cpu().clone(), alpha=self.alpha)
-            for name, (down, up) in self._masters.items()
+            name: self._trainables[name].change({each: tensor.cpu().clone() for each, tensor in tensors.items()})
+            for name, tensors in self._masters.items()
         }
-
-
-def _kaiming_uniform(shape: torch.Size, seed: int, name: str) -> Tensor:
-    """(rank, in) float32 from U(-1/√in, 1/√in), as ``kaiming_uniform_(a=√5)`` (He et al. 2015): by (seed, name) alone."""
-    key = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:16], "little")
-    bound = 1 / math.sqrt(shape[1])
-    values = np.random.Generator(np.random.Philox(key=key)).uniform(-bound, bound, tuple(shape))
-    return torch.from_numpy(values.astype(np.float32))

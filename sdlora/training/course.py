@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..base.base import Base
 from ..base.conditioning import time_ids
-from ..lora.low_rank import LowRank
+from ..lora.change import Change
 from ..progress import Progress
 from ..randomness import Stream, generator
 from .loss import denoising_loss
@@ -82,12 +82,19 @@ def own_losses(session: TrainingSession, progress: Progress) -> OwnLosses | None
     return OwnLosses(losses=losses, of_zero=of_zero)
 
 
-def relative_change(weights: Mapping[str, LowRank], base: Base) -> float:
+def relative_change(weights: Mapping[str, Change], base: Base) -> float:
     """Norm of the change over that of the weights that it is added to: the median of the plain linear layers."""
     modules = base.modules()
     layers = ((change, modules[name]) for name, change in weights.items())
-    shares = [change.norm() / _norm(layer.weight) for change, layer in layers if type(layer) is nn.Linear]
+    shares = [
+        _length(change, layer.weight) / _norm(layer.weight) for change, layer in layers if type(layer) is nn.Linear
+    ]
     return float(np.median(shares)) if shares else 0.0
+
+
+def _length(change: Change, weight: Tensor) -> float:
+    known = change.norm()
+    return _norm(change.delta(weight.detach().float().cpu())) if known is None else known
 
 
 def _norm(weight: Tensor) -> float:

@@ -16,7 +16,7 @@ from ..families import WORDS_IN_CHUNK
 from ..files import printable, rename_whole
 from ..formats.lora_writer import write_lora
 from ..formats.safetensors_file import read_header
-from ..lora.low_rank import LowRank
+from ..lora.change import Change
 from ..progress import Progress, Silence
 from .checkpoint import RunFolder, RunIdentity, forget_run, record_run, recorded_run
 from .facts import describe_run
@@ -34,7 +34,7 @@ def write_run_file(
     path: Path,
     plan: RunPlan,
     base: Base,
-    weights: Mapping[str, LowRank],
+    weights: Mapping[str, Change],
     *,
     step: int,
     tokens: int,
@@ -120,7 +120,7 @@ class Exports:
                 new,
                 self._plan,
                 session.base,
-                session.adapter.weights(),
+                session.adapter.changes(),
                 step=step,
                 tokens=WORDS_IN_CHUNK * session.embeddings.chunks,
                 started_at=started_at,

@@ -24,14 +24,13 @@ from ..files import check_target
 from ..formats.lora_writer import kohya_file_bytes
 from ..lint.report import LintReport, summary_lines
 from ..lint.run import examine_dataset
-from ..lora.adapter import choose_targets
-from ..lora.low_rank import LowRank
+from ..lora.change import Change
 from ..lora.quantized import QUANTIZED
 from ..progress import Progress, progress_or_bar
 from .checkpoint import KEPT
 from .fit import choose_fit, taken
 from .memory import META, StepMemory
-from .new_adapter import trained_parts
+from .new_adapter import new_trainables
 from .optimizer import MOMENTS
 from .part_memory import SamplingMemory, encoding_memory, sampling_memory
 from .plan import RunPlan, plan_run
@@ -177,7 +176,7 @@ def forecast_run(run: RunPlan, device: torch.device, *, gpu: float | None) -> Fo
     if run.config.optimizer.text_encoder_rate(run.base.family):
         encoding = {"vae": encoding["vae"]}
     fits = None if gpu is None else taken(max(step.total, *encoding.values())) <= budget
-    loras = _loras(run, base)
+    changes = _changes(run, base)
     return Forecast(
         images=run.images,
         steps=run.config.train.steps,
@@ -191,9 +190,9 @@ def forecast_run(run: RunPlan, device: torch.device, *, gpu: float | None) -> Fo
         sampling=sampling,
         cache_bytes=_cache_bytes(run, base, sizes.chunks) if run.config.cache.disk else 0,
         # One more than are kept, since a new one is written before the oldest is removed.
-        checkpoint_bytes=(KEPT + 1) * (1 + MOMENTS) * torch.float32.itemsize * _values(loras),
+        checkpoint_bytes=(KEPT + 1) * (1 + MOMENTS) * torch.float32.itemsize * _values(changes),
         file_bytes=kohya_file_bytes(
-            loras,
+            changes,
             dtype=getattr(torch, run.config.output.precision),
             family=run.base.family,
             base_modules=run.base.module_shapes(),
@@ -256,22 +255,16 @@ def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
     return config
 
 
-def _loras(run: RunPlan, base: Base) -> dict[str, LowRank]:
+def _changes(run: RunPlan, base: Base) -> dict[str, Change]:
     """What the file will hold, without memory."""
-    lora, trained = run.config.lora, trained_parts(base, run.config)
     return {
-        name: LowRank(
-            down=torch.empty(lora.rank, module.in_features, device=META),
-            up=torch.empty(module.out_features, lora.rank, device=META),
-            alpha=lora.alpha,
-        )
-        for name, module in choose_targets(base.modules(), lora.targets).items()
-        if name.partition(".")[0] in trained
+        name: trainable.change({tensor: torch.empty(shape, device=META) for tensor, shape in trainable.shapes.items()})
+        for name, trainable in new_trainables(base, run.config).items()
     }
 
 
-def _values(loras: Mapping[str, LowRank]) -> int:
-    return sum(lora.down.numel() + lora.up.numel() for lora in loras.values())
+def _values(changes: Mapping[str, Change]) -> int:
+    return sum(tensor.numel() for change in changes.values() for tensor in change.tensors().values())
 
 
 def _cache_bytes(run: RunPlan, base: Base, chunks: int) -> int:

@@ -19,7 +19,7 @@ from ..base.load import decoding_dtype, load_base
 from ..base.precision import describe_precision, explain_precision
 from ..errors import DeviceMemoryError, Interrupted, TargetError, TrainingError
 from ..families import WORDS_IN_CHUNK
-from ..lora.low_rank import LowRank
+from ..lora.change import Change
 from ..progress import Progress
 from .checkpoint import RUN_KEY, Checkpoint, RunFolder, finished, forget_run, record_run
 from .course import own_losses, relative_change, run_warning, tail_length
@@ -72,7 +72,7 @@ class TrainReport:
 class TrainedLora:
     """The outcome of the steps. ``weights`` are float32 on the CPU, by canonical module name."""
 
-    weights: Mapping[str, LowRank]
+    weights: Mapping[str, Change]
     caption_tokens: int
     """Tokens of a caption that were read, at most."""
     started_at: float
@@ -189,7 +189,7 @@ def train_lora(
             alone = own_losses(session, progress)
     finally:
         session.embeddings.close()
-    steps, weights = plan.config.train.steps, session.adapter.weights()
+    steps, weights = plan.config.train.steps, session.adapter.changes()
     return TrainedLora(
         weights=weights,
         caption_tokens=WORDS_IN_CHUNK * session.embeddings.chunks,

@@ -100,7 +100,7 @@ def measured(
     """As ``step_memory``, measured with ``images`` images at once."""
     # xformers keeps as much as torch's own kernels, and does not run on the meta device.
     base = load_base(replace(checkpoint, attention="sdpa"), device=META, dtype=dtype)
-    adapter, _ = new_adapter(base, config)
+    adapter = new_adapter(base, config)
     trained = list(base.encoder_models()) if config.optimizer.text_encoder_rate(base.checkpoint.family) else []
     weights = sum(model_bytes(model) for model in (base.unet, *trained))
     modules = base.modules()

@@ -60,7 +60,8 @@ def _measured(
     if config.optimizer.text_encoder_rate(plan.base.family):
         move_to(device, *base.encoder_models())
     chunks = chunks_of(base, plan.items, config.data.max_token_length)
-    adapter, rates = new_adapter(base, config)
+    adapter = new_adapter(base, config)
+    rates = [group.rate for group in adapter.groups]
     optimizer = GuardedAdamW(adapter.parameters, rates, config.optimizer, steps=config.train.steps, dtype=dtype)
     adapter.attach(base.modules())
     if shape.checkpointing:

@@ -24,7 +24,7 @@ from .caption_embeddings import CaptionEmbeddings, open_caption_embeddings
 from .fit import Fit, choose_fit
 from .latents import EncodedImage, encode_views
 from .loss import denoising_loss
-from .new_adapter import new_adapter, trained_parts
+from .new_adapter import RateGroup, new_adapter
 from .optimizer import GuardedAdamW
 from .plan import RunPlan
 from .preparation import Preparation, StepInputs, StepsAhead
@@ -43,7 +43,7 @@ class TrainingSession:
     base: Base
     images: Mapping[View, EncodedImage]
     embeddings: CaptionEmbeddings
-    adapter: Adapter
+    adapter: Adapter[RateGroup]
     optimizer: GuardedAdamW
     accelerator: Accelerator
 
@@ -157,11 +157,14 @@ def open_session(
         )
     with explained("placing the UNet and the LoRA", f"lower lora.rank, or {CLOSE_OTHERS}"):
         move_to(base.device, base.unet)
-        adapter, rates = new_adapter(base, config)
-        steps = config.train.steps
-        lengths = [steps_of(part, config.optimizer, steps=steps) for part in trained_parts(base, config)]
+        adapter, steps = new_adapter(base, config), config.train.steps
         optimizer = GuardedAdamW(
-            adapter.parameters, rates, config.optimizer, steps=steps, lengths=lengths, dtype=base.dtype
+            adapter.parameters,
+            [group.rate for group in adapter.groups],
+            config.optimizer,
+            steps=steps,
+            lengths=[steps_of(group.part, config.optimizer, steps=steps) for group in adapter.groups],
+            dtype=base.dtype,
         )
     return TrainingSession(
         plan=plan,

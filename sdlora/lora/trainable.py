@@ -1,0 +1,44 @@
+"""What an adapter needs to know of a kind of change in order to train it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .change import Change
+
+
+class Trainable(Protocol):
+    """A frozen module, and the trained tensors that change it."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The frozen module, which ``layer`` replaces."""
+
+    @property
+    def like(self) -> Tensor:
+        """An empty tensor on the device and of the dtype in which the layer computes."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Name -> shape of each trained tensor, in a fixed order."""
+
+    def start(self, name: str, seed: int) -> Mapping[str, Tensor]:
+        """Start values, float32, as a function of ``seed`` and the module's canonical ``name``; those left out are zero."""
+
+    def layer(self, leaves: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> nn.Module:
+        """The layer that computes with ``leaves``, by the names of ``shapes``, of the dtype of ``like``.
+
+        Its backward pass adds to ``gradients``, whatever happens to the ``.grad`` of the leaves.
+        """
+
+    def change(self, tensors: Mapping[str, Tensor]) -> Change:
+        """The change of the pristine weight that trained ``tensors``, float32 on the CPU, make."""
+
+
+def empty_like(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """For ``Trainable.like``."""
+    return torch.empty(0, device=device, dtype=dtype)
