@@ -9,14 +9,17 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from sdlora.base.checkpoint import find_base
 from sdlora.config.loading import load_config
 from sdlora.config.sections import Config
 from sdlora.errors import ConfigError
+from sdlora.formats.keys import kohya_keys
+from sdlora.formats.readers import lost_elsewhere
 from sdlora.lora.patterns import matches, near_misses
-from sdlora.lora.targets import chosen_names
-from sdlora.training.module_choice import ModuleChoice, choose_modules
+from sdlora.lora.targets import choose_targets, chosen_names
+from sdlora.training.module_choice import ModuleChoice, changeable_shapes, choose_modules
 from sdlora.training.new_adapter import RateGroup, new_adapter
 from sdlora.training.plan import plan_config
 from tests.tiny import opened
@@ -224,3 +227,21 @@ def test_text_encoders_without_a_module_are_frozen(tiny_base: Path, images: Path
     plan = plan_config(load_config(None, [*needed, "data.resolution=64", 'lora.targets=["unet.*.attn2"]']))
     assert plan.config.optimizer.text_encoder_learning_rate == 0
     assert new_adapter(opened(tiny_base), plan.config).groups == (RateGroup(part="unet", rate=3e-4),)
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_every_reader_knows_the_names_of_every_target(family: str, tiny_files: dict[str, Path]) -> None:
+    base = find_base(str(tiny_files[family]))
+    shapes = changeable_shapes(base)
+    linear, every = chosen_names(shapes, "linear"), chosen_names(shapes, "all")
+    assert lost_elsewhere(kohya_keys(every, base.family, shapes).values(), base.family) == {}
+    modules = opened(tiny_files[family]).modules()
+    kinds = {name: type(module) for name, module in modules.items()}
+    assert {name for name in every if "conv" not in name} >= set(linear)
+    assert set(every) == {name for name, kind in kinds.items() if kind in (nn.Linear, nn.Conv2d)}
+    around = {name for name in every if name.endswith(("proj_in", "proj_out"))}
+    assert set(linear) == {name for name, kind in kinds.items() if kind is nn.Linear} | around
+    assert around
+    assert {kinds[name] for name in around} == {nn.Conv2d if family == "sd1" else nn.Linear}
+    for preset in ("attention", "attention-mlp", "linear", "all"):
+        assert sorted(choose_targets(modules, preset)) == chosen_names(shapes, preset)

@@ -26,8 +26,8 @@ from .relative_layer import RelativeLinear, joined
 
 Init = Literal["pissa", "orthogonal"]
 ITERATIONS = 8
-"""Of the subspace iteration. The factors decide where training starts, and nothing that the file states: they need not be
-exact singular vectors."""
+"""Rounds of the subspace iteration. The factors need not be exact singular vectors: they decide where training starts, and
+the change is relative to them, whatever they are."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -69,7 +69,7 @@ def _factors(change: Change, fresh: TrainableLowRank, scale: float) -> tuple[Ten
             return down, up if ratio == 1 else up * ratio
         return truncated(down, up, fresh.rank, factor=change.scale / scale)
     weight = dense_weight(fresh.module).detach().float().cpu()
-    down, up = principal_factors(change.delta(weight), fresh.rank, scale=scale)
+    down, up = principal_factors(change.delta(weight).flatten(1), fresh.rank, scale=scale)
     return down, up
 
 

@@ -27,7 +27,7 @@ def choose_targets(modules: Mapping[str, nn.Module], targets: Targets) -> dict[s
 
 
 def chosen_names(shapes: Mapping[str, tuple[int, ...]], targets: Targets) -> list[str]:
-    """Of ``shapes``, canonical name -> shape of the weight, the modules that ``targets`` means; sorted."""
+    """The modules that ``targets`` means, sorted, among ``shapes``: canonical name -> shape of the weight."""
     return [name for name in trainable_names(shapes) if _is_chosen(name, shapes[name], targets)]
 
 

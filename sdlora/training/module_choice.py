@@ -42,10 +42,19 @@ def part_rates(checkpoint: BaseCheckpoint, config: Config) -> dict[str, float]:
     return {part: rate for part, rate in rates.items() if rate}
 
 
+def changeable_shapes(checkpoint: BaseCheckpoint) -> dict[str, tuple[int, ...]]:
+    """Canonical name -> shape of the weight, of every module of ``checkpoint`` that a run can change.
+
+    A checkpoint may hold the projection of a text encoder whose summary of the prompt nothing reads; no model has it.
+    """
+    unread = {f"{e.part}.text_projection" for e in checkpoint.family.text_encoders if not e.pooled}
+    return {name: shape for name, shape in checkpoint.module_shapes().items() if name not in unread}
+
+
 def choose_modules(checkpoint: BaseCheckpoint, config: Config) -> dict[str, ModuleChoice]:
     """Canonical name -> how the module is trained: part after part, sorted within."""
     lora, rates = config.lora, part_rates(checkpoint, config)
-    names = chosen_names(checkpoint.module_shapes(), lora.targets)
+    names = chosen_names(changeable_shapes(checkpoint), lora.targets)
     chosen = {}
     for part, rate in rates.items():
         for name in (name for name in names if part_of(name) == part):
@@ -86,7 +95,7 @@ def choice_problems(checkpoint: BaseCheckpoint, config: Config) -> Iterator[str]
             "state one number, or one for each"
         )
         return
-    shapes, targets = checkpoint.module_shapes(), config.lora.targets
+    shapes, targets = changeable_shapes(checkpoint), config.lora.targets
     names = trainable_names(shapes)
     for pattern in targets if isinstance(targets, tuple) else ():
         if not any(matches(pattern, name) for name in names):
