@@ -286,9 +286,9 @@ def facts(**changes: object) -> tuple[RunFacts, DatasetFacts]:
     run = RunFacts(
         title="x", base_name="b.safetensors", family=SD1, vae_name=None, vae_hashes=None,
         base_hashes=FileHashes(sha256="0" * 64, autov1="12345678", payload_sha256="1" * 64),
-        prediction="epsilon", resolution=128, modules=92, step=25, epoch=3, epochs=3, batches_per_epoch=9,
-        precision="bfloat16", session=5, started_at=1.0, finished_at=100.0, clip_skip=None, token_length=75,
-        zero_terminal_snr=False,
+        prediction="epsilon", resolution=128, modules=92, rank=16, alpha=8.0, step=25, epoch=3, epochs=3,
+        batches_per_epoch=9, precision="bfloat16", session=5, started_at=1.0, finished_at=100.0, clip_skip=None,
+        token_length=75, zero_terminal_snr=False,
     )  # fmt: skip
     folder = FolderFacts(name="pics", repeats=3, captions=["zorb, a cat", "zorb, a dog"])
     return run, DatasetFacts(

@@ -47,13 +47,13 @@ def test_the_settings_that_decide_resuming() -> None:
         *("base.path", "base.vae", "base.text_encoder", "base.text_encoder_2", "base.attention"),
         *("data.images", "data.metadata", "data.dataset_config", "train.save_every"),
         *("train.gradient_checkpointing", "train.micro_batch", "train.fit", "train.deterministic"),
-        *("cache.disk", "cache.folder", "cache.max_gigabytes", "output.path", "samples.prompts"),
+        *("cache.disk", "cache.folder", "cache.max_gigabytes", "output.path", "samples.prompts", "lora.start_from"),
     }
     settings = config.flat()
     expected = {
         key for key in settings if key not in never and (not key.startswith("output.") or key == "output.precision")
     }
-    assert len(settings) == 98
+    assert len(settings) == 102
     assert set(config.flat(DECIDES_RESUMING)) == expected
     sets = {setting.key for setting in all_settings() if setting.section == "data.sets" and setting.affects == "place"}
     assert sets == {"images", "metadata", "masks"}
@@ -154,7 +154,7 @@ def test_the_command_prints_settings(sdlora) -> None:
     answer = json.loads(sdlora("settings", "lora", "--json").stdout)
     rank = next(setting for setting in answer["settings"] if setting["key"] == "rank")
     assert (rank["default"], rank["kohya"], rank["affects"], rank["required"]) == (16, "network_dim", "weights", False)
-    assert {setting["section"] for setting in answer["settings"]} == {"lora"}
+    assert {setting["section"] for setting in answer["settings"]} == {"lora", "lora.rules"}
     assert "output.path (required)" in sdlora("settings").stdout
     wrong = sdlora("settings", "lore")
     assert (wrong.returncode, wrong.stderr) == (1, "error: no section or setting lore; did you mean lora?\n")

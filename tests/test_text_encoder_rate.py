@@ -22,15 +22,16 @@ def plan(base: Path, images: Path, *more: str) -> RunPlan:
 def test_the_default_is_that_of_the_family(family: str, rate: str, tiny_files: dict[str, Path], images: Path) -> None:
     planned = plan(tiny_files[family], images)
     assert planned.identity.config["optimizer.text_encoder_learning_rate"] == rate
-    adapter, rates = new_adapter(opened(tiny_files[family]), planned.config)
-    trained = {name.partition(".")[0] for name in adapter.weights()}
-    assert rates == ([3e-4] if family == "sdxl" else [3e-4, 5e-5])
+    groups = new_adapter(opened(tiny_files[family]), planned.config).groups
+    trained = {group.part for group in groups}
+    assert [group.rate for group in groups] == ([3e-4] if family == "sdxl" else [3e-4, 5e-5])
     assert trained == ({"unet"} if family == "sdxl" else {"unet", "text_encoder"})
 
 
 def test_what_is_stated_goes_before(tiny_files: dict[str, Path], images: Path) -> None:
     stated = plan(tiny_files["sdxl"], images, "optimizer.text_encoder_learning_rate=1e-4")
-    assert new_adapter(opened(tiny_files["sdxl"]), stated.config)[1] == [3e-4, 1e-4, 1e-4]
+    groups = new_adapter(opened(tiny_files["sdxl"]), stated.config).groups
+    assert [group.rate for group in groups] == [3e-4, 1e-4, 1e-4]
     frozen = plan(tiny_files["sd1"], images, "optimizer.text_encoder_learning_rate=0")
     assert frozen.config.optimizer.text_encoder_learning_rate == 0
 

@@ -1,21 +1,81 @@
-"""The configuration of the LoRA: its size, and the modules it changes."""
+"""The configuration of the LoRA: its size, the modules it changes, and what it starts from."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from .setting import Section, Setting
 
+TargetsPreset = Literal["attention", "attention-mlp", "linear", "all"]
+Patterns = tuple[Annotated[str, Field(min_length=1)], ...]
+
+
+def _targets(value: Any) -> Any:
+    patterns = isinstance(value, tuple) and value and all(isinstance(each, str) and each for each in value)
+    if not (patterns or value in get_args(TargetsPreset)):
+        presets = ", ".join(f'"{each}"' for each in get_args(TargetsPreset))
+        raise PydanticCustomError(
+            "targets", "{problem}", {"problem": f'must be {presets}, or patterns such as ["unet.*.attn2.to_k"]'}
+        )
+    return value
+
+
+class RuleSection(Section):
+    """What is different for some of the modules that ``lora.targets`` chooses. Where several rules match, what a later one
+    states wins."""
+
+    pattern: Annotated[str, Field(min_length=1)]
+    """Names of modules, as for ``lora.targets``: ``text_encoder``, ``unet.up_blocks.1`` or ``unet.*.attn2.*``."""
+    rank: Annotated[int | None, Field(ge=1, le=1024)] = None
+    """Rank of these modules. It does not change their alpha."""
+    alpha: Annotated[float | None, Field(gt=0, allow_inf_nan=False)] = None
+    """Alpha of these modules."""
+    learning_rate: Annotated[float | None, Field(gt=0, lt=1)] = None
+    """Peak learning rate of these modules."""
+    train: bool | None = None
+    """``false`` leaves these modules as they are in the base; ``true`` takes that back for some of them."""
+
+    @model_validator(mode="after")
+    def _says_something(self) -> RuleSection:
+        if (self.rank, self.alpha, self.learning_rate, self.train) == (None, None, None, None):
+            raise PydanticCustomError(
+                "settings", "{problems}", {"problems": "pattern has no rank, alpha, learning_rate or train beside it"}
+            )
+        return self
+
 
 class LoraSection(Section):
-    """The LoRA: its size, and the modules it changes."""
+    """The LoRA: its size, the modules it changes, and what it starts from."""
 
     rank: Annotated[int, Field(ge=1, le=1024), Setting(kohya="network_dim")] = 16
     """Rank of the change of each module. A higher rank can learn more, and makes a larger file."""
     alpha: Annotated[float, Field(gt=0), Setting(kohya="network_alpha")] = 8.0
     """The change of each module is scaled by alpha / rank. Keep the ratio when you change the rank, or adapt the
     learning rate."""
-    targets: Literal["attention", "attention-mlp"] = "attention"
-    """Modules that are changed: the attention projections q, k, v and out; or these and the feed-forward layers."""
+    targets: Annotated[
+        TargetsPreset | Patterns,
+        BeforeValidator(_targets),
+        Setting(values='"attention", "attention-mlp", "linear", "all", or a list of patterns'),
+    ] = "attention"
+    """Modules that are changed: the attention projections q, k, v and out; these and the feed-forward layers; all linear
+    layers, with those of the timestep and around the attention; these and the convolutions. Or patterns for their names:
+    ``*`` is any text, and the name of a block means all in it, such as ``["unet.up_blocks.1", "unet.*.attn2.to_k"]``."""
+    rules: Annotated[tuple[RuleSection, ...], Setting(values="tables [[lora.rules]]")] = ()
+    """Another rank, alpha or learning rate for some modules, each a table ``[[lora.rules]]``."""
+    init: Literal["default", "pissa", "orthogonal"] = "default"
+    """What training starts from: a random ``down`` and an ``up`` of zero; with ``pissa`` the principal singular vectors
+    of each weight (Meng et al. 2024); with ``orthogonal`` random vectors at right angles. The change is zero at the start
+    in each case. The last two write files of twice the rank."""
+    start_from: Annotated[str | None, Field(min_length=1), Setting(kohya="network_weights", affects="place")] = None
+    """LoRA file of any readable format whose weights training starts from. Modules of another rank are padded or
+    truncated. What is in it decides resuming, not where it is."""
+
+    @model_validator(mode="after")
+    def _has_one_start(self) -> LoraSection:
+        if self.init != "default" and self.start_from is not None:
+            problem = f'init = "{self.init}" and lora.start_from contradict each other; choose one of them'
+            raise PydanticCustomError("settings", "{problems}", {"problems": problem})
+        return self

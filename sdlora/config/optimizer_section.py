@@ -23,6 +23,16 @@ def _steps_or_share(value: Any, least: int = 0) -> Any:
     return value
 
 
+def _rates(value: Any) -> Any:
+    rates = value if isinstance(value, tuple) else (value,)
+    if value is not None and not (rates and all(type(rate) in (int, float) and 0 <= rate < 1 for rate in rates)):
+        raise PydanticCustomError(
+            "rates",
+            "must be a number of at least 0 and less than 1, or one for each text encoder, such as [5e-5, 1e-5]",
+        )
+    return value
+
+
 def _end(value: Any) -> Any:
     return None if value is None else _steps_or_share(value, least=1)
 
@@ -41,9 +51,19 @@ class OptimizerSection(Section):
     """The optimizer."""
     learning_rate: Annotated[float, Field(ge=0, lt=1), Setting(kohya="learning_rate")] = 3e-4
     """Peak learning rate of the UNet's modules."""
-    text_encoder_learning_rate: Annotated[float | None, Field(ge=0, lt=1), Setting(kohya="text_encoder_lr")] = None
+    text_encoder_learning_rate: Annotated[
+        float | tuple[float, ...] | None,
+        BeforeValidator(_rates),
+        Setting(
+            kohya="text_encoder_lr", values="number, at least 0, less than 1; or a list, one for each text encoder"
+        ),
+    ] = None
     """Peak learning rate of the text encoder's modules. 0 does not train the text encoder; captions are then encoded
-    once, which is faster. By default 5e-5, and 0 for SDXL."""
+    once, which is faster. With SDXL ``[5e-5, 1e-5]`` are those of the first and the second text encoder. By default 5e-5,
+    and 0 for SDXL."""
+    lora_plus_ratio: Annotated[float, Field(gt=0, allow_inf_nan=False), Setting(kohya="loraplus_lr_ratio")] = 1.0
+    """The learning rate of the ``up`` matrices over that of the ``down`` matrices (LoRA+, Hayou et al. 2024, who
+    recommend 16 with a lower ``learning_rate``)."""
     text_encoder_stop: Annotated[
         int | float | None,
         BeforeValidator(_end),
@@ -80,6 +100,11 @@ class OptimizerSection(Section):
     """Gradients are scaled down to this norm, over all modules together."""
 
     def text_encoder_rate(self, family: Family) -> float:
-        """``text_encoder_learning_rate``, or the default for ``family``."""
+        """The highest of ``text_encoder_rates``; 0 where no text encoder is trained."""
+        return max(self.text_encoder_rates(family))
+
+    def text_encoder_rates(self, family: Family) -> tuple[float, ...]:
+        """``text_encoder_learning_rate``, or the default for ``family``: one for each of its text encoders."""
         stated = self.text_encoder_learning_rate
-        return family.text_encoder_learning_rate if stated is None else stated
+        rate = family.text_encoder_learning_rate if stated is None else stated
+        return rate if isinstance(rate, tuple) else (rate,) * len(family.text_encoders)

@@ -18,8 +18,9 @@ def resolve_config(config: Config, family: Family | None = None) -> Config:
     data, train = _resolve(config.data, config.train)
     optimizer = config.optimizer
     if family is not None:
-        rate = optimizer.text_encoder_rate(family)
-        optimizer = optimizer.model_copy(update={"text_encoder_learning_rate": rate})
+        rates = optimizer.text_encoder_rates(family)
+        same = rates == (rates[0],) * len(family.text_encoders)
+        optimizer = optimizer.model_copy(update={"text_encoder_learning_rate": rates[0] if same else rates})
     return config.model_copy(update={"data": data, "train": train, "optimizer": optimizer})
 
 

@@ -72,7 +72,7 @@ class LoraLinear(nn.Module):
         self.base, self.scale = base, scale
         self.down, self.up, self._gradients = down, up, gradients
         for matrix, gradient in zip((down, up), gradients or (), strict=False):
-            matrix.register_post_accumulate_grad_hook(partial(_hand_over, gradient))
+            matrix.register_post_accumulate_grad_hook(partial(hand_over, gradient))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in the base's dtype."""
@@ -89,7 +89,7 @@ class LoraLinear(nn.Module):
         return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def _hand_over(target: Tensor, leaf: Tensor) -> None:
+def hand_over(target: Tensor, leaf: Tensor) -> None:
     """Add to ``target`` what autograd put into ``leaf.grad``."""
     if leaf.grad is not None:
         target += leaf.grad

@@ -44,10 +44,14 @@ class RunIdentity:
     """Dtype that the base computes in, without ``torch.``; None where it is not known."""
 
     @classmethod
-    def of(cls, config: Config, *, dataset: str, base: BaseCheckpoint) -> RunIdentity:
-        """The identity of a run by ``config``, on the images with the digest ``dataset``, on ``base``."""
+    def of(cls, config: Config, *, dataset: str, base: BaseCheckpoint, start: str | None = None) -> RunIdentity:
+        """The identity of a run by ``config``, on the images with the digest ``dataset``, on ``base``.
+
+        ``start`` is the digest of the LoRA that it starts from.
+        """
         settings = config.flat(DECIDES_RESUMING)
         settings["base.path"] = json.dumps(base.name)
+        settings["lora.start_from"] = json.dumps(start)
         return cls(config=settings, dataset=dataset, base=base.fingerprint)
 
     def on(self, device: str, dtype: torch.dtype) -> RunIdentity:

@@ -51,7 +51,7 @@ def write_run_file(
     metadata = describe_run(
         plan,
         base,
-        modules=len(weights),
+        weights=weights,
         step=step,
         tokens=tokens,
         started_at=started_at,

@@ -5,29 +5,34 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from ..base.base import Base
 from ..data.examine import ExaminedImage
 from ..formats.hashes import FileHashes, file_hashes
 from ..formats.metadata import safe_title
+from ..lora.change import Change
 from ..progress import Progress
 from .metadata import DatasetFacts, FolderFacts, RunFacts, training_metadata
 from .plan import RunPlan
+
+V = TypeVar("V")
 
 
 def describe_run(
     plan: RunPlan,
     base: Base,
     *,
-    modules: int,
+    weights: Mapping[str, Change],
     step: int,
     tokens: int,
     started_at: float,
     validation_loss: float | None,
     progress: Progress,
 ) -> dict[str, str]:
-    """Metadata of the file of ``step``.
+    """Metadata of the file of ``step``, which holds ``weights``, canonical name -> change.
 
     Captions were read up to ``tokens`` tokens; ``started_at`` is seconds since 1970.
     """
@@ -41,7 +46,9 @@ def describe_run(
         family=plan.base.family,
         prediction=base.schedule.prediction,
         resolution=plan.resolution,
-        modules=modules,
+        modules=len(weights),
+        rank=_only(change.rank for change in weights.values()),
+        alpha=_only(change.alpha for change in weights.values()),
         step=step,
         epoch=math.ceil(step / batches.batches_per_epoch),
         epochs=math.ceil(plan.epochs),
@@ -55,6 +62,12 @@ def describe_run(
         finished_at=time.time(),
     )
     return training_metadata(plan.config, run, describe_data(plan, validation_loss))
+
+
+def _only(values: Iterable[V]) -> V | None:
+    """The value that all of ``values`` have; None where they differ."""
+    found = set(values)
+    return found.pop() if len(found) == 1 else None
 
 
 def _hashes(path: str | None, progress: Progress) -> FileHashes | None:

@@ -64,6 +64,10 @@ class RunFacts:
     prediction: Prediction
     resolution: int
     modules: int
+    rank: int | None
+    """That of every module in the file; None where they differ."""
+    alpha: float | None
+    """That of every module in the file; None where they differ."""
     step: int
     """Steps after which the file was written."""
     epoch: int
@@ -126,7 +130,7 @@ def _run_values(config: Config, run: RunFacts, data: DatasetFacts) -> dict[str, 
     return (
         _OFF
         | _origin(config, run)
-        | _network(config)
+        | _network(config, run)
         | _optimization(config, run)
         | _objective(config)
         | _captions_and_views(config, data)
@@ -178,22 +182,32 @@ def _origin(config: Config, run: RunFacts) -> dict[str, object]:
     }
 
 
-def _network(config: Config) -> dict[str, object]:
+def _network(config: Config, run: RunFacts) -> dict[str, object]:
+    lora, ratio = config.lora, config.optimizer.lora_plus_ratio
+    arguments: dict[str, object] = {"targets": lora.targets}
+    if lora.rules:
+        arguments["rules"] = [rule.model_dump(exclude_none=True) for rule in lora.rules]
+    if lora.init != "default":
+        arguments["init"] = lora.init
+    if ratio != 1:
+        arguments["loraplus_lr_ratio"] = ratio
     return {
         "ss_network_module": "networks.lora",
-        "ss_network_dim": config.lora.rank,
-        "ss_network_alpha": config.lora.alpha,
-        "ss_network_args": {"targets": config.lora.targets},
+        # What kohya's resize script writes where they differ.
+        "ss_network_dim": "Dynamic" if run.rank is None else run.rank,
+        "ss_network_alpha": "Dynamic" if run.alpha is None else run.alpha,
+        "ss_network_args": arguments,
     }
 
 
 def _optimization(config: Config, run: RunFacts) -> dict[str, object]:
     train, optimizer = config.train, config.optimizer
-    text_encoder_rate = optimizer.text_encoder_rate(run.family)
+    rates = optimizer.text_encoder_rates(run.family)
+    same = rates == (rates[0],) * len(rates)
     return {
         "ss_learning_rate": optimizer.learning_rate,
         "ss_unet_lr": optimizer.learning_rate,
-        "ss_text_encoder_lr": text_encoder_rate if text_encoder_rate > 0 else None,
+        "ss_text_encoder_lr": (rates[0] or None) if same else list(rates),
         "ss_optimizer": "torch.optim.AdamW("
         f"weight_decay={optimizer.weight_decay},betas={optimizer.betas},eps={optimizer.epsilon})",
         "ss_lr_scheduler": optimizer.schedule,

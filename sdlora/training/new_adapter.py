@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+
+from torch import nn
 
 from ..base.base import Base
 from ..config.sections import Config
 from ..lora.adapter import Adapter
+from ..lora.change import Change
 from ..lora.low_rank_trainable import TrainableLowRank
-from ..lora.targets import choose_targets
+from ..lora.quantized import FrozenLinear
+from ..lora.relative_trainable import TrainableRelative
+from ..lora.started_trainable import StartedTrainable
 from ..lora.trainable import Trainable
+from .module_choice import ModuleChoice, choose_modules, part_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,35 +30,37 @@ class RateGroup:
     """Peak learning rate."""
 
 
-def new_adapter(base: Base, config: Config) -> Adapter[RateGroup]:
-    """A fresh adapter on the parts that are trained."""
-    parts = trained_parts(base, config)
-    return Adapter(
-        new_trainables(base, config),
-        seed=config.train.seed,
-        group_of=lambda name, tensor: RateGroup(part=part_of(name), rate=parts[part_of(name)]),
-    )
+def new_adapter(base: Base, config: Config, start: Mapping[str, Change] = MappingProxyType({})) -> Adapter[RateGroup]:
+    """A fresh adapter on the modules that are trained; those in ``start``, by canonical names, start from that."""
+    chosen, ratio = choose_modules(base.checkpoint, config), config.optimizer.lora_plus_ratio
+
+    def group_of(name: str, tensor: str) -> RateGroup:
+        return RateGroup(part=part_of(name), rate=chosen[name].rate * (ratio if tensor == "up" else 1.0))
+
+    return Adapter(new_trainables(base, config, start), seed=config.train.seed, group_of=group_of)
 
 
-def new_trainables(base: Base, config: Config) -> dict[str, Trainable]:
+def new_trainables(
+    base: Base, config: Config, start: Mapping[str, Change] = MappingProxyType({})
+) -> dict[str, Trainable]:
     """Canonical name -> what is trained of that module, part after part."""
-    lora, targets = config.lora, choose_targets(base.modules(), config.lora.targets)
+    modules = base.modules()
     return {
-        name: TrainableLowRank(module=module, rank=lora.rank, alpha=lora.alpha)
-        for part in trained_parts(base, config)
-        for name, module in targets.items()
-        if part_of(name) == part
+        name: _trainable(name, modules[name], choice, config, start.get(name))
+        for name, choice in choose_modules(base.checkpoint, config).items()
     }
 
 
-def part_of(name: str) -> str:
-    """Part of the base that the module with this canonical name belongs to."""
-    return name.partition(".")[0]
+def _trainable(name: str, module: nn.Module, choice: ModuleChoice, config: Config, start: Change | None) -> Trainable:
+    init, rank, alpha = config.lora.init, choice.rank, choice.alpha
+    if init != "default" and isinstance(module, FrozenLinear):
+        return TrainableRelative(module=module, rank=rank, alpha=alpha, init=init, name=name, seed=config.train.seed)
+    fresh = trainable_for(module, rank=rank, alpha=alpha)
+    return fresh if start is None else StartedTrainable(fresh=fresh, change_of_file=start)
 
 
-def trained_parts(base: Base, config: Config) -> dict[str, float]:
-    """Part of ``base`` -> its peak learning rate, of those that are trained, in the order of an adapter's parameters."""
-    text_encoder_rate = config.optimizer.text_encoder_rate(base.checkpoint.family)
-    rates = {"unet": config.optimizer.learning_rate}
-    rates |= {encoder.facts.part: text_encoder_rate for encoder in base.text_encoders}
-    return {part: rate for part, rate in rates.items() if rate}
+def trainable_for(module: nn.Module, *, rank: int, alpha: float) -> TrainableLowRank:
+    """What is trained of a linear layer."""
+    if not isinstance(module, FrozenLinear):
+        raise TypeError(f"{type(module).__name__} is no linear layer")
+    return TrainableLowRank(module=module, rank=rank, alpha=alpha)

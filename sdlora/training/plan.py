@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..base.checkpoint import BaseCheckpoint
 from ..config.resolve import resolve_config
@@ -11,14 +12,16 @@ from ..data.buckets import BucketRules, Placement
 from ..data.examine import ExaminedImage, dataset_digest
 from ..data.findings import Finding, findings_from, raise_errors
 from ..data.kept_images import KeptImages
-from ..errors import ConfigError
+from ..errors import CompatibilityError, ConfigError, LoraFileError
 from ..lint.dataset import ExaminedDataset
 from ..lint.run import examine_dataset
 from ..progress import Progress, Silence
 from .batches import BatchPlan
 from .checkpoint import RunIdentity
 from .length import in_steps
+from .module_choice import choice_problems, choose_modules, with_unchosen_frozen
 from .objective import range_problem
+from .start_values import StartValues, read_start
 from .training_set import TrainingSet, plan_training_set
 
 
@@ -37,6 +40,8 @@ class RunPlan:
     """Findings about images and captions; none is an error."""
     kept: KeptImages
     """Decoded images that wait for their encoding."""
+    start: StartValues | None
+    """What training starts from, where that is a file."""
     identity: RunIdentity
 
     @property
@@ -65,6 +70,11 @@ class RunPlan:
         return sum(item.source.role == "train" for item in self.items)
 
     @property
+    def start_in_words(self) -> tuple[str, ...]:
+        """A line on what starts from the file of ``lora.start_from``; none without one."""
+        return () if self.start is None else (self.start.in_words(choose_modules(self.base, self.config)),)
+
+    @property
     def epochs(self) -> float:
         """Length of the run in epochs."""
         return self.config.train.steps / self.batches.batches_per_epoch
@@ -75,13 +85,15 @@ def plan_run(config: Config, dataset: ExaminedDataset) -> RunPlan:
 
     Raises:
         DataError: with one line for each finding that is an error.
-        ConfigError: nothing would be trained.
+        ConfigError: nothing would be trained, or a setting does not fit the base.
     """
     config = resolve_config(config, dataset.base.family)
-    if config.optimizer.learning_rate == 0 and config.optimizer.text_encoder_learning_rate == 0:
+    if config.optimizer.learning_rate == 0 and config.optimizer.text_encoder_rate(dataset.base.family) == 0:
         raise ConfigError(
             "optimizer.learning_rate and optimizer.text_encoder_learning_rate are both 0: nothing would be trained"
         )
+    start = _start_values(config, dataset.base)
+    config = with_unchosen_frozen(dataset.base, config)
     if problem := range_problem(config.objective, dataset.base.schedule.timesteps):
         raise ConfigError(problem)
     if config.optimizer.learning_rate == 0 and config.optimizer.text_encoder_stop is not None:
@@ -106,8 +118,31 @@ def plan_run(config: Config, dataset: ExaminedDataset) -> RunPlan:
         training=training,
         findings=(*dataset.findings, *_unused_regularisation(training)),
         kept=dataset.kept,
-        identity=RunIdentity.of(config, dataset=dataset_digest(dataset.images), base=dataset.base),
+        start=start,
+        identity=RunIdentity.of(
+            config,
+            dataset=dataset_digest(dataset.images),
+            base=dataset.base,
+            start=None if start is None else start.digest,
+        ),
     )
+
+
+def _start_values(config: Config, base: BaseCheckpoint) -> StartValues | None:
+    """The content of ``lora.start_from``.
+
+    Raises:
+        ConfigError: with one line for each setting of the LoRA's modules that does not fit ``base``.
+    """
+    problems, start = list(choice_problems(base, config)), None
+    if config.lora.start_from is not None:
+        try:
+            start = read_start(base, Path(config.lora.start_from))
+        except (LoraFileError, CompatibilityError) as error:
+            problems += [f"lora.start_from: {problem}" for problem in error.problems]
+    if problems:
+        raise ConfigError(problems)
+    return start
 
 
 def plan_config(config: Config, progress: Progress | None = None) -> RunPlan:

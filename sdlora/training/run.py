@@ -70,7 +70,8 @@ def train(
         if is_main:
             planned = plan.findings[len(dataset.findings) :]
             length = length_in_words(images=plan.images, steps=plan.config.train.steps, epochs=plan.epochs)
-            for line in (*summary_lines(LintReport(dataset=dataset)), *map(str, planned), length):
+            start = plan.start_in_words
+            for line in (*summary_lines(LintReport(dataset=dataset)), *map(str, planned), *start, length):
                 say(line)
             if unused := why_not_cuda():
                 say(f"warning: {unused}")

@@ -157,7 +157,8 @@ def open_session(
         )
     with explained("placing the UNet and the LoRA", f"lower lora.rank, or {CLOSE_OTHERS}"):
         move_to(base.device, base.unet)
-        adapter, steps = new_adapter(base, config), config.train.steps
+        steps = config.train.steps
+        adapter = new_adapter(base, config, {} if plan.start is None else plan.start.changes)
         optimizer = GuardedAdamW(
             adapter.parameters,
             [group.rate for group in adapter.groups],
