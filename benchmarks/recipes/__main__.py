@@ -62,8 +62,8 @@ def measure(base: Base, variant: Variant, style: str, seed: int, arguments: argp
     began = time.perf_counter()
     trained = train_variant(variant, config, base)
     seconds = time.perf_counter() - began
-    measures = style_measures(trained, style, seed, sizes)
-    if variant.neutral_images:
+    measures = style_measures(trained, style, seed, sizes) if sizes.subjects else {}
+    if variant.neutral_images and sizes.subjects:
         sheet = folder / "images" / f"{variant.name}-{style}-{seed}.png"
         measures |= neutral_measures(trained, base, style, sizes, sheet)
     return Result(
@@ -73,7 +73,7 @@ def measure(base: Base, variant: Variant, style: str, seed: int, arguments: argp
         conditions=conditions(variant, arguments),
         seconds=round(seconds, 1),
         held_out=level_losses(trained, held_out(base, split(style, folder)[1])),
-        neutral=neutral_losses(trained, base, sizes),
+        neutral=neutral_losses(trained, base, sizes) if sizes.subjects else [],
         measures=measures,
     )
 
@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--subjects", type=int, default=Sizes.subjects)
+    parser.add_argument("--subjects", type=int, default=Sizes.subjects, help="0 draws no images, for a quick look")
     parser.add_argument("--image-steps", type=int, default=Sizes.image_steps)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="variants, by name")
     parser.add_argument("--threads", type=int, help="of torch; results may differ in their last digits")

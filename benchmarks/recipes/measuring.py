@@ -19,6 +19,7 @@ from sdlora.base.tokens import plain, tokenize
 from sdlora.generation.request import ImageRequest
 from sdlora.generation.studio import Studio
 from sdlora.lora.attaching import temporarily_applied
+from sdlora.progress import Silence
 from tests.conftest import ROOT
 from tests.measures import MEASURES, THRESHOLDS, unseen_subjects
 
@@ -79,7 +80,7 @@ def style_measures(trained: Trained, style: str, seed: int, sizes: Sizes) -> dic
         ImageRequest(prompt=prompt, seed=11 + seed, steps=sizes.image_steps)
         for prompt in style_prompts(style, sizes.subjects)
     ]
-    images = [image.image for image in trained.studio.images(requests)]
+    images = [image.image for image in trained.studio.images(requests, progress=Silence())]
     values = np.array([MEASURES[style](image) for image in images])
     return {
         "style": float(values.mean()),
@@ -91,7 +92,7 @@ def style_measures(trained: Trained, style: str, seed: int, sizes: Sizes) -> dic
 def neutral_measures(trained: Trained, pristine: Base, style: str, sizes: Sizes, sheet: Path) -> dict[str, float]:
     """Of images of neutral captions, written to ``sheet``: the distance of their latents from those that ``pristine``
     draws with the same seeds, over the size of these; their subjects; and what of the style leaked in."""
-    drawn = trained.studio.images(neutral_requests(sizes))
+    drawn = trained.studio.images(neutral_requests(sizes), progress=Silence())
     images = [image.image for image in drawn]
     wide = Image.new("RGB", (sum(image.width for image in images), images[0].height))
     for number, image in enumerate(images):

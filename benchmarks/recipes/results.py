@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 """Two-sided 95 % quantiles of Student's t, for 1 to 15 degrees of freedom."""
 
 
@@ -37,7 +37,9 @@ class Result:
     def value(self, column: str) -> float | None:
         """By the name of a column; None where it was not measured."""
         losses = {"held-out loss": self.held_out, "neutral loss": self.neutral}
-        return statistics.fmean(losses[column]) if column in losses else self.measures.get(column)
+        if column in losses:
+            return statistics.fmean(losses[column]) if losses[column] else None
+        return self.measures.get(column)
 
 
 def read(file: Path) -> list[Result]:

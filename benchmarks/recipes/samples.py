@@ -17,6 +17,7 @@ from recipes.mini.art import article
 from sdlora.base.base import Base
 from sdlora.generation.request import ImageRequest
 from sdlora.generation.studio import Studio
+from sdlora.progress import Silence
 from tests.conftest import ROOT
 from tests.measures import TRIGGERS, unseen_subjects
 
@@ -84,7 +85,7 @@ def neutral_requests(sizes: Sizes) -> list[ImageRequest]:
 @cache
 def neutral(base: Base, sizes: Sizes) -> Examples:
     """What the pristine base draws for neutral captions: its own knowledge, which a training should leave alone."""
-    images = Studio.on(base, []).images(neutral_requests(sizes))
+    images = Studio.on(base, []).images(neutral_requests(sizes), progress=Silence())
     return Examples(latents=torch.stack([image.latents for image in images]), captions=neutral_prompts(sizes.subjects))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -30,8 +30,11 @@ from .samples import pixels, split
 from .variants import COMMON, Variant
 
 
-def config_of(variant: Variant, style: str, seed: int, *, steps: int, rank: int, folder: Path) -> Config:
-    """The configuration of a run; ``steps`` and ``rank`` are those of every variant that does not state its own.
+def config_of(
+    variant: Variant, style: str, seed: int, *, steps: int, rank: int, folder: Path, more: Sequence[str] = ()
+) -> Config:
+    """The configuration of a run; ``steps`` and ``rank`` are those of every variant that does not state its own, and
+    ``more`` are settings that come last.
 
     Raises:
         ConfigError: a setting that this version does not know.
@@ -42,7 +45,7 @@ def config_of(variant: Variant, style: str, seed: int, *, steps: int, rank: int,
         f"data.images={train}", f"data.trigger={TRIGGERS[style]}", f"train.seed={seed}",
         f"output.path={folder / 'run' / 'lora.safetensors'}", f"cache.folder={folder / 'cache'}",
     )  # fmt: skip
-    return load_config(None, [*settings, *places])
+    return load_config(None, [*settings, *places, *more])
 
 
 def train_variant(variant: Variant, config: Config, base: Base) -> Trained:
@@ -121,10 +124,11 @@ def plain_loop(config: Config, learning_rate: float) -> Path:
     return file
 
 
-def full_loop(config: Config, base: Base) -> Base:
+def full_loop(config: Config, base: Base, *, watch: Callable[[int, Base], None] = lambda done, tuned: None) -> Base:
     """A copy of ``base`` whose modules that a LoRA would change are trained themselves.
 
     Batches, noise, objective, rates and schedule are those of the run that ``config`` describes; the optimizer is torch's.
+    ``watch`` is called after each step with the number of steps and the model.
     """
     tuned = copy.deepcopy(base)
     plan = plan_config(config)
@@ -157,6 +161,7 @@ def full_loop(config: Config, base: Base) -> Base:
             group["lr"] = group["peak"] * rate_factor(step, section, steps=steps)
         optimizer.step()
         optimizer.zero_grad()
+        watch(step + 1, tuned)
     for weight in trained:
         weight.requires_grad_(False)
     return tuned
