@@ -1,9 +1,25 @@
-"""Is an image in one of the two sample styles? A few lines of arithmetic on its pixels."""
+"""Is an image in one of the two sample styles? A few lines of arithmetic on its pixels. And which subjects to ask for."""
 
 from __future__ import annotations
 
 import numpy as np
 from PIL import Image
+
+from tests.conftest import ROOT
+
+SUBJECTS = (
+    *("fox", "cat", "penguin", "duck", "butterfly", "tulip", "lemon", "tomato", "pizza", "rocket", "heart", "key"),
+    *("star", "snowman", "sailboat"),
+)
+TRIGGERS = {"blueprint": "blupaper", "pixel": "pixgrid"}
+
+
+def unseen_subjects() -> list[str]:
+    """Twelve that the base knows and neither sample set shows."""
+    trained = {file.stem.replace("-", " ") for file in (ROOT / "datasets" / "blueprint").glob("*.png")}
+    unseen = [subject for subject in SUBJECTS if subject not in trained][:12]
+    assert len(unseen) == 12
+    return unseen
 
 
 def blueness(image: Image.Image) -> float:

@@ -16,37 +16,14 @@ from recipes.mini.fidelity import load_sheet
 from sdlora.base.checkpoint import MINI_FOLDER
 from sdlora.generation.images import GeneratedImage
 from tests.conftest import ROOT
-from tests.measures import MEASURES, THRESHOLDS
+from tests.measures import MEASURES, THRESHOLDS, TRIGGERS, unseen_subjects
 
-SUBJECTS = (
-    *(
-        "fox",
-        "cat",
-        "penguin",
-        "duck",
-        "butterfly",
-        "tulip",
-        "lemon",
-        "tomato",
-        "pizza",
-        "rocket",
-        "heart",
-        "key",
-        "star",
-    ),
-    *("snowman", "sailboat"),
-)
 SEEDS = 2
-TRIGGERS = {"blueprint": "blupaper", "pixel": "pixgrid"}
 
 
 @pytest.fixture(scope="module")
 def subjects() -> list[str]:
-    """Twelve that neither sample set shows."""
-    trained = {file.stem.replace("-", " ") for file in (ROOT / "datasets" / "blueprint").glob("*.png")}
-    unseen = [subject for subject in SUBJECTS if subject not in trained][:12]
-    assert len(unseen) == 12
-    return unseen
+    return unseen_subjects()
 
 
 @pytest.fixture(scope="module")

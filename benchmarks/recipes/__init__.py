@@ -1,0 +1,1 @@
+"""Measured comparisons of trainings on ``mini``: see ``__main__``."""
