@@ -19,6 +19,7 @@ from .batches import BatchPlan
 from .checkpoint import RunIdentity
 from .length import in_steps
 from .objective import range_problem
+from .optimizers.trial import check_optimizer
 from .training_set import TrainingSet, plan_training_set
 
 
@@ -82,6 +83,7 @@ def plan_run(config: Config, dataset: ExaminedDataset) -> RunPlan:
         raise ConfigError(
             "optimizer.learning_rate and optimizer.text_encoder_learning_rate are both 0: nothing would be trained"
         )
+    check_optimizer(config.optimizer)
     if problem := range_problem(config.objective, dataset.base.schedule.timesteps):
         raise ConfigError(problem)
     if config.optimizer.learning_rate == 0 and config.optimizer.text_encoder_stop is not None:
