@@ -16,10 +16,11 @@ from sdlora.config.loading import load_config
 from sdlora.config.sections import OptimizerSection
 from sdlora.errors import ConfigError
 from sdlora.progress import Silence
-from sdlora.training import adamw, optimizer
-from sdlora.training.adamw import FusedAdamW, SelectedAdamW
+from sdlora.training import optimizer
 from sdlora.training.metadata import training_metadata
 from sdlora.training.optimizer import GuardedAdamW
+from sdlora.training.optimizers import adamw
+from sdlora.training.optimizers.adamw import FusedAdamW, SelectedAdamW
 from sdlora.training.plan import plan_config
 from sdlora.training.session import open_session
 from tests.test_formats import facts

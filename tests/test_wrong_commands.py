@@ -62,7 +62,7 @@ WRONG = [
     (f"{TRAIN} lora.alpha=x", 1, "lora.alpha = 'x': must be a number"),
     (f"{TRAIN} data.flip=1", 1, "data.flip = 1: must be true or false"),
     (f"{TRAIN} data.crop=left", 1, "must be 'center', 'random' or 'salient'"),
-    (f"{TRAIN} optimizer.name=lion", 1, "optimizer.name = 'lion': must be 'adamw'"),
+    (f"{TRAIN} optimizer.name=lino", 1, "did you mean lion?"),
     (f"{TRAIN} optimizer.schedule=step", 1, "optimizer.schedule = 'step': must be"),
     (f"{TRAIN} train.seed=-1", 1, "train.seed = -1: must be at least 0"),
     (f"{TRAIN} train.precision=fp16", 1, "train.precision = 'fp16': must be"),

@@ -63,6 +63,8 @@ PRESET = (
     quickstart("text encoder 0", "optimizer.text_encoder_learning_rate=0"),
     quickstart("text encoder 3e-4", "optimizer.text_encoder_learning_rate=3e-4"),
     quickstart("text encoder 2e-3", "optimizer.text_encoder_learning_rate=2e-3"),
+    quickstart("UNet 4e-3, text encoder 0", "optimizer.learning_rate=4e-3", "optimizer.text_encoder_learning_rate=0"),
+    quickstart("UNet 8e-3, text encoder 0", "optimizer.learning_rate=8e-3", "optimizer.text_encoder_learning_rate=0"),
     quickstart("attention alone", "lora.targets=attention"),
     quickstart("alpha = rank / 2", "lora.alpha={half}"),
     quickstart("min-SNR 1", "objective.min_snr_gamma=1"),

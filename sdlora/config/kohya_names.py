@@ -13,7 +13,6 @@ ELSEWHERE = {
     "fp8_base": "base.quantization",
     "fp8_base_unet": "base.quantization",
     "unet_lr": "optimizer.learning_rate",
-    "optimizer_args": "optimizer.weight_decay, optimizer.betas or optimizer.epsilon",
     "lr_scheduler_type": "optimizer.schedule",
     "network_args": "lora.targets, lora.rules or optimizer.lora_plus_ratio",
     "network_train_unet_only": "optimizer.text_encoder_learning_rate = 0",

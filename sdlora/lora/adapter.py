@@ -52,6 +52,8 @@ class Adapter(Generic[Group]):
         self._trainables = dict(trainables)
         self.groups = tuple(members)
         self.parameters: list[nn.Parameter] = []
+        self.shapes: list[list[tuple[int, ...]]] = []
+        """Shapes of the tensors within each of ``parameters``, in order."""
         self._working_copies: list[_WorkingCopy] = []
         self._masters: dict[str, dict[str, Tensor]] = {name: {} for name in trainables}
         """Canonical name -> views of the masters, by the names of the tensors."""
@@ -81,6 +83,7 @@ class Adapter(Generic[Group]):
                 gradients=torch.zeros_like(master.grad, dtype=like.dtype),
             )
         self.parameters.append(master)
+        self.shapes.append(shapes)
         self._working_copies.append(working)
         position = 0
         for (name, tensor), shape in zip(tensors, shapes, strict=True):

@@ -115,12 +115,14 @@ class Exports:
 
     def _write(self, file: Path, step: int, session: TrainingSession, started_at: float) -> None:
         new = self._folder.unfinished_file()
+        with session.averaged():
+            weights = session.adapter.changes()
         try:
             stated = write_run_file(
                 new,
                 self._plan,
                 session.base,
-                session.adapter.changes(),
+                weights,
                 step=step,
                 tokens=WORDS_IN_CHUNK * session.embeddings.chunks,
                 started_at=started_at,

@@ -31,7 +31,7 @@ from .checkpoint import KEPT
 from .fit import choose_fit, taken
 from .memory import META, StepMemory
 from .new_adapter import new_trainables
-from .optimizer import MOMENTS
+from .optimizers.trial import optimizer_memory
 from .part_memory import SamplingMemory, encoding_memory, sampling_memory
 from .plan import RunPlan, plan_run
 from .probe import step_seconds
@@ -190,7 +190,9 @@ def forecast_run(run: RunPlan, device: torch.device, *, gpu: float | None) -> Fo
         sampling=sampling,
         cache_bytes=_cache_bytes(run, base, sizes.chunks) if run.config.cache.disk else 0,
         # One more than are kept, since a new one is written before the oldest is removed.
-        checkpoint_bytes=(KEPT + 1) * (1 + MOMENTS) * torch.float32.itemsize * _values(changes),
+        checkpoint_bytes=round(
+            (KEPT + 1) * (1 + optimizer_memory(run.config.optimizer).state) * torch.float32.itemsize * _values(changes)
+        ),
         file_bytes=kohya_file_bytes(
             changes,
             dtype=getattr(torch, run.config.output.precision),

@@ -182,14 +182,15 @@ def train_lora(
     try:
         with fitted(session) as fitting:
             losses = train_steps(fitting, start, files, progress, stop)
-            with explained("measuring losses after the last step", CLOSE_OTHERS):
+            with explained("measuring losses after the last step", CLOSE_OTHERS), session.averaged():
                 held_out = validation_loss(session, progress)
                 own = own_losses(session, progress)
+                weights = session.adapter.changes()
         with explained("measuring losses after the last step", CLOSE_OTHERS):
             alone = own_losses(session, progress)
     finally:
         session.embeddings.close()
-    steps, weights = plan.config.train.steps, session.adapter.changes()
+    steps = plan.config.train.steps
     return TrainedLora(
         weights=weights,
         caption_tokens=WORDS_IN_CHUNK * session.embeddings.chunks,

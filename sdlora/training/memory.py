@@ -22,7 +22,7 @@ from ..families import TOKENS_IN_CHUNK
 from .live_bytes import LiveBytes, attention_of
 from .loss import denoising_loss
 from .new_adapter import new_adapter
-from .optimizer import MOMENTS
+from .optimizers.trial import OptimizerMemory, optimizer_memory
 from .step_shape import StepShape
 
 META = torch.device("meta")
@@ -39,7 +39,7 @@ class StepMemory:
     weights: int
     """Frozen weights that a step reads: those of the UNet, and of the text encoders that are trained."""
     trainable: int
-    """The LoRA: float32 masters, gradients and moments, and the copies in the base's dtype."""
+    """The LoRA: float32 masters, gradients and the optimizer's state, and the copies in the base's dtype."""
     activations: int
     """What the forward pass keeps for the gradients."""
     temporary: int
@@ -116,7 +116,9 @@ def measured(
         highest = counter.peak
     return StepMemory(
         weights=weights,
-        trainable=sum(trainable_bytes(parameter.numel(), dtype) for parameter in adapter.parameters),
+        trainable=trainable_bytes(
+            sum(parameter.numel() for parameter in adapter.parameters), dtype, optimizer_memory(config.optimizer)
+        ),
         activations=kept,
         temporary=highest - kept,
     )
@@ -134,11 +136,11 @@ def model_bytes(model: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
-def trainable_bytes(parameters: int, dtype: torch.dtype) -> int:
-    """Bytes of ``parameters`` trained values on a base of ``dtype``: each with a gradient and moments, all float32; and
-    a copy of value and gradient in ``dtype``, unless that is float32 itself."""
+def trainable_bytes(parameters: int, dtype: torch.dtype, optimizer: OptimizerMemory) -> int:
+    """Bytes of ``parameters`` trained values on a base of ``dtype``: each with a gradient and what the optimizer holds of
+    it, float32; and a copy of value and gradient in ``dtype``, unless that is float32 itself."""
     copies = 0 if dtype == torch.float32 else 2 * dtype.itemsize
-    return parameters * ((2 + MOMENTS) * torch.float32.itemsize + copies)
+    return round(parameters * ((2 + optimizer.total) * torch.float32.itemsize + copies))
 
 
 def stand_in_loss(base: Base, config: Config, images: int, *, width: int, height: int, chunks: int) -> Tensor:

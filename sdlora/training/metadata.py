@@ -13,6 +13,7 @@ from ..config.sections import Config
 from ..families import WORDS_IN_CHUNK, Family, Prediction
 from ..formats.hashes import FileHashes
 from ..formats.metadata import MODELSPEC_PREDICTIONS, family_metadata
+from .optimizers.choice import described
 from .rates import warmup_length
 
 
@@ -208,8 +209,7 @@ def _optimization(config: Config, run: RunFacts) -> dict[str, object]:
         "ss_learning_rate": optimizer.learning_rate,
         "ss_unet_lr": optimizer.learning_rate,
         "ss_text_encoder_lr": (rates[0] or None) if same else list(rates),
-        "ss_optimizer": "torch.optim.AdamW("
-        f"weight_decay={optimizer.weight_decay},betas={optimizer.betas},eps={optimizer.epsilon})",
+        "ss_optimizer": described(optimizer),
         "ss_lr_scheduler": optimizer.schedule,
         "ss_lr_warmup_steps": warmup_length(optimizer, steps=train.steps),
         "ss_max_grad_norm": optimizer.max_grad_norm,

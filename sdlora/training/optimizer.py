@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..config.sections import OptimizerSection
-from .adamw import adamw
 from .loss_scale import LossScale
+from .optimizers.adamw import adamw
+from .optimizers.algorithm import Algorithm
+from .optimizers.ema import MovingAverage
+from .optimizers.library import LibraryOptimizer, Shapes
 from .rates import rate_factor
-
-MOMENTS = 2
-"""Values that the optimizer remembers of each parameter, float32: the means of gradients and of their squares."""
 
 
 class GuardedAdamW:
-    """AdamW (Loshchilov & Hutter 2019) over flat float32 parameters, each with its own learning rate.
+    """The optimizer of ``section`` over flat float32 parameters, each with its own learning rate.
 
     A step whose gradients hold NaN or Inf changes nothing and is counted. Nothing here waits for the device, except
     ``skipped_steps`` and ``settling_steps``.
@@ -32,18 +33,29 @@ class GuardedAdamW:
         *,
         steps: int,
         lengths: Sequence[int] = (),
+        shapes: Shapes | None = None,
         dtype: torch.dtype = torch.float32,
+        seed: int = 0,
     ):
         """``lengths`` are the numbers of steps in which each parameter is trained, by default in all ``steps``.
 
-        ``dtype`` is that in which the gradients are computed; for float16 the loss is scaled.
+        ``shapes`` are those of the tensors within each parameter, by default itself. ``dtype`` is that in which the
+        gradients are computed; for float16 the loss is scaled. ``seed`` is that of optimizers that draw random numbers.
+
+        Raises:
+            ConfigError: the optimizer cannot be used; see ``check_optimizer``.
         """
         self._rates, self._section, self._steps = tuple(rates), section, steps
-        self._adam = adamw(parameters, section)
         self._parameters = list(parameters)
+        self._algorithm: Algorithm = (
+            adamw(parameters, section)
+            if section.name == "adamw"
+            else LibraryOptimizer(parameters, shapes or [[p.shape] for p in parameters], section, seed=seed)
+        )
         self._ends = {p: end for p, end in zip(parameters, lengths, strict=False) if end < steps}
         self._skipped = torch.zeros((), device=parameters[0].device)
         self._scale = LossScale(parameters[0].device) if dtype == torch.float16 else None
+        self._average = MovingAverage(parameters, section.ema) if section.ema else None
 
     def scaled(self, loss: Tensor) -> Tensor:
         """What to differentiate instead of ``loss``, () float32: in float16 its product with the loss scale.
@@ -73,7 +85,9 @@ class GuardedAdamW:
             factor = factor / self._scale.value
         torch._foreach_mul_(gradients, factor)
         rate = rate_factor(step, self._section, steps=self._steps)
-        self._adam.update([each * rate for each in self._rates], finite)
+        self._algorithm.update([each * rate for each in self._rates], finite)
+        if self._average is not None:
+            self._average.update(step, finite)
         self._skipped += ~finite
         if self._scale is not None:
             self._scale.update(finite)
@@ -86,14 +100,31 @@ class GuardedAdamW:
         """How many of the skipped steps only lowered the loss scale, which is no fault of the run; waits for the device."""
         return 0 if self._scale is None else int(self._scale.drops.item())
 
+    @contextmanager
+    def averaged(self) -> Generator[None]:
+        """Within the block the parameters have the values that are kept: an average where there is one, else their own.
+
+        After it they have their own again, to the bit.
+        """
+        kept = self._algorithm.averages() if self._average is None else self._average.values
+        if kept is None:
+            yield
+            return
+        parameters = [parameter.detach() for parameter in self._parameters]
+        own = [parameter.clone() for parameter in parameters]
+        torch._foreach_copy_(parameters, kept)
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(parameters, own)
+
     def state(self) -> dict[str, Tensor]:
-        """Every tensor that ``restore`` needs, by name; views of the live tensors, on the device."""
-        tensors = {"skipped": self._skipped}
-        for i, parameter in enumerate(self._parameters):
-            tensors[f"parameter.{i}"] = parameter.detach()
-            for name, tensor in self._adam.state[parameter].items():
-                tensors[f"{name}.{i}"] = tensor
-        return tensors if self._scale is None else tensors | self._scale.state()
+        """Every tensor that ``restore`` needs, by name; on the device, and mostly views of the live tensors."""
+        tensors = {"skipped": self._skipped, **self._algorithm.state()}
+        tensors |= {f"parameter.{i}": parameter.detach() for i, parameter in enumerate(self._parameters)}
+        for part in (self._average, self._scale):
+            tensors |= {} if part is None else part.state()
+        return tensors
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
@@ -104,8 +135,7 @@ class GuardedAdamW:
         self._skipped.copy_(tensors["skipped"])
         for i, parameter in enumerate(self._parameters):
             parameter.copy_(tensors[f"parameter.{i}"])
-            self._adam.state[parameter] = {
-                name: tensors[f"{name}.{i}"].to(parameter.device).clone() for name in ("step", "exp_avg", "exp_avg_sq")
-            }
-        if self._scale is not None:
-            self._scale.restore(tensors)
+        self._algorithm.restore(tensors)
+        for part in (self._average, self._scale):
+            if part is not None:
+                part.restore(tensors)

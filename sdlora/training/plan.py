@@ -21,6 +21,7 @@ from .checkpoint import RunIdentity
 from .length import in_steps
 from .module_choice import choice_problems, choose_modules, with_unchosen_frozen
 from .objective import range_problem
+from .optimizers.trial import check_optimizer
 from .start_values import StartValues, read_start
 from .training_set import TrainingSet, plan_training_set
 
@@ -92,6 +93,7 @@ def plan_run(config: Config, dataset: ExaminedDataset) -> RunPlan:
         raise ConfigError(
             "optimizer.learning_rate and optimizer.text_encoder_learning_rate are both 0: nothing would be trained"
         )
+    check_optimizer(config.optimizer)
     start = _start_values(config, dataset.base)
     config = with_unchosen_frozen(dataset.base, config)
     if problem := range_problem(config.objective, dataset.base.schedule.timesteps):

@@ -62,7 +62,9 @@ def _measured(
     chunks = chunks_of(base, plan.items, config.data.max_token_length)
     adapter = new_adapter(base, config)
     rates = [group.rate for group in adapter.groups]
-    optimizer = GuardedAdamW(adapter.parameters, rates, config.optimizer, steps=config.train.steps, dtype=dtype)
+    optimizer = GuardedAdamW(
+        adapter.parameters, rates, config.optimizer, steps=config.train.steps, shapes=adapter.shapes, dtype=dtype
+    )
     adapter.attach(base.modules())
     if shape.checkpointing:
         base.unet.enable_gradient_checkpointing()

@@ -62,6 +62,16 @@ class TrainingSession:
             self.adapter.detach(modules)
             self._ahead.close()
 
+    @contextmanager
+    def averaged(self) -> Generator[None]:
+        """Within the block, between steps, the layers have the values that are kept of the steps so far.
+
+        Whatever is saved, sampled or validated is taken within it.
+        """
+        with self.optimizer.averaged():
+            self.adapter.begin_step()
+            yield
+
     def step(self, step: int) -> Tensor:
         """Do step ``step`` (from 0); returns this process's share of its mean loss, () float32 on the device.
 
@@ -165,7 +175,9 @@ def open_session(
             config.optimizer,
             steps=steps,
             lengths=[steps_of(group.part, config.optimizer, steps=steps) for group in adapter.groups],
+            shapes=adapter.shapes,
             dtype=base.dtype,
+            seed=config.train.seed,
         )
     return TrainingSession(
         plan=plan,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..config.sections import OptimizerSection
+from ...config.optimizer_section import OptimizerSection
 
 FUSED_ON = ("cuda", "cpu")
 """Types of device whose fused kernel skips a step where ``found_inf`` is 1.
@@ -18,15 +18,35 @@ Metal's ignores it in the versions of torch before https://github.com/pytorch/py
 """
 
 
-class AdamW(Protocol):
+class AdamW:
     """AdamW (Loshchilov & Hutter 2019, algorithm 2) over flat parameters, each with its own learning rate."""
 
-    state: dict[Any, dict[str, Tensor]]
-    """Parameter -> ``step`` () float32, ``exp_avg`` and ``exp_avg_sq`` of its shape. They are made before the first step, so
-    that a step that runs out of memory has changed nothing."""
+    def __init__(self, parameters: Sequence[nn.Parameter], section: OptimizerSection):
+        self._parameters, self._settings = list(parameters), section.adamw
+        self._moments: dict[Any, dict[str, Tensor]] = {parameter: _fresh_moments(parameter) for parameter in parameters}
+        """Made before the first step, so that a step that runs out of memory has changed nothing."""
 
     def update(self, rates: Sequence[float], finite: Tensor) -> None:
-        """Apply the gradients at ``rates``, one for each parameter; change nothing where ``finite``, () bool, is false."""
+        """See ``Algorithm``."""
+        raise NotImplementedError
+
+    def state(self) -> dict[str, Tensor]:
+        """``step`` () float32, ``exp_avg`` and ``exp_avg_sq`` of each parameter, with its number; the live tensors."""
+        return {
+            f"{name}.{number}": tensor
+            for number, parameter in enumerate(self._parameters)
+            for name, tensor in self._moments[parameter].items()
+        }
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of ``state``. Raises ``KeyError`` where something is missing."""
+        for number, parameter in enumerate(self._parameters):
+            self._moments[parameter] = {
+                name: tensors[f"{name}.{number}"].to(parameter.device).clone() for name in _STATE
+            }
+
+    def averages(self) -> None:
+        """There are none."""
 
 
 def adamw(parameters: Sequence[nn.Parameter], section: OptimizerSection) -> AdamW:
@@ -35,16 +55,18 @@ def adamw(parameters: Sequence[nn.Parameter], section: OptimizerSection) -> Adam
     return chosen(parameters, section)
 
 
-class FusedAdamW:
+class FusedAdamW(AdamW):
     """``torch.optim.AdamW`` as one kernel, which reads ``found_inf``."""
 
     def __init__(self, parameters: Sequence[nn.Parameter], section: OptimizerSection):
+        super().__init__(parameters, section)
         groups = [{"params": [p], "lr": torch.tensor(0.0, device=p.device)} for p in parameters]
+        values = self._settings
         self._adam = torch.optim.AdamW(
-            groups, betas=section.betas, eps=section.epsilon, weight_decay=section.weight_decay, fused=True
+            groups, betas=values.betas, eps=values.epsilon, weight_decay=values.weight_decay, fused=True
         )
-        self.state: dict[Any, dict[str, Tensor]] = self._adam.state
-        self.state.update(_fresh_state(parameters))
+        self._adam.state.update(self._moments)
+        self._moments = self._adam.state
 
     def update(self, rates: Sequence[float], finite: Tensor) -> None:
         for group, rate in zip(self._adam.param_groups, rates, strict=True):
@@ -54,24 +76,19 @@ class FusedAdamW:
         self._adam.step()
 
 
-class SelectedAdamW:
+class SelectedAdamW(AdamW):
     """The same result in operators that every device has, in float32; new values are selected with ``torch.where``."""
-
-    def __init__(self, parameters: Sequence[nn.Parameter], section: OptimizerSection):
-        self._section = section
-        self._parameters = list(parameters)
-        self.state: dict[Any, dict[str, Tensor]] = _fresh_state(parameters)
 
     @torch.no_grad()
     def update(self, rates: Sequence[float], finite: Tensor) -> None:
         for parameter, rate in zip(self._parameters, rates, strict=True):
             if parameter.grad is not None:
-                self._update_one(parameter, parameter.grad, self.state[parameter], rate, finite)
+                self._update_one(parameter, parameter.grad, self._moments[parameter], rate, finite)
 
     def _update_one(
         self, parameter: nn.Parameter, gradient: Tensor, state: dict[str, Tensor], rate: float, finite: Tensor
     ) -> None:
-        first, second = betas = self._section.betas
+        first, second = betas = self._settings.betas
         # A broken gradient would make NaN of a moment even where it is not selected.
         gradient = torch.where(finite, gradient, 0.0)
         step = state["step"] + 1
@@ -79,8 +96,8 @@ class SelectedAdamW:
         square = (state["exp_avg_sq"] * second).addcmul_(gradient, gradient, value=1 - second)
         # 1 - beta**step, exact in float32 for small steps too.
         mean_correction, square_correction = (-torch.expm1(step * math.log(beta)) for beta in betas)
-        root = (square.sqrt() / square_correction.sqrt()).add_(self._section.epsilon)
-        moved = parameter * (1 - rate * self._section.weight_decay) - (mean / root) * (rate / mean_correction)
+        root = (square.sqrt() / square_correction.sqrt()).add_(self._settings.epsilon)
+        moved = parameter * (1 - rate * self._settings.weight_decay) - (mean / root) * (rate / mean_correction)
         for old, new in zip((parameter, *(state[name] for name in _STATE)), (moved, step, mean, square), strict=True):
             old.copy_(torch.where(finite, new, old))
 
@@ -88,12 +105,9 @@ class SelectedAdamW:
 _STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
-def _fresh_state(parameters: Sequence[nn.Parameter]) -> dict[Any, dict[str, Tensor]]:
+def _fresh_moments(parameter: nn.Parameter) -> dict[str, Tensor]:
     return {
-        p: {
-            "step": torch.zeros((), device=p.device),
-            "exp_avg": torch.zeros_like(p.detach()),
-            "exp_avg_sq": torch.zeros_like(p.detach()),
-        }
-        for p in parameters
+        "step": torch.zeros((), device=parameter.device),
+        "exp_avg": torch.zeros_like(parameter.detach()),
+        "exp_avg_sq": torch.zeros_like(parameter.detach()),
     }
