@@ -31,7 +31,7 @@ SPELLINGS = {"use_bias_correction": "bias_correction", "decouple": "weight_decou
 """Arguments of the package prodigyopt, which kohya's trainer uses -> those of pytorch-optimizer."""
 ELEMENTWISE = frozenset({
     "accsgd", "adabelief", "adabound", "adadelta", "adai", "adam", "adamax", "adamc", "adamg", "adamod", "adams",
-    "adamw8bit", "adan", "adapnm", "adashift", "adasmooth", "ademamix", "adopt", "ano", "avagrad", "bcos", "diffgrad",
+    "adamw8bit", "adan", "adapnm", "adasmooth", "ademamix", "adopt", "ano", "avagrad", "bcos", "diffgrad",
     "dadaptadagrad", "dadaptadam", "dadaptadan", "dadaptlion", "dadaptsgd", "dualadam", "exadam", "grams",
     "grokfastadamw", "kate", "laprop", "lion", "madgrad", "nadam", "padam", "pid", "pnm", "prodigy", "qhadam", "qhm",
     "radam", "rmsprop", "schedule-free", "schedulefreeradam", "schedulefreesgd", "sgd", "sgdw", "signsgd", "swats",
@@ -40,7 +40,7 @@ ELEMENTWISE = frozenset({
 """Optimizers to which the shapes of the tensors mean nothing, so one flat tensor serves; the others get each tensor."""
 MATRICES = frozenset({"adago", "adamuon", "muon", "normuon"})
 """Optimizers that ask which tensors are matrices, and use AdamW for the others."""
-DRAWS = frozenset({"kron", "racs", "sara", "scion", "scionlight", "galore", "alice", "fira"})
+DRAWS = frozenset({"racs", "sara", "scion", "scionlight", "galore", "alice", "fira"})
 """Optimizers that draw random numbers, or may."""
 UNSUITABLE = {
     **dict.fromkeys(("alig", "bsam", "lbfgs"), "computes the loss several times in a step"),
@@ -48,8 +48,10 @@ UNSUITABLE = {
     **dict.fromkeys(("lomo", "adalomo", "adammini"), "needs the whole model"),
     **dict.fromkeys(("demo", "distributedmuon"), "exchanges gradients between processes itself"),
     **dict.fromkeys(
-        ("conda", "magma", "scalableshampoo", "spam", "stablespam"), "has state that a checkpoint cannot hold"
+        ("adashift", "conda", "magma", "scalableshampoo", "spam", "stablespam"),
+        "has state that a checkpoint cannot hold",
     ),
+    **dict.fromkeys(("kron", "ranger21", "soap", "splus"), "does not go on exactly from a checkpoint"),
     **dict.fromkeys(("lorarite", "muonclip"), "needs to know what each tensor is for"),
 }
 """Optimizers of pytorch-optimizer that cannot be used here, and why."""
@@ -139,7 +141,7 @@ def _pytorch_optimizer(name: str) -> type[torch.optim.Optimizer]:
         raise ConfigError(f"{stated}: cannot be used, since it {reason}")
     if name_there not in known:
         near = _nearest(name, (*OWN_NAMES, *known))
-        raise ConfigError(f"{stated}: unknown{near or '; docs/training.md says where the names are listed'}")
+        raise ConfigError(f"{stated}: unknown{near or '; docs/optimizers.md says where the names are listed'}")
     return library.load_optimizer(name_there)
 
 
