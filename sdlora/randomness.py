@@ -26,6 +26,7 @@ class Stream(IntEnum):
     NOISE_OFFSET = 30
     MULTIRES_NOISE = 31
     INPUT_PERTURBATION = 32
+    MERGE_DROPOUT = 50
 
 
 def generator(seed: int, stream: Stream, *position: int) -> np.random.Generator:
