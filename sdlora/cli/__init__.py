@@ -14,22 +14,49 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-from . import train, quickstart, generate, export, lint, plan, caption, cache, inspect, convert, metadata, settings  # isort: skip  (the order of --help)
+from . import (
+    train,
+    quickstart,
+    generate,
+    export,
+    lint,
+    plan,
+    caption,
+    cache,
+    inspect,
+    convert,
+    merge,
+    resize,
+    average,
+    extract,
+    bake,
+    diff,
+    interference,
+    metadata,
+    settings,
+)  # isort: skip  (the order of --help)
 from .app import app
 
 __all__ = [
     "app",
+    "average",
+    "bake",
     "cache",
     "caption",
     "convert",
+    "diff",
     "export",
+    "extract",
     "generate",
     "inspect",
+    "interference",
     "lint",
     "main",
+    "merge",
     "metadata",
     "plan",
     "quickstart",
+    "resize",
     "settings",
     "train",
 ]
