@@ -11,7 +11,7 @@ import torch
 from diffusers.optimization import get_polynomial_decay_schedule_with_warmup, get_scheduler
 
 from sdlora.config.loading import load_config
-from sdlora.config.sections import OptimizerSection, Schedule
+from sdlora.config.optimizer_section import OptimizerSection, Schedule
 from sdlora.errors import ConfigError
 from sdlora.training.metadata import training_metadata
 from sdlora.training.optimizer import GuardedAdamW
