@@ -14,27 +14,30 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+# isort: off  (the order of --help)
 from . import (
-    train,
-    quickstart,
-    generate,
-    export,
-    lint,
-    plan,
-    caption,
-    cache,
-    inspect,
-    convert,
-    merge,
-    resize,
     average,
-    extract,
     bake,
+    cache,
+    caption,
+    convert,
     diff,
+    export,
+    extract,
+    generate,
+    inspect,
     interference,
+    lint,
+    merge,
     metadata,
+    plan,
+    quickstart,
+    resize,
     settings,
-)  # isort: skip  (the order of --help)
+    train,
+)
+
+# isort: on
 from .app import app
 
 __all__ = [

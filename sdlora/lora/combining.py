@@ -100,7 +100,7 @@ def plain(change: Change) -> LowRank | None:
     if change.mid is None:
         return change
     down = torch.einsum("mn...,ni->mi...", change.mid.double(), change.down.double().flatten(1))
-    return LowRank(down=down.float(), up=change.up, alpha=change.alpha)
+    return LowRank(down=down.float(), up=change.up, alpha=change.scale * down.shape[0])
 
 
 def joined(pairs: Sequence[tuple[LowRank, float]], shape: tuple[int, ...]) -> LowRank:

@@ -40,7 +40,7 @@ def _sum(deltas: Sequence[tuple[Tensor, float]]) -> Tensor:
 
 
 def _trimmed(delta: Tensor, density: float) -> Tensor:
-    count = max(1, round(density * delta.numel()))
+    count = max(1, int(density * delta.numel()))
     # The smallest number that stays; equal ones stay too, so that the order of the numbers has no part.
     least = delta.abs().flatten().kthvalue(delta.numel() - count + 1).values
     return torch.where(delta.abs() >= least, delta, 0.0)

@@ -55,7 +55,7 @@ def bake(
     """Write a copy of a checkpoint with the changes of LoRAs in its weights: W + Σ w · ΔW in float32, rounded once.
 
     All tensors keep their names and dtypes, and those that no LoRA changes keep their bytes, VAE and averaged weights
-    included. It takes little more time than a copy, and the memory of one layer.
+    included. The file is copied, and changed tensors are written over the copy, one layer at a time.
 
     Args:
         base: ``mini``, a ``.safetensors`` checkpoint, or a diffusers folder; the target is of the same sort.
