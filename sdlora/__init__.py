@@ -18,8 +18,15 @@ if TYPE_CHECKING:
     from .lint.run import lint_dataset
     from .progress import CallbackProgress, ProgressUpdate, Silence
     from .publish.civitai import export_civitai
+    from .tools.average import average
+    from .tools.bake import bake
     from .tools.convert import convert
+    from .tools.diff import diff
+    from .tools.extract import extract
     from .tools.inspect import inspect
+    from .tools.interference import interference
+    from .tools.merge import merge
+    from .tools.resize import resize
     from .training.forecast import plan
     from .training.run import train
 
@@ -38,6 +45,13 @@ _HOMES = {
     "generate": "generation.studio",
     "generate_strip": "generation.studio",
     "inspect": "tools.inspect",
+    "resize": "tools.resize",
+    "merge": "tools.merge",
+    "interference": "tools.interference",
+    "extract": "tools.extract",
+    "diff": "tools.diff",
+    "bake": "tools.bake",
+    "average": "tools.average",
     "lint_dataset": "lint.run",
     "load_config": "config.loading",
     "open": "generation.studio",
@@ -54,16 +68,23 @@ __all__ = [
     "SdloraError",
     "Silence",
     "__version__",
+    "average",
+    "bake",
     "caption_folder",
     "convert",
+    "diff",
     "export_civitai",
+    "extract",
     "generate",
     "generate_strip",
     "inspect",
+    "interference",
     "lint_dataset",
     "load_config",
+    "merge",
     "open",
     "plan",
+    "resize",
     "train",
 ]
 

@@ -129,6 +129,24 @@ def png_bytes(image: Image, texts: Iterable[tuple[str, str]] = ()) -> bytes:
 
 
 @contextmanager
+def whole_file(target: Path) -> Generator[Path]:
+    """The name of a new file beside ``target`` to be filled; it becomes ``target`` after the block.
+
+    After any error in the block it is removed, and ``target`` is as it was.
+
+    Raises:
+        OSError: the disk is full or cannot be written to; it names ``target``.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _written_beside(target, (), durable=False) as partial:
+        yield partial
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, target)
+    _sync_folder(target.parent)
+
+
+@contextmanager
 def whole_folder(target: Path) -> Generator[Path]:
     """A new folder beside ``target`` to be filled; it becomes ``target``, absent or empty until then, after the block.
 

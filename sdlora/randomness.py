@@ -27,6 +27,7 @@ class Stream(IntEnum):
     MULTIRES_NOISE = 31
     INPUT_PERTURBATION = 32
     OPTIMIZER = 40
+    MERGE_DROPOUT = 50
 
 
 def generator(seed: int, stream: Stream, *position: int) -> np.random.Generator:

@@ -48,6 +48,7 @@ def clone(
     before = Path.cwd()
     os.chdir(folder)
     run("sdlora train configs/quickstart-blueprint.toml output.path=out/blueprint.safetensors train.seed=1")
+    run("sdlora train configs/quickstart-pixel.toml output.path=out/pixel.safetensors")
     yield folder
     os.chdir(before)
 
@@ -72,8 +73,6 @@ def test_every_command_runs_as_written(page: Path, clone: Path) -> None:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if snippets_of(page)], ids=lambda page: page.stem)
 def test_every_snippet_of_python_runs(page: Path, clone: Path) -> None:
-    if not Path("out/pixel.safetensors").exists():
-        run("sdlora train configs/quickstart-pixel.toml output.path=out/pixel.safetensors")
     names: dict[str, object] = {}
     for snippet in snippets_of(page):
         shortened = snippet.replace('.safetensors"]', '.safetensors", "train.steps=2", "data.resolution=64"]')

@@ -14,22 +14,52 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-from . import train, quickstart, generate, export, lint, plan, caption, cache, inspect, convert, metadata, settings  # isort: skip  (the order of --help)
+# isort: off  (the order of --help)
+from . import (
+    average,
+    bake,
+    cache,
+    caption,
+    convert,
+    diff,
+    export,
+    extract,
+    generate,
+    inspect,
+    interference,
+    lint,
+    merge,
+    metadata,
+    plan,
+    quickstart,
+    resize,
+    settings,
+    train,
+)
+
+# isort: on
 from .app import app
 
 __all__ = [
     "app",
+    "average",
+    "bake",
     "cache",
     "caption",
     "convert",
+    "diff",
     "export",
+    "extract",
     "generate",
     "inspect",
+    "interference",
     "lint",
     "main",
+    "merge",
     "metadata",
     "plan",
     "quickstart",
+    "resize",
     "settings",
     "train",
 ]

@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec
+from typing import Annotated, Any, Literal, ParamSpec
 
 import typer
 
@@ -29,6 +29,14 @@ app = typer.Typer(
 BaseOption = Annotated[
     str,
     typer.Option("--base", metavar="BASE", help="'mini', a checkpoint file, or a diffusers folder."),
+]
+BaseNameOption = Annotated[
+    str | None,
+    typer.Option("--base", metavar="BASE", help="The base they were made for, where the files do not show enough."),
+]
+PrecisionOption = Annotated[
+    Literal["auto", "float16", "bfloat16", "float32"],
+    typer.Option(help="Precision of the tensors; auto is the widest of the sources."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else.")]
 
@@ -73,7 +81,10 @@ def emit(value: dict[str, Any]) -> None:
     typer.echo(json.dumps(value, ensure_ascii=False, default=str))
 
 
-_PATHS = {"file", "images", "base", "lora", "source", "target", "vae", "text_encoder"}
+_PATHS = {
+    *("file", "images", "base", "lora", "loras", "source", "sources", "target", "out", "vae", "text_encoder", "tuned"),
+    *("first", "second"),
+}
 """Parameters of verbs that are paths, but not of the type ``Path``."""
 
 

@@ -36,15 +36,15 @@ def temporarily_merged(
         for name in sorted({name for lora in loras for name in lora}):
             module, changes = modules[name], [lora[name] for lora in loras if name in lora]
             weight = _weight(module)
-            _change(undo, weight, _merged(weight, changes), in_place)
+            _change(undo, weight, merged_weight(weight, changes), in_place)
             moves = [(bias, strength) for change, strength in changes if (bias := change.bias_delta()) is not None]
             if moves:
                 _move_bias(undo, module, moves, in_place)
         yield
 
 
-def _merged(weight: Tensor, changes: Sequence[tuple[Change, float]]) -> Tensor:
-    """W + Σ w · ΔW in float32."""
+def merged_weight(weight: Tensor, changes: Sequence[tuple[Change, float]]) -> Tensor:
+    """W + Σ w · ΔW of the pristine ``weight``, in a new float32 tensor of its shape."""
     total = weight.to(torch.float32, copy=True)
     for number, (change, strength) in enumerate(changes):
         pristine = weight.float() if number and change.reads_weight else total

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..base.checkpoint import find_base
 from ..errors import LoraFileError
-from ..families import Family
-from ..files import check_target
-from ..formats.keys import resolve
-from ..formats.lora_file import LoraFile, read_lora
+from ..formats.lora_file import read_lora
 from ..formats.lora_writer import WRITTEN_FORMATS, write_lora
 from ..formats.metadata import with_family
-from ..formats.published import published_modules
 from ..formats.readers import read_by
-from ..lora.change import Change
 from ..progress import Progress, progress_or_bar
+from .named_lora import Modules, check_new_lora
 
 _OF_ONE_FORMAT = ("lora_adapter_metadata", "format")
 """Metadata that describes the names of the source's tensors."""
@@ -71,67 +65,36 @@ def convert(
             the base or cannot be written in this format, or the target exists. Nothing is written then.
     """
     source, target = Path(source), Path(target)
-    _check_target(target, to)
+    if to not in WRITTEN_FORMATS:
+        raise LoraFileError(f"format {to!r} cannot be written; choose one of {', '.join(WRITTEN_FORMATS)}")
+    check_new_lora(target)
     with progress_or_bar(progress) as shown:
         shown.start("Converting", 2)
         lora = read_lora(source)
         shown.advance()
-        family, base_modules = _family_and_modules(lora, base)
-        modules = _canonical(lora, family, base_modules)
+        known = Modules.of(lora, base)
+        named = known.named(lora)
         dtype = getattr(torch, lora.dtype.split(", ")[-1] if precision == "auto" else precision)
         metadata = {key: value for key, value in lora.metadata.items() if key not in _OF_ONE_FORMAT}
         write_lora(
             target,
-            modules,
-            with_family(metadata, family),
+            named.changes,
+            with_family(metadata, known.family),
             dtype=dtype,
             format=to,
-            family=family,
-            base_modules=base_modules,
+            family=known.family,
+            base_modules=known.shapes,
             bundled=lora.bundled if to == "kohya" else None,
         )
         shown.advance()
     lost = [f"embedding {name}: only kohya's format can bundle one" for name in lora.embeddings if to != "kohya"]
     return Conversion(
         output=str(target),
-        family=family.name,
-        modules=len(modules),
+        family=known.family.name,
+        modules=len(named.changes),
         source_format=lora.format,
         format=to,
         dtype=str(dtype).removeprefix("torch."),
         read_by=read_by(to),
         left_out=(*lora.problems, *lost),
     )
-
-
-def _check_target(target: Path, to: str) -> None:
-    if to not in WRITTEN_FORMATS:
-        raise LoraFileError(f"format {to!r} cannot be written; choose one of {', '.join(WRITTEN_FORMATS)}")
-    if target.suffix != ".safetensors":
-        raise LoraFileError(f"{target}: the name of the file to write must end in .safetensors")
-    if target.exists():
-        raise LoraFileError(f"{target}: exists already; choose another name")
-    check_target(target)
-
-
-def _family_and_modules(lora: LoraFile, base: str | None) -> tuple[Family, Mapping[str, tuple[int, ...]]]:
-    """The family, and canonical name -> shape of the weight, of every module of the base."""
-    if base:
-        checkpoint = find_base(base)
-        return checkpoint.family, checkpoint.module_shapes()
-    if lora.family is None:
-        raise LoraFileError(
-            f"{lora.path}: names, shapes and metadata do not show its family; name its base with --base"
-        )
-    return lora.family, published_modules(lora.family.name)
-
-
-def _canonical(lora: LoraFile, family: Family, base_modules: Mapping[str, tuple[int, ...]]) -> dict[str, Change]:
-    """Canonical name -> change."""
-    found = resolve(lora.modules, base_modules)
-    if found.unmatched:
-        raise LoraFileError(
-            f"{lora.path}: {len(found.unmatched)} of {len(lora.modules)} modules are not in {family.title}, such as "
-            f"{found.unmatched[0]}; name the base that it was made for with --base"
-        )
-    return {name: lora.modules[key] for key, name in found.matched.items()}
