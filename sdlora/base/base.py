@@ -49,9 +49,10 @@ class Base:
     """Dtype of the UNet and the text encoders. Kept here since diffusers searches a whole model for its dtype or device."""
 
     def modules(self) -> dict[str, nn.Module]:
-        """Canonical name -> module, for every module of the UNet and the text encoders, containers included."""
-        named = {f"unet.{name}": module for name, module in self.unet.named_modules() if name}
+        """Canonical name -> module: the UNet, the text encoders, and every module in them, containers included."""
+        named = {f"unet.{name}" if name else "unet": module for name, module in self.unet.named_modules()}
         for encoder in self.text_encoders:
+            named[encoder.facts.part] = encoder.model
             for name, module in encoder.model.named_modules():
                 if name:
                     named[f"{encoder.facts.part}.{encoder.nesting}{name}"] = module

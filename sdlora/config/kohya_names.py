@@ -47,7 +47,7 @@ UNNECESSARY = {
     "initial_epoch": "run the same command to resume",
     "initial_step": "run the same command to resume",
     "skip_until_initial_step": "run the same command to resume",
-    "network_module": "the LoRA's modules are chosen by lora.targets",
+    "network_module": "lora.kind and lora.targets say what is trained",
     "save_model_as": "the file is always .safetensors",
     "use_safetensors": "the file is always .safetensors",
     "max_data_loader_n_workers": "there are no worker processes",

@@ -9,6 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from .setting import Section, Setting
 
+Kind = Literal["lora", "locon", "dora", "loha", "lokr"]
 TargetsPreset = Literal["attention", "attention-mlp", "linear", "all"]
 Patterns = tuple[Annotated[str, Field(min_length=1)], ...]
 
@@ -55,6 +56,19 @@ class LoraSection(Section):
     alpha: Annotated[float, Field(gt=0), Setting(kohya="network_alpha")] = 8.0
     """The change of each module is scaled by alpha / rank. Keep the ratio when you change the rank, or adapt the
     learning rate."""
+    kind: Kind = "lora"
+    """How the modules are changed. ``lora``: a product of two matrices (Hu et al. 2021). ``locon``: the same, and for the
+    UNet's convolutions too. ``dora``: with a magnitude of its own (Liu et al. 2024), slower. ``loha`` and ``lokr``: Hadamard
+    and Kronecker products (Yeh et al. 2023)."""
+    rslora: bool = False
+    """Whether the change is scaled by alpha / √rank (Kalajdzievski 2023). The file holds the alpha that makes every reader
+    apply that scale."""
+    conv_rank: Annotated[int | None, Field(ge=1, le=1024), Setting(kohya="conv_dim")] = None
+    """Rank of convolutions larger than 1 x 1. By default ``lora.rank``."""
+    conv_alpha: Annotated[float | None, Field(gt=0, allow_inf_nan=False), Setting(kohya="conv_alpha")] = None
+    """Alpha of these. By default ``lora.alpha``."""
+    factor: Annotated[int, Field(ge=-1, le=1024)] = -1
+    """Size of the first factor of ``lokr`` where it divides a layer's; -1 makes both as equal as possible."""
     targets: Annotated[
         TargetsPreset | Patterns,
         BeforeValidator(_targets),
@@ -74,8 +88,19 @@ class LoraSection(Section):
     truncated. What is in it decides resuming, not where it is."""
 
     @model_validator(mode="after")
-    def _has_one_start(self) -> LoraSection:
+    def _fits_together(self) -> LoraSection:
+        problems = []
         if self.init != "default" and self.start_from is not None:
-            problem = f'init = "{self.init}" and lora.start_from contradict each other; choose one of them'
-            raise PydanticCustomError("settings", "{problems}", {"problems": problem})
+            problems.append(f'init = "{self.init}" and lora.start_from contradict each other; choose one of them')
+        if self.kind not in ("lora", "locon"):
+            if self.init != "default":
+                problems.append(f'init = "{self.init}": only for the kinds lora and locon, not for {self.kind}')
+            if self.start_from is not None:
+                problems.append(f"start_from: only for the kinds lora and locon, not for {self.kind}")
+        if self.factor == 0:
+            problems.append("factor = 0: must be -1, or at least 1")
+        if self.factor != -1 and self.kind != "lokr":
+            problems.append(f"factor = {self.factor}: only for the kind lokr, not for {self.kind}")
+        if problems:
+            raise PydanticCustomError("settings", "{problems}", {"problems": "\n".join(problems)})
         return self

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .adapted_layer import weight_of
 from .change import Change
 from .low_rank import LowRank
 from .low_rank_trainable import TrainableLowRank
-from .quantized import dense_weight
 from .relative_trainable import principal_factors
 
 
@@ -68,7 +68,7 @@ def _factors(change: Change, fresh: TrainableLowRank, scale: float) -> tuple[Ten
             ratio = change.scale / scale
             return down, up if ratio == 1 else up * ratio
         return truncated(down, up, fresh.rank, factor=change.scale / scale)
-    weight = dense_weight(fresh.module).detach().float().cpu()
+    weight = weight_of(fresh.module).detach().float().cpu()
     down, up = principal_factors(change.delta(weight).flatten(1), fresh.rank, scale=scale)
     return down, up
 

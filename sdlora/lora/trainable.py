@@ -8,7 +8,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from .adapted_layer import FrozenLayer
 from .change import Change
+from .quantized import QuantizedLinear
 
 
 class Trainable(Protocol):
@@ -39,6 +41,8 @@ class Trainable(Protocol):
         """The change of the pristine weight that trained ``tensors``, float32 on the CPU, make."""
 
 
-def empty_like(device: torch.device, dtype: torch.dtype) -> Tensor:
-    """For ``Trainable.like``."""
-    return torch.empty(0, device=device, dtype=dtype)
+def like_of(module: FrozenLayer) -> Tensor:
+    """``Trainable.like`` of a frozen layer."""
+    if isinstance(module, QuantizedLinear):
+        return torch.empty(0, device=module.device, dtype=module.dtype)
+    return module.weight.new_empty(0)

@@ -72,11 +72,7 @@ def extract(
     """
     target = Path(target)
     check_new_lora(target)
-    problems = cut_problems(rank, energy)
-    if rank is energy is None:
-        problems.append("name the size of the LoRA: --rank or --energy")
-    if problems:
-        raise LoraFileError(problems)
+    cut = _cut(rank, energy)
     with progress_or_bar(progress) as shown:
         checkpoint = find_base(str(base))
         parts = _tuned_parts(checkpoint, Path(tuned))
@@ -94,7 +90,7 @@ def extract(
                 other.append(name)
             else:
                 spectrum = Spectrum.of_matrix(delta)
-                change = spectrum.cut(Cut(rank=rank, energy=energy))
+                change = spectrum.cut(cut)
                 modules[module] = in_dtype(change, dtype)
                 size = float(delta.double().square().sum())
                 kept, whole = kept + size * spectrum.energy(change.rank), whole + size
@@ -119,6 +115,15 @@ def extract(
         energy=kept / whole,
         left_out=tuple(other),
     )
+
+
+def _cut(rank: int | None, energy: float | None) -> Cut:
+    problems = cut_problems(rank, energy)
+    if rank is energy is None:
+        problems.append("name the size of the LoRA: --rank or --energy")
+    if problems:
+        raise LoraFileError(problems)
+    return Cut(rank=rank, energy=energy)
 
 
 def _tuned_parts(base: BaseCheckpoint, tuned: Path) -> dict[str, Part]:

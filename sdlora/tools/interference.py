@@ -25,7 +25,7 @@ class PairInBlock:
     block: str
     modules: int
     cosine: float
-    """Of their changes: 1 is the same direction, -1 the opposite, 0 neither."""
+    """Cosine of their changes: 1 for the same direction, -1 for the reverse, 0 for a right angle."""
     outputs: float
     """Mean share of the smaller subspace of outputs that lies in the larger, from 0 to 1."""
     inputs: float

@@ -183,9 +183,21 @@ def _origin(config: Config, run: RunFacts) -> dict[str, object]:
     }
 
 
+_ALGORITHMS: Mapping[str, Mapping[str, object]] = {
+    "dora": {"algo": "lora", "dora_wd": True},
+    "loha": {"algo": "loha"},
+    "lokr": {"algo": "lokr"},
+}
+"""Kind -> the arguments by which LyCORIS knows it."""
+
+
 def _network(config: Config, run: RunFacts) -> dict[str, object]:
     lora, ratio = config.lora, config.optimizer.lora_plus_ratio
-    arguments: dict[str, object] = {"targets": lora.targets}
+    arguments: dict[str, object] = {"targets": lora.targets, **_ALGORITHMS.get(lora.kind, {})}
+    if lora.kind == "locon":
+        arguments |= {"conv_dim": lora.conv_rank or lora.rank, "conv_alpha": lora.conv_alpha or lora.alpha}
+    if lora.rslora:
+        arguments["rslora"] = True
     if lora.rules:
         arguments["rules"] = [rule.model_dump(exclude_none=True) for rule in lora.rules]
     if lora.init != "default":
@@ -193,7 +205,7 @@ def _network(config: Config, run: RunFacts) -> dict[str, object]:
     if ratio != 1:
         arguments["loraplus_lr_ratio"] = ratio
     return {
-        "ss_network_module": "networks.lora",
+        "ss_network_module": "lycoris.kohya" if lora.kind in _ALGORITHMS else "networks.lora",
         # What kohya's resize script writes where they differ.
         "ss_network_dim": "Dynamic" if run.rank is None else run.rank,
         "ss_network_alpha": "Dynamic" if run.alpha is None else run.alpha,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import math
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from ..base.checkpoint import BaseCheckpoint
@@ -54,17 +55,30 @@ def changeable_shapes(checkpoint: BaseCheckpoint) -> dict[str, tuple[int, ...]]:
 def choose_modules(checkpoint: BaseCheckpoint, config: Config) -> dict[str, ModuleChoice]:
     """Canonical name -> how the module is trained: part after part, sorted within."""
     lora, rates = config.lora, part_rates(checkpoint, config)
-    names = chosen_names(changeable_shapes(checkpoint), lora.targets)
+    shapes = changeable_shapes(checkpoint)
+    names = targeted_names(shapes, config)
     chosen = {}
     for part, rate in rates.items():
         for name in (name for name in names if part_of(name) == part):
             choice = ModuleChoice(rank=lora.rank, alpha=lora.alpha, rate=rate)
+            if any(side > 1 for side in shapes[name][2:]):
+                choice = replace(choice, rank=lora.conv_rank or lora.rank, alpha=lora.conv_alpha or lora.alpha)
             for rule in lora.rules:
                 if matches(rule.pattern, name):
                     choice = choice.by(rule)
+            if lora.rslora:  # Every reader of the file takes alpha / rank for the scale.
+                choice = replace(choice, alpha=choice.alpha * math.sqrt(choice.rank))
             if choice.trained:
                 chosen[name] = choice
     return chosen
+
+
+def targeted_names(shapes: Mapping[str, tuple[int, ...]], config: Config) -> list[str]:
+    """The modules of ``shapes`` that ``lora.targets`` means, sorted; for LoCon the UNet's convolutions too."""
+    names = set(chosen_names(shapes, config.lora.targets))
+    if config.lora.kind == "locon":
+        names |= {name for name, shape in shapes.items() if name.startswith("unet.") and len(shape) == 4}
+    return sorted(names)
 
 
 def with_unchosen_frozen(checkpoint: BaseCheckpoint, config: Config) -> Config:
@@ -100,7 +114,7 @@ def choice_problems(checkpoint: BaseCheckpoint, config: Config) -> Iterator[str]
     for pattern in targets if isinstance(targets, tuple) else ():
         if not any(matches(pattern, name) for name in names):
             yield f"lora.targets: {_matches_nothing(pattern, names)}"
-    chosen, rates = chosen_names(shapes, targets), part_rates(checkpoint, config)
+    chosen, rates = targeted_names(shapes, config), part_rates(checkpoint, config)
     for number, rule in enumerate(config.lora.rules, 1):
         if problem := _rule_problem(rule.pattern, names, chosen, rates):
             yield f"lora.rules, number {number}: {problem}"

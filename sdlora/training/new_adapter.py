@@ -13,6 +13,7 @@ from ..config.sections import Config
 from ..lora.adapter import Adapter
 from ..lora.change import Change
 from ..lora.low_rank_trainable import TrainableLowRank
+from ..lora.new_trainable import KindSettings, trainable_for
 from ..lora.quantized import FrozenLinear
 from ..lora.relative_trainable import TrainableRelative
 from ..lora.started_trainable import StartedTrainable
@@ -55,12 +56,9 @@ def _trainable(name: str, module: nn.Module, choice: ModuleChoice, config: Confi
     init, rank, alpha = config.lora.init, choice.rank, choice.alpha
     if init != "default" and isinstance(module, FrozenLinear):
         return TrainableRelative(module=module, rank=rank, alpha=alpha, init=init, name=name, seed=config.train.seed)
-    fresh = trainable_for(module, rank=rank, alpha=alpha)
-    return fresh if start is None else StartedTrainable(fresh=fresh, change_of_file=start)
-
-
-def trainable_for(module: nn.Module, *, rank: int, alpha: float) -> TrainableLowRank:
-    """What is trained of a linear layer."""
-    if not isinstance(module, FrozenLinear):
-        raise TypeError(f"{type(module).__name__} is no linear layer")
-    return TrainableLowRank(module=module, rank=rank, alpha=alpha)
+    lora = config.lora
+    kind = KindSettings(kind=lora.kind, factor=lora.factor)
+    fresh = trainable_for(name, module, kind, rank=rank, alpha=alpha)
+    if start is None or not isinstance(fresh, TrainableLowRank):
+        return fresh
+    return StartedTrainable(fresh=fresh, change_of_file=start)

@@ -1,0 +1,33 @@
+"""A low-rank change beside a convolution."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from .adapted_layer import AdaptedLayer, FrozenLayer, product, raised
+
+
+class LowRankLayer(AdaptedLayer):
+    """``base`` plus ``scale`` · ``up`` @ ``down``.
+
+    ``down`` (rank, in[, kh, kw]) is a layer like ``base`` with as many outputs as ranks, ``up`` (out, rank[, 1, 1]) one of
+    1 x 1 after it.
+    """
+
+    def __init__(
+        self,
+        base: FrozenLayer,
+        leaves: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor],
+        *,
+        scale: float,
+    ):
+        super().__init__(base, leaves, gradients)
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As ``base``, in its dtype."""
+        hidden = product(self.base, x, self.leaves["down"])
+        return self.base(x) + raised(self.base, hidden * self.scale, self.leaves["up"])
