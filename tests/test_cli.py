@@ -32,6 +32,13 @@ SURFACE = {
     },
     "inspect": {"file", "with_hashes", "as_json"},
     "convert": {"source", "target", "to", "base", "precision", "as_json"},
+    "merge": {"loras", "out", "method", "rank", "energy", "density", "seed", "base", "precision", "as_json"},
+    "resize": {"source", "target", "rank", "energy", "ratio", "base", "precision", "as_json"},
+    "average": {"sources", "out", "base", "precision", "as_json"},
+    "extract": {"base", "tuned", "target", "rank", "energy", "precision", "as_json"},
+    "bake": {"base", "loras", "out", "as_json"},
+    "diff": {"first", "second", "base", "as_json"},
+    "interference": {"loras", "base", "as_json"},
     "export": {
         *(
             "lora",
