@@ -187,7 +187,7 @@ def test_alphas_of_a_peft_folder_are_read(tmp_path: Path) -> None:
 def test_bundled_embeddings_and_pickles(tmp_path: Path) -> None:
     key = "lora_unet_mid_block_attentions_0_proj_in"
     tensors = {
-        f"{key}.lora_down.weight": torch.randn(2, 6), f"{key}.lora_up.weight": torch.randn(5, 2),
+        f"{key}.lora_down.weight": torch.randn(2, 224, 1, 1), f"{key}.lora_up.weight": torch.randn(224, 2, 1, 1),
         "bundle_emb.zorb.clip_l": torch.randn(3, 768), "bundle_emb.zorb.clip_g": torch.randn(3, 1280),
     }  # fmt: skip
     save_file(tensors, tmp_path / "x.safetensors")
