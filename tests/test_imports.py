@@ -90,19 +90,28 @@ def test_public_names_are_sorted_and_resolve() -> None:
 
 
 def test_help_answers_at_once() -> None:
-    def seconds() -> float:
+    """0.3 s on a machine that imports typer in 0.1 s: the same machine may be twice as slow at another hour."""
+
+    def seconds(*arguments: str) -> float:
         began = time.perf_counter()
-        result = subprocess.run(
-            [sys.executable, "-m", "sdlora.cli", "--help"], capture_output=True, text=True, check=True
-        )
-        assert "quickstart" in result.stdout
+        subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=True)
         return time.perf_counter() - began
 
     # The best of several: a busy machine slows a start-up, nothing makes it too fast.
-    assert min(seconds() for _ in range(7)) < 0.3
+    turns = [(seconds("-m", "sdlora.cli", "--help"), seconds("-c", "import typer")) for _ in range(7)]
+    assert min(ours for ours, _ in turns) < 3 * min(typer for _, typer in turns)
 
 
-def test_help_does_not_import_torch() -> None:
-    code = "import sys, sdlora.cli; print('torch' in sys.modules, 'diffusers' in sys.modules, 'numpy' in sys.modules)"
+def test_help_imports_neither_rich_nor_torch() -> None:
+    code = """
+import sys
+from sdlora.cli.app import app
+import sdlora.cli
+try:
+    app(["--help"])
+except SystemExit:
+    print(sorted({"torch", "diffusers", "numpy", "rich"} & set(sys.modules)))
+"""
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.split() == ["False", "False", "False"]
+    assert "quickstart" in result.stdout
+    assert result.stdout.splitlines()[-1] == "[]"

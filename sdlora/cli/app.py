@@ -15,11 +15,28 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, ParamSpec
 
 import typer
+from typer.core import TyperGroup
 
 from .._version import __version__
 from ..errors import Interrupted, SdloraError
 
+
+class PlainList(TyperGroup):
+    """Lists the verbs as plain text with whole sentences: rich, which draws frames, takes longer to import than all
+    else that this help needs."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """As click does it; see the base class."""
+        super(TyperGroup, self).format_help(ctx, formatter)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """As click does it, with sentences that are not cut off."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, verb.get_short_help_str(1000)) for name, verb in self.commands.items()])
+
+
 app = typer.Typer(
+    cls=PlainList,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

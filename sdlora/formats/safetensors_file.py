@@ -63,6 +63,10 @@ class Header:
     """Offset in bytes of the first tensor."""
 
 
+METADATA_FIRST = b'{"__metadata__":'
+"""How the header begins in files of safetensors, kohya and diffusers: the table need not be parsed to reach what follows."""
+
+
 def read_header(path: Path, error: type[SdloraError]) -> Header:
     """Read and check the header of ``path``; no tensor is read.
 
@@ -93,7 +97,15 @@ def read_header(path: Path, error: type[SdloraError]) -> Header:
 
 def read_metadata(path: Path, error: type[SdloraError]) -> dict[str, str]:
     """The metadata alone, without a look at the tensors' table: to list many files fast. Raises as ``read_header``."""
-    return _parse(path, _read_raw_header(path, error)[0], error)[1]
+    raw, _ = _read_raw_header(path, error)
+    if raw.startswith(METADATA_FIRST) and raw.count(b'"__metadata__"') == 1 and raw.rstrip().endswith(b"}"):
+        try:
+            metadata, _ = json.JSONDecoder().raw_decode(raw[len(METADATA_FIRST) :].decode("utf-8"))
+        except (ValueError, RecursionError):
+            metadata = None
+        if isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values()):
+            return metadata
+    return _parse(path, raw, error)[1]
 
 
 def _read_raw_header(path: Path, error: type[SdloraError]) -> tuple[bytes, int]:
