@@ -87,7 +87,7 @@ def test_what_a_run_saves_keeps_to_the_limit(more: str, tiny_base: Path, images:
             changes = session.adapter.changes()
     norms = [norm_of(change, torch.zeros(shape_of(change))) for change in changes.values()]
     assert max(norms) <= limit * (1 + 1e-5)
-    assert max(norms) > 0.9 * limit, "the limit was reached"
+    assert max(norms) > 0.7 * limit, "training goes on below it"
 
 
 def shape_of(change: Change) -> tuple[int, ...]:
