@@ -40,7 +40,7 @@ def _draw(job: tuple[Path, str, str, bool]) -> np.ndarray | None:
 
 
 def _drawn(jobs: list[tuple[Path, str, str, bool]]) -> list[np.ndarray]:
-    with multiprocessing.get_context("spawn").Pool() as pool:
+    with multiprocessing.get_context("fork").Pool() as pool:
         return [pixels for pixels in pool.map(_draw, jobs, chunksize=32) if pixels is not None]
 
 
