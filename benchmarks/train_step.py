@@ -31,6 +31,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -68,7 +69,8 @@ class Setting:
 
     @property
     def resolution(self) -> int:
-        return self.plan.config.data.resolution or self.base.checkpoint.resolution
+        stated = self.plan.config.data.resolution
+        return stated if isinstance(stated, int) else self.base.checkpoint.resolution
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -157,7 +159,7 @@ def example_step(setting: Setting) -> Step:
     def step() -> None:
         with torch.autocast(base.device.type, base.dtype, enabled=base.dtype != torch.float32):
             images = pixels.to(base.device, base.vae.dtype)
-            latents = base.vae.encode(images).latent_dist.sample() * base.vae.config.scaling_factor
+            latents = base.vae.encode(images).latent_dist.sample() * base.checkpoint.latent_scale
             noise = torch.randn_like(latents)
             timesteps = torch.randint(0, 1000, (len(noise),), device=base.device)
             kept = alphas[timesteps][:, None, None, None]
@@ -247,7 +249,7 @@ def fill_randomly(base: Base) -> None:
                 parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
 
 
-def compare(setting: Setting, sides: list[str], rounds: int) -> dict[str, object]:
+def compare(setting: Setting, sides: list[str], rounds: int) -> dict[str, Any]:
     device, steps, peaks = setting.base.device, {}, {}
     for side in sides:
         step = steps[side] = step_of(side, setting)

@@ -9,8 +9,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse
+import subprocess
+import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -21,7 +26,6 @@ from .art import load_art
 from .export import export
 from .latents import encode_all, standardise
 from .measure import measure
-from .pool import training_pool
 from .sizes import sizes_for
 from .sources import held_out_emoji, held_out_sources
 from .text import new_tokenizer, train_text_encoder
@@ -43,12 +47,19 @@ def main() -> None:
     arts = load_art(arguments.art)
     if not arguments.measure:
         arguments.work.mkdir(parents=True, exist_ok=True)
+        torch.backends.cudnn.benchmark = True
         sizes = sizes_for(torch.device(arguments.device), seconds=arguments.seconds, small=arguments.small)
-        vae = train_vae(training_pool(arguments.art, arguments.work, sizes.pool), arguments.work, sizes)
-        vae = standardise(vae, arts)
-        latents = encode_all(vae, arts, arguments.art, arguments.work, sizes)
+        places = ["--art", str(arguments.art), "--work", str(arguments.work)]
+        amounts = ["--pool", str(sizes.pool), "--variants", str(sizes.variants)]
+        subprocess.run([sys.executable, "-m", "recipes.mini.draw", *places, *amounts], check=True)
+        began = time.monotonic()
+        pool, composed = (np.load(arguments.work / f"{name}.npy", mmap_mode="r") for name in ("pool", "composed"))
+        vae = standardise(train_vae(pool, arguments.work, sizes), composed)
+        latents = encode_all(vae, composed, arts, arguments.art, arguments.work, sizes)
         tokenizer = new_tokenizer(arguments.art)
         encoder = train_text_encoder(tokenizer, latents, arguments.work, sizes)
+        if arguments.seconds is not None:
+            sizes = replace(sizes, unet_seconds=arguments.seconds - (time.monotonic() - began))
         unet = train_unet(encoder, tokenizer, latents, arguments.work, sizes)
         export(arguments.to, vae, encoder, unet, tokenizer)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import multiprocessing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,8 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
-from .art import Art, Placement, captions, compose, draw_placement, emoji, strange_word
+from .art import Art, captions, emoji, strange_word
+from .draw import placements
 from .sizes import Sizes
 from .vae import to_tensor
 
@@ -33,21 +33,14 @@ class Latents:
     backgrounds: list[str]
 
 
-def composed(places: list[tuple[Art, Placement]]) -> list[np.ndarray]:
-    """The images, uint8 (128, 128, 3) each, drawn by all cores."""
-    with multiprocessing.get_context("fork").Pool() as pool:
-        return pool.starmap(compose, places, chunksize=64)
-
-
 @torch.no_grad()
-def standardise(vae: AutoencoderKL, arts: list[Art]) -> AutoencoderKL:
-    """A VAE whose latents of the training images have mean 0 and standard deviation 1 / 0.18215 in every channel.
+def standardise(vae: AutoencoderKL, images: np.ndarray) -> AutoencoderKL:
+    """A VAE whose latents of ``images``, (n, h, w, 3) uint8, have mean 0 and standard deviation 1 / 0.18215 per channel.
 
     Diffusion from pure noise cannot move a channel's mean far, so the mean is folded away: an affine map per channel
     goes into ``quant_conv`` and its inverse into ``post_quant_conv``; decoded images stay the same.
     """
-    rng = np.random.default_rng(SEED)
-    pixels = to_tensor([compose(art, draw_placement(rng, art.mirror)) for art in arts])
+    pixels = to_tensor(images[:: max(1, len(images) // 2000)])
     means = torch.cat([vae.encode(part.to(vae.device)).latent_dist.mean for part in pixels.split(32)])
     shift, scale = means.mean(dim=(0, 2, 3)), LATENT_STD / means.std(dim=(0, 2, 3))
     vae = copy.deepcopy(vae)
@@ -62,10 +55,12 @@ def standardise(vae: AutoencoderKL, arts: list[Art]) -> AutoencoderKL:
 
 
 @torch.no_grad()
-def encode_all(vae: AutoencoderKL, arts: list[Art], node_modules: Path, work: Path, sizes: Sizes) -> Latents:
-    """Latents of every drawing in ``sizes.variants`` placements, saved in ``work/latents.safetensors``."""
+def encode_all(
+    vae: AutoencoderKL, images: np.ndarray, arts: list[Art], node_modules: Path, work: Path, sizes: Sizes
+) -> Latents:
+    """Latents of ``images``, (n, h, w, 3) uint8 in the order of ``placements``, saved in ``work/latents.safetensors``."""
     file, rng = work / "latents.safetensors", np.random.default_rng(SEED)
-    places = [(art, draw_placement(rng, art.mirror)) for art in arts for _ in range(sizes.variants)]
+    places = placements(arts, sizes.variants)
     known = sorted({tag for entry in emoji(node_modules) for tag in entry.get("tags", [])})
     wordings = []
     for art, place in places:
@@ -74,9 +69,8 @@ def encode_all(vae: AutoencoderKL, arts: list[Art], node_modules: Path, work: Pa
         wordings.append(texts + [f"{word}, {texts[int(rng.integers(len(texts)))]}" for word in strange])
     if not file.exists():
         parts = [
-            vae.encode(to_tensor(images).to(vae.device)).latent_dist.mean.cpu() / LATENT_STD
-            for first in range(0, len(places), 4096)
-            for images in _batches(composed(places[first : first + 4096]), 32)
+            vae.encode(to_tensor(images[first : first + 64]).to(vae.device)).latent_dist.mean.cpu() / LATENT_STD
+            for first in range(0, len(images), 64)
         ]
         save_file({"latents": torch.cat(parts)}, file)
     return Latents(
@@ -86,7 +80,3 @@ def encode_all(vae: AutoencoderKL, arts: list[Art], node_modules: Path, work: Pa
         styles=[art.style for art, _ in places],
         backgrounds=[place.background for _, place in places],
     )
-
-
-def _batches(images: list[np.ndarray], size: int) -> list[list[np.ndarray]]:
-    return [images[first : first + size] for first in range(0, len(images), size)]

@@ -20,7 +20,7 @@ class Sizes:
 
     device: torch.device
     pool: int
-    """Images drawn for the autoencoder, a multiple of 250."""
+    """Images drawn for the autoencoder, a multiple of 50."""
     variants: int
     """Placements of each drawing that the diffusion model learns from."""
     vae_steps: int
@@ -39,15 +39,13 @@ def sizes_for(device: torch.device, *, seconds: float | None, small: bool) -> Si
     """Those for ``device``.
 
     Args:
-        seconds: limit of the three trainings together; None for no limit.
+        seconds: limit of everything after the drawing; the UNet has what the other stages leave of it. None for no limit.
         small: a trial that ends within a minute or two and learns next to nothing.
     """
-    limits = {}
-    if seconds is not None:
-        limits = {"vae_seconds": 0.42 * seconds, "text_seconds": 0.08 * seconds, "unet_seconds": 0.5 * seconds}
+    limits = {} if seconds is None else {"vae_seconds": 0.36 * seconds, "text_seconds": 0.06 * seconds}
     if small:
         return Sizes(
-            device=device, pool=500, variants=2, vae_steps=6, vae_batch=16, text_steps=4, text_batch=16, unet_steps=4,
+            device=device, pool=400, variants=2, vae_steps=6, vae_batch=16, text_steps=4, text_batch=16, unet_steps=4,
             unet_batch=16, **limits,
         )  # fmt: skip
     if device.type == "cpu":
@@ -56,6 +54,6 @@ def sizes_for(device: torch.device, *, seconds: float | None, small: bool) -> Si
             unet_steps=6_000, unet_batch=32, **limits,
         )  # fmt: skip
     return Sizes(
-        device=device, pool=60_000, variants=32, vae_steps=9_000, vae_batch=192, text_steps=2_500, text_batch=256,
+        device=device, pool=20_000, variants=24, vae_steps=9_000, vae_batch=192, text_steps=2_500, text_batch=256,
         unet_steps=12_000, unet_batch=512, **limits,
     )  # fmt: skip

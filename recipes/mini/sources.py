@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -40,8 +41,8 @@ def _draw(job: tuple[Path, str, str, bool]) -> np.ndarray | None:
 
 
 def _drawn(jobs: list[tuple[Path, str, str, bool]]) -> list[np.ndarray]:
-    with multiprocessing.get_context("fork").Pool() as pool:
-        return [pixels for pixels in pool.map(_draw, jobs, chunksize=32) if pixels is not None]
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as executor:
+        return [pixels for pixels in executor.map(_draw, jobs, chunksize=32) if pixels is not None]
 
 
 def _codes(node_modules: Path, *, held_out: bool) -> list[str]:

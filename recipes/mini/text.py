@@ -77,7 +77,12 @@ def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 def token_tables(tokenizer: CLIPTokenizer, latents: Latents) -> list[Tensor]:
     """(captions, 77) int64 for each latent."""
-    return [torch.tensor(tokenizer(c, padding="max_length", truncation=True).input_ids) for c in latents.captions]
+    numbers: dict[str, int] = {}
+    for texts in latents.captions:
+        for caption in texts:
+            numbers.setdefault(caption, len(numbers))
+    ids = torch.tensor(tokenizer(list(numbers), padding="max_length", truncation=True).input_ids)
+    return [ids[[numbers[caption] for caption in texts]] for texts in latents.captions]
 
 
 class Heads(nn.Module):

@@ -165,10 +165,10 @@ def train_unet(
         first, spent = state["step"], state["spent"]
     if first >= sizes.unet_steps:
         return average
+    budget = Budget(steps=sizes.unet_steps, seconds=sizes.unet_seconds, spent=spent)
     embeddings = CaptionEmbeddings(encoder, tokenizer, latents, device)
     worker = Workers(unet) if device.type == "cpu" else OneDevice(unet)
     averaged, current, values = list(average.parameters()), list(unet.parameters()), latents.values.to(device)
-    budget = Budget(steps=sizes.unet_steps, seconds=sizes.unet_seconds, spent=spent)
     step, saved, recent = first, time.monotonic(), torch.zeros((), device=device)
     while (share := budget.share(step)) < 1:
         rng = np.random.default_rng([SEED, step])
