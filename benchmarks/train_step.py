@@ -290,7 +290,9 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=["ours", "peft", "example", "floor"])
     arguments = parser.parse_args()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{arguments.base} on {device}, torch {torch.__version__}; ratios: median [least, most] of {arguments.rounds}")
+    print(
+        f"{arguments.base} on {device}, torch {torch.__version__}; ratios: median [least, most] of {arguments.rounds}"
+    )
     for batch in arguments.batches:
         with tempfile.TemporaryDirectory() as folder:
             setting = open_setting(arguments, Path(folder), batch)
