@@ -10,7 +10,7 @@ from .app import app, emit, examples, guard
 from .settings_options import run_config
 
 if TYPE_CHECKING:
-    from ..training.loop import TrainResult
+    from ..training.report import TrainResult
 
 
 DATA, LORA, TRAINING, OUTPUT = "Data", "LoRA", "Training", "Output"

@@ -1,4 +1,4 @@
-"""The configuration of what a run writes: sample images, the LoRA file, and what it says about itself."""
+"""The configuration of what a run writes: the LoRA file, and what it says about itself."""
 
 from __future__ import annotations
 
@@ -8,13 +8,6 @@ from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
 from .setting import Section, Setting
-
-
-class SamplesSection(Section):
-    """The sample images at the end of a run."""
-
-    prompts: Annotated[tuple[str, ...] | None, Setting(kohya="sample_prompts", affects="samples")] = None
-    """Prompts of the sample sheet. By default the first four captions; [] draws none."""
 
 
 def _lora_file(value: str) -> str:
@@ -37,6 +30,8 @@ class OutputSection(Section):
     save_every: Annotated[int, Field(ge=0), Setting(kohya="save_every_n_steps", affects="nothing")] = 0
     """Steps between LoRA files on the way, ``NAME-000500.safetensors`` beside the output; 0 writes none. Each can be used
     as it is. Checkpoints to resume from are ``train.save_every``."""
+    save_every_epochs: Annotated[int, Field(ge=0), Setting(kohya="save_every_n_epochs", affects="nothing")] = 0
+    """Epochs between LoRA files on the way, as well as or instead of ``output.save_every``; 0 writes none."""
     keep: Annotated[int | None, Field(ge=1), Setting(affects="nothing")] = None
     """Number of LoRA files on the way that are kept, the newest. By default all."""
     log: Annotated[bool, Setting(kohya="logging_dir", affects="nothing")] = False

@@ -14,7 +14,8 @@ from .data_section import DataSection, ImageSettings, MaskKind, SetSection
 from .lora_section import LoraSection
 from .objective_section import ObjectiveSection
 from .optimizer_section import OptimizerSection
-from .output_section import OutputSection, SamplesSection
+from .output_section import OutputSection
+from .samples_section import SamplesSection
 from .setting import Affects, Section, setting_of
 from .train_section import TrainSection
 

@@ -18,8 +18,8 @@ from ..lint.run import examine_dataset
 from ..progress import Progress, Silence, progress_or_bar, raise_if_stopped
 
 if TYPE_CHECKING:
-    from .loop import TrainReport
     from .records import StepRecord
+    from .report import TrainReport
 
 
 def train(

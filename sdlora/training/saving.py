@@ -1,13 +1,17 @@
-"""What a run writes while it goes on."""
+"""What a run writes before it is complete, and the saving of its state."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from .checkpoint import Checkpoint, RunFolder
 from .exports import Exports
-from .records import Records
+from .plan import RunPlan
+from .records import Records, StepRecord
+from .sample_sheet import SamplesOnTheWay
 from .session import TrainingSession
 from .shortage import why_not_written
 
@@ -16,14 +20,42 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RunFiles:
-    """The places of what is written before the last step."""
+    """What a run writes before it is complete."""
 
     folder: RunFolder
-    """State to resume from."""
+    """The state to resume from."""
     exports: Exports
     """LoRA files on the way."""
     records: Records
     """The log of the losses."""
+    samples: SamplesOnTheWay
+    """Rows of the sample sheet on the way."""
+
+    @classmethod
+    def of(cls, plan: RunPlan, on_step: Callable[[StepRecord], None] | None, *, main: bool) -> RunFiles:
+        """Those of ``plan``; ``on_step`` and ``main`` as for ``Records``."""
+        folder = RunFolder(Path(plan.config.output.path), plan.identity)
+        return cls(
+            folder=folder,
+            exports=Exports(plan, folder),
+            records=Records(plan, on_step, main=main),
+            samples=SamplesOnTheWay(plan),
+        )
+
+    def remove(self) -> None:
+        """Remove what earlier runs for this output wrote on their way."""
+        self.folder.remove()
+        self.exports.remove()
+        self.samples.remove()
+
+    def open(self, done: int) -> None:
+        """Go on after ``done`` steps.
+
+        Raises:
+            ResumeError: a file of others is where this run would write.
+        """
+        self.exports.check()
+        self.records.open(done)
 
 
 def save_state(folder: RunFolder, start: Checkpoint, done: int, session: TrainingSession) -> str:
