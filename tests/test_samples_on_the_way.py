@@ -214,7 +214,7 @@ def test_epochs_count_as_steps(tiny_base: Path, tmp_path: Path) -> None:
 
     def due(*more: str) -> tuple[list[int], list[int]]:
         plan: RunPlan = plan_config(config_for(tiny_base, images, tmp_path / "x.safetensors", TWO, *more))
-        files = RunFiles.of(plan, None, main=True)
+        files = RunFiles.of(plan)
         return [n for n in range(13) if files.samples.due(n)], [n for n in range(13) if files.exports._due(n)]
 
     assert due("samples.every_epochs=2", "output.save_every_epochs=1") == ([6], [3, 6, 9])

@@ -48,13 +48,14 @@ def test_the_settings_that_decide_resuming() -> None:
         *("data.images", "data.metadata", "data.dataset_config", "train.save_every"),
         *("train.gradient_checkpointing", "train.micro_batch", "train.fit", "train.deterministic"),
         *("cache.disk", "cache.folder", "cache.max_gigabytes", "output.path", "lora.start_from"),
+        "validation.every",
         *(f"samples.{key}" for key in SamplesSection.model_fields),
     }
     settings = config.flat()
     expected = {
         key for key in settings if key not in never and (not key.startswith("output.") or key == "output.precision")
     }
-    assert len(settings) == 119
+    assert len(settings) == 121
     assert set(config.flat(DECIDES_RESUMING)) == expected
     sets = {setting.key for setting in all_settings() if setting.section == "data.sets" and setting.affects == "place"}
     assert sets == {"images", "metadata", "masks"}

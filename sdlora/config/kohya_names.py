@@ -80,7 +80,7 @@ NOT_SUPPORTED = frozenset({
     "save_last_n_steps_state", "save_state_on_train_end", "save_state_to_huggingface",
     "scale_v_pred_loss_like_noise_pred", "scale_weight_norms", "secondary_separator", "skip_image_resolution",
     "text_encoder_batch_size", "token_warmup_min", "token_warmup_step", "tokenizer_cache_dir", "torch_compile",
-    "use_8bit_adam", "use_lion_optimizer", "v_pred_like_loss", "validate_every_n_epochs", "validate_every_n_steps",
+    "use_8bit_adam", "use_lion_optimizer", "v_pred_like_loss", "validate_every_n_epochs",
     "validation_seed", "validation_split", "wandb_api_key", "wandb_run_name", "weighted_captions", "weighting_scheme",
     "zero3_init_flag", "zero3_save_16bit_model", "zero_stage",
 })  # fmt: skip

@@ -18,6 +18,7 @@ from .output_section import OutputSection
 from .samples_section import SamplesSection
 from .setting import Affects, Section, setting_of
 from .train_section import TrainSection
+from .validation_section import ValidationSection
 
 __all__ = [
     "BaseSection",
@@ -34,6 +35,7 @@ __all__ = [
     "Section",
     "SetSection",
     "TrainSection",
+    "ValidationSection",
 ]
 
 
@@ -55,6 +57,7 @@ class DatasetConfig(Section):
     optimizer: OptimizerSection = OptimizerSection()
     train: TrainSection = TrainSection()
     samples: SamplesSection = SamplesSection()
+    validation: ValidationSection = ValidationSection()
     output: OutputSection | None = None
 
 

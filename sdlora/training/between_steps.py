@@ -1,4 +1,4 @@
-"""What a run does between its steps: losses are read, states saved, samples drawn."""
+"""What a run does between its steps: losses are read, states saved, the validation loss measured, samples drawn."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from ..progress import Progress, Stop
 from .checkpoint import Checkpoint
 from .fitted_steps import FittedSteps
 from .saving import RunFiles, save_state
+from .shortage import CLOSE_OTHERS, explained
 
 
 class BetweenSteps:
@@ -24,6 +25,8 @@ class BetweenSteps:
 
     def read(self, done: int) -> None:
         """Read the losses of the steps up to ``done`` that were not read yet; waits for the device."""
+        if done == self._reported:
+            return
         accelerator, first = self._fitted.session.accelerator, self._start.step
         recent = self.losses[self._reported - first : done - first]
         if accelerator.num_processes > 1:  # Each has its share of every loss.
@@ -41,11 +44,21 @@ class BetweenSteps:
         records.draw()
         if not accelerator.is_main_process:
             return ""
-        return save_state(self._files.folder, self._start, done, self._fitted.session)
+        return save_state(self._files, self._start, done, self._fitted.session)
 
     def look(self, done: int, stop: Stop) -> None:
-        """Draw the samples that are due after ``done`` steps, until ``stop`` is set."""
-        session, samples = self._fitted.session, self._files.samples
+        """Measure the validation loss and draw the samples that are due after ``done`` steps, these until ``stop`` is set.
+
+        Raises:
+            DeviceMemoryError: not enough memory for the measurement.
+        """
+        session, validation, samples = self._fitted.session, self._files.validation, self._files.samples
+        looked = validation.due(done)
+        if looked:
+            with explained(f"measuring the validation loss after step {done}", CLOSE_OTHERS):
+                validation.measure(done, session, self._progress)
         if session.accelerator.is_main_process and samples.due(done):
             samples.draw(done, session, self._progress, stop)
+            looked = True
+        if looked:
             self._progress.start("Training", self._steps, self._reported)

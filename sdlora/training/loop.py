@@ -36,6 +36,8 @@ from .saving import RunFiles
 from .session import TrainingSession, open_session
 from .shortage import CLOSE_OTHERS, explained
 from .validation import validation_loss
+from .validation_course import check_validation
+from .validation_record import ValidationRecord
 
 REPORT_EVERY = 10
 """Steps between readings of the loss: each reading waits for the device."""
@@ -52,6 +54,10 @@ class TrainedLora:
     started_at: float
     """Seconds since 1970 when the first of all calls started."""
     resumed_from: int
+    steps: int
+    """Steps that were done in all calls."""
+    step: int
+    """Steps after which the weights were ``weights``."""
     loss: float | None
     warning: str | None
     validation_loss: float | None
@@ -66,6 +72,7 @@ def run_training(
     allow_device_change: bool = False,
     say: Callable[[str], None] = lambda line: None,
     on_step: Callable[[StepRecord], None] | None = None,
+    on_validation: Callable[[ValidationRecord], None] | None = None,
 ) -> TrainReport:
     """Train as planned, resuming from the newest checkpoint, and write the LoRA file and its samples.
 
@@ -83,9 +90,10 @@ def run_training(
     facts = device_facts(accelerator.device)
     chosen = explain_precision(config.train.precision, facts, unet_parameters=plan.base.unet_parameters)
     plan = replace(plan, identity=plan.identity.on(facts.kind, chosen.dtype))
-    files = RunFiles.of(plan, on_step, main=accelerator.is_main_process)
+    files = RunFiles.of(plan, on_step, on_validation, main=accelerator.is_main_process)
     folder = files.folder
     check_samples(plan)
+    check_validation(plan)
     loaded = partial(load_base, plan.base, device=accelerator.device, dtype=chosen.dtype)
     if restart:
         files.remove()
@@ -95,7 +103,7 @@ def run_training(
         drawn = draw_samples(plan, loaded, progress=progress, stop=stop) if wanted else None
         return TrainReport(result=result, samples=drawn)
     start = folder.newest(allow_device_change=allow_device_change) or Checkpoint.none(began)
-    files.open(start.step)
+    files.open(start)
     say(describe_precision(facts, chosen))
     with explained("loading the base", CLOSE_OTHERS):
         # Its parts are in main memory until they work, and its VAE encodes in float32.
@@ -112,19 +120,24 @@ def run_training(
             ) from None
         folder.remove()
     accelerator.wait_for_everyone()
-    result = TrainResult(
+    result = _result(output, trained, seconds=time.time() - began)
+    if not accelerator.is_main_process:
+        return TrainReport(result=result, samples=None)
+    drawn = draw_samples(plan, lambda: _complete(base), progress=progress, stop=stop)
+    return TrainReport(result=result, samples=drawn)
+
+
+def _result(output: Path, trained: TrainedLora, *, seconds: float) -> TrainResult:
+    return TrainResult(
         output=output,
-        steps=config.train.steps,
-        seconds=time.time() - began,
+        steps=trained.steps,
+        file_step=trained.step,
+        seconds=seconds,
         loss=trained.loss,
         validation_loss=trained.validation_loss,
         resumed_from=trained.resumed_from,
         warning=trained.warning,
     )
-    if not accelerator.is_main_process:
-        return TrainReport(result=result, samples=None)
-    drawn = draw_samples(plan, lambda: _complete(base), progress=progress, stop=stop)
-    return TrainReport(result=result, samples=drawn)
 
 
 def _complete(base: Base) -> Base:
@@ -154,21 +167,24 @@ def train_lora(
     try:
         with fitted(session) as fitting:
             losses = train_steps(fitting, start, files, progress, stop)
-            with explained("measuring losses after the last step", CLOSE_OTHERS), session.averaged():
-                held_out = validation_loss(session, progress)
+            measuring = explained("measuring losses after the last step", CLOSE_OTHERS)
+            with measuring, files.validation.resulting(session) as measured:
+                held_out = validation_loss(session, progress) if measured is None else measured.loss
                 own = own_losses(session, progress)
                 weights = session.adapter.changes()
         with explained("measuring losses after the last step", CLOSE_OTHERS):
             alone = own_losses(session, progress)
     finally:
         session.embeddings.close()
-    steps = plan.config.train.steps
+    done = start.step + len(losses)
     return TrainedLora(
         weights=weights,
         caption_tokens=WORDS_IN_CHUNK * session.embeddings.chunks,
         started_at=start.started_at,
         resumed_from=start.step,
-        loss=losses[-tail_length(steps) :].mean().item() if len(losses) else None,
+        steps=done,
+        step=done if measured is None else measured.step,
+        loss=losses[-tail_length(done) :].mean().item() if len(losses) else None,
         warning=run_warning(trained=own, alone=alone, change=relative_change(weights, base)) if own and alone else None,
         validation_loss=held_out,
     )
@@ -181,7 +197,9 @@ def train_steps(
     progress: Progress,
     stop: threading.Event | None = None,
 ) -> torch.Tensor:
-    """Do every step after ``start``; returns the loss of each, (steps done here,) float32 on the device.
+    """Do every step after ``start``, or those until ``validation.stop`` ends the run.
+
+    Returns the loss of each, (steps done here,) float32 on the device.
 
     The state after the last step is saved too, so nothing is lost if the file cannot be written. A checkpoint that cannot
     be written is a warning. Before a step for which there is not enough memory, the state is saved.
@@ -190,17 +208,19 @@ def train_steps(
         DeviceMemoryError: not enough memory for a step, or, with ``train.fit``, for one image at once.
     """
     train, accelerator = fitted.session.plan.config.train, fitted.session.accelerator
-    steps, first = train.steps, start.step
+    steps, first, done = train.steps, start.step, start.step
     between = BetweenSteps(fitted, start, files, progress)
     with interrupt_flag(stop) as interrupted:
         between.look(first, interrupted)
-        for step in range(first, steps):
+        while done < steps and not files.validation.over:
+            step = done
             try:
-                loss, done = fitted.step(step), step + 1
+                loss = fitted.step(step)
             except DeviceMemoryError:
                 if step > first:
                     between.save(step)
                 raise
+            done += 1
             between.losses[step - first] = loss
             if done % REPORT_EVERY == 0 or done == steps:
                 between.read(done)
@@ -215,10 +235,11 @@ def train_steps(
                 accelerator.wait_for_everyone()
                 text = f"stopped after step {done} of {steps}{unsaved}; run the same command to resume"
                 raise Interrupted(text, terminated=interrupted.terminated)
-    _check_skipped(fitted.session, steps)
-    if first < steps:
-        between.save(steps)
-    return between.losses
+    between.read(done)
+    _check_skipped(fitted.session, done)
+    if first < done:
+        between.save(done)
+    return between.losses[: done - first]
 
 
 def _all_stop(accelerator: Accelerator, interrupted: InterruptFlag, done: int) -> bool:
@@ -243,7 +264,7 @@ def _write_output(plan: RunPlan, base: Base, trained: TrainedLora, progress: Pro
         plan,
         base,
         trained.weights,
-        step=plan.config.train.steps,
+        step=trained.step,
         tokens=trained.caption_tokens,
         started_at=trained.started_at,
         validation_loss=trained.validation_loss,

@@ -18,12 +18,16 @@ class TrainResult:
 
     output: Path
     steps: int
+    """Steps that were done in all calls; fewer than ``train.steps`` where ``validation.stop`` ended the run."""
+    file_step: int
+    """Steps after which the weights were those in the file; fewer where ``validation.stop`` keeps the best."""
     seconds: float
     """Time that this call spent on loading, encoding and training."""
     loss: float | None
     """Mean over the last 10 % of the steps; None where this call did no step."""
     validation_loss: float | None
-    """Mean over the validation images after the last step; None without such images, or where the run was complete."""
+    """Mean over the validation images with the weights in the file; None without such images, or where the run was
+    complete."""
     resumed_from: int
     """Steps that an earlier, interrupted call had done."""
     warning: str | None = None
@@ -53,6 +57,7 @@ def complete_already(plan: RunPlan, folder: RunFolder) -> TrainResult:
     return TrainResult(
         output=output,
         steps=plan.config.train.steps,
+        file_step=plan.config.train.steps,
         seconds=0.0,
         loss=None,
         validation_loss=None,
