@@ -69,7 +69,7 @@ NOT_SUPPORTED = frozenset({
     "full_fp16", "fused_backward_pass", "gradient_accumulation_steps", "highvram",
     "huber_scale", "huggingface_path_in_repo", "huggingface_repo_id", "huggingface_repo_type",
     "huggingface_repo_visibility", "huggingface_token", "ip_noise_gamma_random_strength",
-    "keep_tokens_separator", "log_config", "log_prefix", "log_tracker_config", "log_tracker_name", "log_with",
+    "keep_tokens_separator", "log_config", "log_prefix", "log_tracker_config", "log_tracker_name",
     "lowram", "lr_decay_steps", "lr_scheduler_args",
     "lr_scheduler_min_lr_ratio", "lr_scheduler_timescale",
     "max_validation_steps", "metadata_is_negative_embedding", "metadata_merged_from",

@@ -36,7 +36,10 @@ class OutputSection(Section):
     """Number of LoRA files on the way that are kept, the newest. By default all."""
     log: Annotated[bool, Setting(kohya="logging_dir", affects="nothing")] = False
     """Whether the loss and the learning rates of each step are written beside the output, as ``NAME.log.csv``, with a
-    curve of the loss, ``NAME.log.svg``."""
+    curve of the loss, ``NAME.log.svg``. With ``validation.every`` the measurements are in ``NAME.validation.csv``."""
+    tracker: Annotated[Literal["none", "tensorboard", "wandb"], Setting(kohya="log_with", affects="nothing")] = "none"
+    """Where losses, learning rates and validation losses are sent too: ``tensorboard`` writes event files into
+    ``NAME.tracker`` beside the output; ``wandb`` sends them to Weights & Biases. Each needs the extra of its name."""
     metadata: Annotated[Literal["none", "minimal", "full"], Setting(kohya="no_metadata", affects="text")] = "full"
     """What the file says about its training: ``full`` is everything; ``minimal`` is what loaders need, the trigger word
     and the texts below; ``none`` is nothing."""

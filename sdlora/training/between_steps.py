@@ -55,6 +55,7 @@ class BetweenSteps:
         session, validation, samples = self._fitted.session, self._files.validation, self._files.samples
         looked = validation.due(done)
         if looked:
+            self.read(done)  # Recorded in order of the steps, as Weights & Biases wants it.
             with explained(f"measuring the validation loss after step {done}", CLOSE_OTHERS):
                 validation.measure(done, session, self._progress)
         if session.accelerator.is_main_process and samples.due(done):

@@ -35,6 +35,7 @@ from .samples import check_samples
 from .saving import RunFiles
 from .session import TrainingSession, open_session
 from .shortage import CLOSE_OTHERS, explained
+from .tracker import check_tracker
 from .validation import validation_loss
 from .validation_course import check_validation
 from .validation_record import ValidationRecord
@@ -94,6 +95,7 @@ def run_training(
     folder = files.folder
     check_samples(plan)
     check_validation(plan)
+    check_tracker(config.output)
     loaded = partial(load_base, plan.base, device=accelerator.device, dtype=chosen.dtype)
     if restart:
         files.remove()
@@ -176,6 +178,7 @@ def train_lora(
             alone = own_losses(session, progress)
     finally:
         session.embeddings.close()
+        files.records.close()
     done = start.step + len(losses)
     return TrainedLora(
         weights=weights,

@@ -10,9 +10,11 @@ from pathlib import Path
 
 from ..errors import ResumeError
 from ..files import printable, write_whole
+from .checkpoint import Checkpoint
 from .curve import loss_curve
 from .plan import RunPlan
 from .rates import rate_factor, steps_of
+from .tracker import Tracker
 from .validation_record import ValidationRecord
 
 HEADER = "step,loss,learning_rate,text_encoder_learning_rate\n"
@@ -54,19 +56,28 @@ class Records:
         output, section = Path(plan.config.output.path), plan.config.output
         self._log = LossLog(output) if main and section.log else None
         self._table = ValidationLog(output) if main and section.log and plan.config.validation.every else None
-        self.wanted = self._log is not None or self._on_step is not None
+        self._is_tracked = main and section.tracker != "none"
+        self._tracker: Tracker | None = None
+        self.wanted = self._log is not None or self._on_step is not None or self._is_tracked
         """Whether anything is recorded of the steps."""
 
-    def open(self, done: int) -> None:
-        """Go on after ``done`` steps.
+    def open(self, start: Checkpoint) -> None:
+        """Go on from ``start``.
 
         Raises:
             ResumeError: a file that is no log has the log's name.
         """
         if self._log is not None:
-            self._log.open(done)
+            self._log.open(start.step)
         if self._table is not None:
             self._table.check()
+        if self._is_tracked:
+            self._tracker = Tracker(self._plan, start)
+
+    def close(self) -> None:
+        """Nothing more is recorded."""
+        if self._tracker is not None:
+            self._tracker.close()
 
     def add(self, first: int, losses: Sequence[float]) -> None:
         """Record the ``losses`` of the steps from ``first`` (from 0) on."""
@@ -76,6 +87,9 @@ class Records:
         if self._on_step is not None:
             for record in records:
                 self._on_step(record)
+        if self._tracker is not None:
+            for record in records:
+                self._tracker.log(record.step, _tracked(record))
 
     def known(self, records: Sequence[ValidationRecord]) -> None:
         """Write down all measurements so far, of which earlier calls of the run made some."""
@@ -89,6 +103,9 @@ class Records:
         self.known(records)
         if self._on_validation is not None:
             self._on_validation(records[-1])
+        if self._tracker is not None:
+            last = records[-1]
+            self._tracker.log(last.step, {"validation/loss": last.loss, "validation/difference": last.difference})
 
     def draw(self) -> None:
         """Draw the curve of what was recorded so far."""
@@ -107,6 +124,14 @@ class Records:
             if step < steps_of("text_encoder", config.optimizer, steps=steps)
             else 0.0,
         )
+
+
+def _tracked(record: StepRecord) -> dict[str, float]:
+    return {
+        "loss": record.loss,
+        "learning_rate/unet": record.learning_rate,
+        "learning_rate/text_encoder": record.text_encoder_learning_rate,
+    }
 
 
 class LossLog:

@@ -68,7 +68,7 @@ class RunFiles:
             ResumeError: a file of others is where this run would write.
         """
         self.exports.check()
-        self.records.open(start.step)
+        self.records.open(start)
         self.validation.restore(start.tensors)
 
 
