@@ -10,7 +10,7 @@ from .app import app, emit, examples, guard
 from .settings_options import run_config
 
 if TYPE_CHECKING:
-    from ..training.loop import TrainResult
+    from ..training.report import TrainResult
 
 
 DATA, LORA, TRAINING, OUTPUT = "Data", "LoRA", "Training", "Output"
@@ -99,12 +99,17 @@ def train(
     if not PartialState().is_main_process:
         return
     if as_json:
-        keys = ("output", "steps", "seconds", "loss", "validation_loss", "resumed_from", "warning", "texts_written")
-        emit({**{key: getattr(report.result, key) for key in keys}, "samples": report.samples})
+        emit({**{key: getattr(report.result, key) for key in ANSWER}, "samples": report.samples})
         return
     typer.echo(f"{report.result.output}: {_summary(report.result)}")
     if report.samples:
         typer.echo(f"{report.samples}: samples")
+
+
+ANSWER = (
+    "output", "steps", "file_step", "seconds", "loss", "validation_loss", "resumed_from", "warning", "texts_written",
+)  # fmt: skip
+"""Fields of the result that ``--json`` prints."""
 
 
 def _summary(result: TrainResult) -> str:
@@ -121,6 +126,8 @@ def _summary(result: TrainResult) -> str:
         parts.insert(2, f"loss {result.loss:.4f} (mean of the last 10 %)")
     if result.validation_loss is not None:
         parts.append(f"validation loss {result.validation_loss:.4f}")
+    if result.file_step < result.steps:
+        parts.append(f"with the weights of step {result.file_step}, which had the lowest validation loss")
     if result.resumed_from:
         parts.append(f"resumed from step {result.resumed_from}")
     return ", ".join(parts)

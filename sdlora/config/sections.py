@@ -14,9 +14,11 @@ from .data_section import DataSection, ImageSettings, MaskKind, SetSection
 from .lora_section import LoraSection
 from .objective_section import ObjectiveSection
 from .optimizer_section import OptimizerSection
-from .output_section import OutputSection, SamplesSection
+from .output_section import OutputSection
+from .samples_section import SamplesSection
 from .setting import Affects, Section, setting_of
 from .train_section import TrainSection
+from .validation_section import ValidationSection
 
 __all__ = [
     "BaseSection",
@@ -33,6 +35,7 @@ __all__ = [
     "Section",
     "SetSection",
     "TrainSection",
+    "ValidationSection",
 ]
 
 
@@ -54,6 +57,7 @@ class DatasetConfig(Section):
     optimizer: OptimizerSection = OptimizerSection()
     train: TrainSection = TrainSection()
     samples: SamplesSection = SamplesSection()
+    validation: ValidationSection = ValidationSection()
     output: OutputSection | None = None
 
 

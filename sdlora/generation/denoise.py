@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +11,7 @@ from ..base.base import Base
 from ..base.conditioning import Conditioning, Framing, time_ids
 from ..base.encode import encode_prompts
 from ..base.tokens import padded, tokenize
-from ..progress import Progress, raise_if_stopped
+from ..progress import Progress, Stop, raise_if_stopped
 from .prompts import parse_prompt
 from .request import ImageRequest
 from .samplers import SAMPLERS, make_scheduler
@@ -23,7 +22,7 @@ def denoise(
     requests: Sequence[ImageRequest],
     conditioning: Conditioning,
     progress: Progress,
-    stop: threading.Event | None = None,
+    stop: Stop | None = None,
 ) -> Tensor:
     """Latents, (b, 4, h/8, w/8) float32, of b requests that differ in nothing but prompts and seeds.
 
