@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Prediction = Literal["epsilon", "v_prediction"]
-"""What a UNet predicts."""
+Prediction = Literal["epsilon", "v_prediction", "sample"]
+"""What a UNet predicts: the noise, v, or the image without noise."""
 Spelling = Literal["transformers", "open_clip"]
 """The library whose names an LDM or sgm file uses for the tensors of a text encoder."""
 
@@ -109,7 +109,7 @@ class Family:
 
     def resolution_for(self, prediction: str) -> int:
         """``resolution`` or ``resolution_v``."""
-        return self.resolution if prediction == "epsilon" else self.resolution_v
+        return self.resolution_v if prediction == "v_prediction" else self.resolution
 
 
 SD1 = Family(

@@ -238,7 +238,7 @@ def test_a_caption_that_was_once_drawn_stays_the_same() -> None:
 
 def test_no_two_streams_share_a_number() -> None:
     numbers = [stream.value for stream in Stream.__members__.values()]
-    assert len(set(numbers)) == len(numbers) == 18
+    assert len(set(numbers)) == len(numbers) == 19
 
 
 @given(wildcard_texts(1), TAGS, st.booleans(), st.floats(0, 0.9), st.integers(0, 99))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
 
 import sdlora
@@ -108,6 +108,22 @@ def test_v_prediction_and_zero_terminal_snr_equal_diffusers(family: str, termina
     assert difference(ours(tmp_path / "x.safetensors", "euler"), theirs(pipe)) < 1e-4
     as_epsilon = BaseSection(path=str(tmp_path / "x.safetensors"), prediction="epsilon", zero_terminal_snr=False)
     assert difference(ours(as_epsilon, "euler"), theirs(pipe)) > 1e-2
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "dpm++2m"])
+def test_a_base_that_predicts_the_image_equals_diffusers(sampler: str, tmp_path: Path) -> None:
+    pipe = tiny_pipeline("sd1", prediction="sample")
+    pipe.save_pretrained(tmp_path / "x")
+    kinds = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler, "dpm++2m": DPMSolverMultistepScheduler}
+    options = {"clip_sample": False, "set_alpha_to_one": False} if sampler == "ddim" else {}
+    pipe.scheduler = kinds[sampler].from_config(pipe.scheduler.config, **options)
+    assert difference(ours(tmp_path / "x", sampler), theirs(pipe)) < 1e-4
+    as_epsilon = BaseSection(path=str(tmp_path / "x"), prediction="epsilon")
+    assert difference(ours(as_epsilon, sampler), theirs(pipe)) > 1e-2
+    with pytest.raises(
+        SdloraError, match="euler-a' does not work on a base that predicts the image; choose one of dpm"
+    ):
+        ours(tmp_path / "x", "euler-a")
 
 
 @pytest.mark.parametrize("sampler", ["dpm++2m", "euler-a"])

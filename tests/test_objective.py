@@ -37,22 +37,22 @@ def schedule_for(prediction: Prediction, *, terminal: bool = False) -> tuple[Noi
     return ours, ours.alphas_cumprod.double().numpy()[LEVELS.numpy()]
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("weighting", ["min_snr", "soft_min_snr", "debiased", "none"])
 @pytest.mark.parametrize("gamma", [0.0, 1.0, 5.0])
 def test_noise_levels_are_weighted(prediction: Prediction, weighting: Any, gamma: float) -> None:
     ours, signal = schedule_for(prediction)
     snr = signal / (1 - signal)
-    v = prediction == "v_prediction"
+    of_prediction = {"epsilon": snr, "v_prediction": snr + 1, "sample": np.ones_like(snr)}[prediction]
     # Weights of the denoised image's error, except for "debiased".
     of_image = {"min_snr": np.minimum(snr, gamma), "soft_min_snr": 1 / (1 / snr + 1 / gamma) if gamma else None}
     if weighting == "debiased":
         limited = np.minimum(snr, 1000)
-        expected = 1 / (limited + 1) if v else limited**-0.5
+        expected = {"epsilon": limited**-0.5, "v_prediction": 1 / (limited + 1), "sample": limited**0.5}[prediction]
     elif weighting == "none" or not gamma:
         expected = np.ones_like(snr)
     else:
-        expected = of_image[weighting] / (snr + 1 if v else snr)
+        expected = of_image[weighting] / of_prediction
     section = ObjectiveSection(weighting=weighting, min_snr_gamma=gamma)
     weights = level_weights(LEVELS, ours, section)
     np.testing.assert_allclose(weights.double().numpy(), expected, rtol=1e-4)

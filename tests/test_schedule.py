@@ -12,7 +12,7 @@ from sdlora.training.optimizer import GuardedAdamW
 from sdlora.training.rates import rate_factor
 
 
-@pytest.fixture(params=["epsilon", "v_prediction"])
+@pytest.fixture(params=["epsilon", "v_prediction", "sample"])
 def pair(request: pytest.FixtureRequest) -> tuple[NoiseSchedule, DDPMScheduler]:
     prediction: Prediction = request.param
     reference = DDPMScheduler(
@@ -28,7 +28,8 @@ def test_noise_and_targets_equal_diffusers(pair: tuple[NoiseSchedule, DDPMSchedu
     torch.testing.assert_close(
         ours.add_noise(latents, noise, timesteps), reference.add_noise(latents, noise, timesteps)
     )
-    expected = noise if ours.prediction == "epsilon" else reference.get_velocity(latents, noise, timesteps)
+    velocity = reference.get_velocity(latents, noise, timesteps)
+    expected = {"epsilon": noise, "v_prediction": velocity, "sample": latents}[ours.prediction]
     torch.testing.assert_close(ours.target(latents, noise, timesteps), expected)
 
 
@@ -37,7 +38,14 @@ def test_min_snr_weights_follow_their_formula(pair: tuple[NoiseSchedule, DDPMSch
     timesteps = torch.arange(0, 1000, 37)
     alphas = reference.alphas_cumprod.double()[timesteps]
     snr = alphas / (1 - alphas)
-    expected = torch.minimum(snr, torch.tensor(5.0)) / (snr if ours.prediction == "epsilon" else snr + 1)
+    expected = (
+        torch.minimum(snr, torch.tensor(5.0))
+        / {
+            "epsilon": snr,
+            "v_prediction": snr + 1,
+            "sample": torch.ones_like(snr),
+        }[ours.prediction]
+    )
     torch.testing.assert_close(ours.min_snr_weight(timesteps, 5.0).double(), expected, rtol=1e-4, atol=1e-6)
     assert torch.equal(ours.min_snr_weight(timesteps, 0), torch.ones(len(timesteps)))
 

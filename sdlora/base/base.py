@@ -63,7 +63,7 @@ class Base:
         return tuple(encoder.model for encoder in self.text_encoders)
 
     def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, time_ids: Tensor) -> Tensor:
-        """The UNet's prediction (ε or v, see ``schedule.prediction``) for b noisy latents, (b, 4, h, w) float32.
+        """The UNet's prediction (ε, v or x, see ``schedule.prediction``) for b noisy latents, (b, 4, h, w) float32.
 
         Training, validation and sampling all call the UNet here. Gradients flow to ``noisy``, ``conditioning`` and
         whatever layers are attached.

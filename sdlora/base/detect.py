@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -297,8 +297,9 @@ def _prediction(
         )
         return "v_prediction", "marker tensor", contradiction
     if scheduler:
-        kind = scheduler.get("prediction_type", "epsilon")
-        return ("v_prediction" if kind == "v_prediction" else "epsilon"), "scheduler configuration", None
+        kind = scheduler.get("prediction_type")
+        known = next((each for each in get_args(Prediction) if each == kind), "epsilon")
+        return known, "scheduler configuration", None
     if stated:
         return stated, "metadata", None
     if family is SD2 and metadata.get("global_step") != SD2_BASE_STEPS:

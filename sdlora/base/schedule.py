@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-Prediction = Literal["epsilon", "v_prediction"]
-
+from ..families import Prediction
 
 BetaSchedule = Literal["scaled_linear", "linear"]
 _LEADING_BY_DEFAULT = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LCMScheduler", "TCDScheduler")
@@ -52,8 +51,8 @@ class ScheduleFacts:
         if shape not in ("scaled_linear", "linear"):
             raise ValueError(f"has beta_schedule {shape!r}; supported are scaled_linear and linear")
         kind = config.get("prediction_type", prediction)
-        if kind not in ("epsilon", "v_prediction"):
-            raise ValueError(f"has prediction_type {kind!r}; supported are epsilon and v_prediction")
+        if kind not in get_args(Prediction):
+            raise ValueError(f"has prediction_type {kind!r}; supported are {', '.join(get_args(Prediction))}")
         numbers = {
             key: config.get(name, getattr(cls, key))
             for key, name in (
@@ -120,31 +119,48 @@ class NoiseSchedule:
         return signal.sqrt() * latents + (1 - signal).sqrt() * noise
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the model is trained to predict: ε, or v = √ᾱ ε - √(1 - ᾱ) x (Salimans & Ho 2022, section 4)."""
+        """What the model is trained to predict: ε, v = √ᾱ ε - √(1 - ᾱ) x (Salimans & Ho 2022, section 4), or x itself."""
         if self.prediction == "epsilon":
             return noise
+        if self.prediction == "sample":
+            return latents
         signal = self.alphas_cumprod[timesteps][:, None, None, None]
         return signal.sqrt() * noise - (1 - signal).sqrt() * latents
 
     def min_snr_weight(self, timesteps: Tensor, gamma: float) -> Tensor:
-        """min(SNR, γ) / SNR for ε, / (SNR + 1) for v (Hang et al. 2023, section 3.4); γ = 0 gives equal weights."""
+        """min(SNR, γ) / SNR for ε, / (SNR + 1) for v, / 1 for x (Hang et al. 2023, section 3.4).
+
+        γ = 0 gives equal weights.
+        """
         signal = self.alphas_cumprod[timesteps]
         if gamma == 0:
             return torch.ones_like(signal)
         snr = signal / (1 - signal)
-        return snr.clamp(max=gamma) / (snr if self.prediction == "epsilon" else snr + 1)
+        return snr.clamp(max=gamma) / self._image_error(snr)
 
     def soft_min_snr_weight(self, timesteps: Tensor, gamma: float) -> Tensor:
-        """γ / (SNR + γ) for ε, γ SNR / ((SNR + γ) (SNR + 1)) for v: min-SNR without its corner (Crowson et al. 2024).
+        """γ / (SNR + γ) for ε, γ SNR / ((SNR + γ) (SNR + 1)) for v, γ SNR / (SNR + γ) for x: min-SNR without its corner.
 
-        Both weight the error of the denoised image by 1 / (1 / SNR + 1 / γ), where min-SNR's weigh it by min(SNR, γ).
+        From Crowson et al. 2024. All weight the error of the denoised image by 1 / (1 / SNR + 1 / γ), where min-SNR's weigh
+        it by min(SNR, γ).
         """
         signal = self.alphas_cumprod[timesteps]
+        if self.prediction == "sample":
+            return gamma * signal / (signal + gamma * (1 - signal))
         soft = gamma * (1 - signal) / (signal + gamma * (1 - signal))
         return soft if self.prediction == "epsilon" else soft * signal
 
     def debiased_weight(self, timesteps: Tensor) -> Tensor:
-        """1 / √SNR for ε (Yu et al. 2024) and 1 / (SNR + 1) for v, with SNR at most 1000, as in kohya's trainer."""
+        """1 / √SNR for ε (Yu et al. 2024) and 1 / (SNR + 1) for v, with SNR at most 1000, as in kohya's trainer.
+
+        √SNR for x, whose error is that of ε over √SNR: the same as for ε.
+        """
         signal = self.alphas_cumprod[timesteps]
         snr = (signal / (1 - signal)).clamp(max=LARGEST_SNR)
+        if self.prediction == "sample":
+            return snr.sqrt()
         return snr.rsqrt() if self.prediction == "epsilon" else 1 / (snr + 1)
+
+    def _image_error(self, snr: Tensor) -> Tensor | float:
+        """Square of the prediction's error over that of the denoised image."""
+        return {"epsilon": snr, "v_prediction": snr + 1, "sample": 1.0}[self.prediction]

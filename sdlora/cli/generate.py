@@ -61,7 +61,9 @@ def generate(
     text_encoder: Annotated[
         list[str] | None, typer.Option(metavar="FILE", help="Replaces the base's own; repeat for SDXL's second.")
     ] = None,
-    prediction: Annotated[str, typer.Option(help="What the base predicts: auto, epsilon or v_prediction.")] = "auto",
+    prediction: Annotated[
+        str, typer.Option(help="What the base predicts: auto, epsilon, v_prediction or sample.")
+    ] = "auto",
     attention: Annotated[str, typer.Option(help="Implementation of attention: auto, sdpa or xformers.")] = "auto",
     out: Annotated[
         str,

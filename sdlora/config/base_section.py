@@ -25,8 +25,11 @@ class BaseSection(Section):
     """A text encoder that replaces the checkpoint's own, or that it lacks: a file or a folder. SDXL's first."""
     text_encoder_2: Annotated[str | None, Field(min_length=1), Setting(affects="place")] = None
     """The same for the second text encoder of SDXL."""
-    prediction: Annotated[Literal["auto", "epsilon", "v_prediction"], Setting(kohya="v_parameterization")] = "auto"
-    """What the UNet predicts. ``auto`` is what the checkpoint says, by its metadata, marker keys or weights."""
+    prediction: Annotated[Literal["auto", "epsilon", "v_prediction", "sample"], Setting(kohya="v_parameterization")] = (
+        "auto"
+    )
+    """What the UNet predicts: the noise, v, or the image without noise. ``auto`` is what the checkpoint says, by its
+    metadata, marker keys or weights."""
     zero_terminal_snr: Annotated[bool | None, Setting(kohya="zero_terminal_snr")] = None
     """Whether the last timestep is pure noise (Lin et al. 2024). By default what the checkpoint says."""
     clip_skip: Annotated[int | None, Field(ge=1, le=24), Setting(kohya="clip_skip")] = None

@@ -87,6 +87,18 @@ class LoraSection(Section):
     """LoRA file of any readable format whose weights training starts from. Modules of another rank are padded or
     truncated. What is in it decides resuming, not where it is."""
 
+    dropout: Annotated[float, Field(ge=0, lt=1), Setting(kohya="network_dropout")] = 0.0
+    """Share of the values between the two matrices of each module that is left out of a step, drawn again for each image;
+    the others are divided by 1 minus this. For the kinds lora, locon and dora."""
+    rank_dropout: Annotated[float, Field(ge=0, lt=1), Setting(kohya="rank_dropout")] = 0.0
+    """Share of the ranks of each module that is left out of a step, drawn again for each image; the others are divided by 1
+    minus this. For loha and lokr: share of the outputs of ΔW, for all images of a step and without that division."""
+    module_dropout: Annotated[float, Field(ge=0, lt=1), Setting(kohya="module_dropout")] = 0.0
+    """Share of the modules that is left out of a step, as if they were not trained."""
+    max_norm: Annotated[float | None, Field(gt=0, allow_inf_nan=False), Setting(kohya="scale_weight_norms")] = None
+    """Largest norm of the change ΔW of each module. After each step a larger change is scaled down to it. kohya's users
+    take 1. By default there is no limit."""
+
     @model_validator(mode="after")
     def _fits_together(self) -> LoraSection:
         problems = []
@@ -97,6 +109,12 @@ class LoraSection(Section):
                 problems.append(f'init = "{self.init}": only for the kinds lora and locon, not for {self.kind}')
             if self.start_from is not None:
                 problems.append(f"start_from: only for the kinds lora and locon, not for {self.kind}")
+            if self.dropout and self.kind != "dora":
+                problems.append(
+                    f"dropout: not for the kind {self.kind}, as in LyCORIS; use rank_dropout or module_dropout"
+                )
+        if self.init != "default" and self.max_norm is not None:
+            problems.append(f'max_norm: not with init = "{self.init}", whose change is a difference of two products')
         if self.factor == 0:
             problems.append("factor = 0: must be -1, or at least 1")
         if self.factor != -1 and self.kind != "lokr":

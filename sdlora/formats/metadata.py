@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from ..families import Family, Prediction
 
-MODELSPEC_PREDICTIONS: Mapping[Prediction, str] = {"epsilon": "epsilon", "v_prediction": "v"}
+MODELSPEC_PREDICTIONS: Mapping[Prediction, str] = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
 """Prediction type -> the value of ``modelspec.prediction_type``."""
 _READ_PREDICTIONS = {word: prediction for prediction, word in MODELSPEC_PREDICTIONS.items()} | {
     prediction: prediction for prediction in MODELSPEC_PREDICTIONS

@@ -66,6 +66,11 @@ def _problems(request: ImageRequest, base: BaseCheckpoint) -> list[str]:
         problems.append(f"size {width}x{height}: width and height must be multiples of {step} pixels on {base.name}")
     if request.sampler not in SAMPLERS:
         problems.append(f"sampler {request.sampler!r} is unknown; choose one of {', '.join(SAMPLERS)}")
+    elif base.schedule.prediction == "sample" and not SAMPLERS[request.sampler].reads_sample:
+        able = ", ".join(name for name, sampler in SAMPLERS.items() if sampler.reads_sample)
+        problems.append(
+            f"sampler {request.sampler!r} does not work on a base that predicts the image; choose one of {able}"
+        )
     if not isinstance(request.cfg, int | float) or not 0 <= request.cfg <= MAX_CFG:
         problems.append(f"cfg {request.cfg}: expected a number from 0 to {MAX_CFG}")
     if request.steps < 1:

@@ -26,6 +26,8 @@ class Sampler:
     """Spacing of the steps -> A1111's schedule type with the same noise levels; where it has none, nothing."""
     adds_noise: bool = False
     """Whether each step draws new noise, from the image's generator."""
+    reads_sample: bool = True
+    """Whether it works on bases that predict the image without noise."""
 
 
 _EULER_SCHEDULES = {None: "Uniform", "linspace": "Uniform", "leading": "DDIM"}
@@ -51,6 +53,7 @@ SAMPLERS: Mapping[str, Sampler] = {
             scheduler="EulerAncestralDiscreteScheduler",
             a1111_schedules=_EULER_SCHEDULES,
             adds_noise=True,
+            reads_sample=False,
         ),
         Sampler(
             name="ddim",

@@ -46,6 +46,11 @@ def product(base: FrozenLayer, x: Tensor, weight: Tensor) -> Tensor:
     return x @ weight.T
 
 
+def channels_axis(base: FrozenLayer) -> int:
+    """The axis of the channels in what ``base`` takes and returns."""
+    return 1 if isinstance(base, nn.Conv2d) else -1
+
+
 def raised(base: FrozenLayer, hidden: Tensor, up: Tensor) -> Tensor:
     """``hidden`` times ``up``, (out, rank) or (out, rank, 1, 1), in each place."""
     return F.conv2d(hidden, up) if isinstance(base, nn.Conv2d) else hidden @ up.T

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from .attaching import put_in_place
 from .change import Change
+from .dropout import AdapterDropout, DropoutRates
+from .max_norm import limit_norm
 from .trainable import Trainable
 
 Group = TypeVar("Group", bound=Hashable)
@@ -36,7 +38,14 @@ class Adapter(Generic[Group]):
     base computes in another dtype, the layers use a copy in that dtype, made once in each step.
     """
 
-    def __init__(self, trainables: Mapping[str, Trainable], *, seed: int, group_of: Callable[[str, str], Group]):
+    def __init__(
+        self,
+        trainables: Mapping[str, Trainable],
+        *,
+        seed: int,
+        group_of: Callable[[str, str], Group],
+        dropout: AdapterDropout | None = None,
+    ):
         """Make a fresh adapter; the start values are a function of ``seed`` and the names.
 
         Args:
@@ -44,12 +53,14 @@ class Adapter(Generic[Group]):
             seed: of the start values.
             group_of: the group of a tensor, by the canonical name of its module and its own. Each group is one flat float32
                 entry of ``parameters``; ``groups`` has them in the same order, in which they first occur.
+            dropout: that of ``trainables``; by default they have none.
         """
         members: dict[Group, list[tuple[str, str]]] = {}
         for name, trainable in trainables.items():
             for tensor in trainable.shapes:
                 members.setdefault(group_of(name, tensor), []).append((name, tensor))
         self._trainables = dict(trainables)
+        self.dropout = dropout or AdapterDropout(DropoutRates())
         self.groups = tuple(members)
         self.parameters: list[nn.Parameter] = []
         self.shapes: list[list[tuple[int, ...]]] = []
@@ -112,6 +123,11 @@ class Adapter(Generic[Group]):
             master.grad = torch.zeros_like(master) if master.grad is None else master.grad
             master.grad.add_(working.gradients)
             working.gradients.zero_()
+
+    def limit_norms(self, most: float) -> None:
+        """Scale the masters of each module whose ‖ΔW‖ is more than ``most`` down to that; see ``limit_norm``."""
+        for name, masters in self._masters.items():
+            limit_norm(self._trainables[name].change(masters), most)
 
     def attach(self, modules: Mapping[str, nn.Module]) -> None:
         """Put the trainable layers in place; ``modules`` maps every canonical name, parents too, to its module."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from .adapted_layer import AdaptedLayer, ComputedProduct, FrozenLayer, shape_of
+from .dropout import ModuleDropout
 
 
 class ComputedLayer(AdaptedLayer):
@@ -22,14 +23,19 @@ class ComputedLayer(AdaptedLayer):
         gradients: Mapping[str, Tensor],
         *,
         formula: Callable[..., Tensor],
+        dropout: ModuleDropout | None = None,
     ):
         super().__init__(base, leaves, gradients)
-        self._formula = formula
+        self._formula, self._dropout = formula, dropout
 
     def forward(self, x: Tensor) -> Tensor:
         """As ``base``, in its dtype."""
+        shape, dropout = shape_of(self.base), self._dropout
+        kept = None if dropout is None else dropout.outputs(shape[0])
 
         def change(*leaves: Tensor) -> Tensor:
-            return self._formula(*leaves).reshape(shape_of(self.base))
+            delta = self._formula(*leaves).reshape(shape)
+            return delta if kept is None else delta * kept.to(delta.dtype).view(-1, *[1] * (len(shape) - 1))
 
-        return self.base(x) + ComputedProduct.apply(x, self.base, change, *self.leaves.values())
+        moved = ComputedProduct.apply(x, self.base, change, *self.leaves.values())
+        return self.base(x) + (moved if dropout is None else dropout.module(moved))

@@ -9,7 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from .adapted_layer import AdaptedLayer, FrozenLayer, product, raised, shape_of, weight_of
+from .adapted_layer import AdaptedLayer, FrozenLayer, channels_axis, product, raised, shape_of, weight_of
+from .dropout import ModuleDropout
 from .kinds import Decomposed
 from .low_rank_trainable import TrainableLowRank
 
@@ -47,7 +48,8 @@ class TrainableDecomposed:
     def layer(self, leaves: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> DecomposedLayer:
         """See ``Trainable``."""
         scale = self.direction.alpha / self.direction.rank
-        return DecomposedLayer(self.module, leaves, gradients, scale=scale, lengths=self._lengths)
+        dropout, lengths = self.direction.dropout, self._lengths
+        return DecomposedLayer(self.module, leaves, gradients, scale=scale, lengths=lengths, dropout=dropout)
 
     def change(self, tensors: Mapping[str, Tensor]) -> Decomposed:
         """See ``Trainable``; the magnitude is (out, 1[, 1, 1]), as LyCORIS has it."""
@@ -65,7 +67,8 @@ class TrainableDecomposed:
 class DecomposedLayer(AdaptedLayer):
     """A ``base`` whose weight W is m · (W + ΔW) / ‖W + ΔW‖, with ΔW = ``scale`` · ``up`` @ ``down``.
 
-    m is ``lengths`` + ``magnitude``. No gradient flows through ‖W + ΔW‖ (section 4.3), which is computed in float32.
+    m is ``lengths`` + ``magnitude``. No gradient flows through ‖W + ΔW‖ (section 4.3), which is computed in float32, and of
+    the whole ΔW where ``dropout`` leaves out some of it.
     """
 
     def __init__(
@@ -76,22 +79,29 @@ class DecomposedLayer(AdaptedLayer):
         *,
         scale: float,
         lengths: Tensor,
+        dropout: ModuleDropout | None = None,
     ):
         super().__init__(base, leaves, gradients)
-        self.scale, self._lengths = scale, lengths
+        self.scale, self._lengths, self._dropout = scale, lengths, dropout
 
     def forward(self, x: Tensor) -> Tensor:
         """As ``base``, in its dtype."""
         down, up = self.leaves["down"], self.leaves["up"]
         pristine = self.base(x)
-        change = raised(self.base, product(self.base, x, down) * self.scale, up)
+        hidden = product(self.base, x, down)
+        if self._dropout is not None:
+            hidden = self._dropout.hidden(hidden, channels=channels_axis(self.base))
+        change = raised(self.base, hidden * self.scale, up)
         turned = change + (pristine if self.base.bias is None else pristine - self._by_channel(self.base.bias))
         # (m - ‖W + ΔW‖) / ‖W + ΔW‖: the factor less 1 keeps its precision where the factor would be rounded to 1.
         with torch.no_grad():
             length = self._changed_lengths(down, up)
             behind = self._lengths - length
         factor = (behind + self.leaves["magnitude"].float()) / length
-        return pristine + change + turned * self._by_channel(factor.to(x.dtype))
+        turning = turned * self._by_channel(factor.to(x.dtype))
+        if self._dropout is not None:
+            return pristine + self._dropout.module(change + turning)
+        return pristine + change + turning
 
     def _changed_lengths(self, down: Tensor, up: Tensor) -> Tensor:
         """‖W + ΔW‖ of each output, (out,) float32."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .adapted_layer import FrozenLayer, shape_of
 from .computed_layer import ComputedLayer
+from .dropout import ModuleDropout
 from .kinds import Hadamard
 from .start_values import normal
 from .trainable import like_of
@@ -22,6 +23,7 @@ class TrainableHadamard:
     module: FrozenLayer
     rank: int
     alpha: float
+    dropout: ModuleDropout | None = None
 
     @property
     def like(self) -> Tensor:
@@ -47,7 +49,7 @@ class TrainableHadamard:
         def formula(w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor) -> Tensor:
             return (w1_a @ w1_b) * (w2_a @ w2_b) * scale
 
-        return ComputedLayer(self.module, leaves, gradients, formula=formula)
+        return ComputedLayer(self.module, leaves, gradients, formula=formula, dropout=self.dropout)
 
     def change(self, tensors: Mapping[str, Tensor]) -> Hadamard:
         """See ``Trainable``."""

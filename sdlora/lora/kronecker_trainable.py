@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .adapted_layer import FrozenLayer, shape_of
 from .computed_layer import ComputedLayer
+from .dropout import ModuleDropout
 from .kinds import Kronecker
 from .start_values import kaiming_uniform
 from .trainable import like_of
@@ -28,6 +29,7 @@ class TrainableKronecker:
     alpha: float
     factor: int
     """See ``divided``."""
+    dropout: ModuleDropout | None = None
 
     @property
     def like(self) -> Tensor:
@@ -61,7 +63,7 @@ class TrainableKronecker:
             w2 = second[0].flatten(1) if len(second) == 1 else second[0] @ second[1]
             return (w1 * scale)[:, None, :, None] * w2[None, :, None, :]
 
-        return ComputedLayer(self.module, leaves, gradients, formula=formula)
+        return ComputedLayer(self.module, leaves, gradients, formula=formula, dropout=self.dropout)
 
     def change(self, tensors: Mapping[str, Tensor]) -> Kronecker:
         """See ``Trainable``. The alpha of whole matrices is the rank, for a scale of 1, as LyCORIS writes it."""

@@ -1,4 +1,4 @@
-"""A low-rank change beside a convolution."""
+"""A low-rank change beside a convolution, or beside any layer where parts of it are left out at random."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from .adapted_layer import AdaptedLayer, FrozenLayer, product, raised
+from .adapted_layer import AdaptedLayer, FrozenLayer, channels_axis, product, raised
+from .dropout import ModuleDropout
 
 
 class LowRankLayer(AdaptedLayer):
@@ -23,11 +24,15 @@ class LowRankLayer(AdaptedLayer):
         gradients: Mapping[str, Tensor],
         *,
         scale: float,
+        dropout: ModuleDropout | None = None,
     ):
         super().__init__(base, leaves, gradients)
-        self.scale = scale
+        self.scale, self._dropout = scale, dropout
 
     def forward(self, x: Tensor) -> Tensor:
         """As ``base``, in its dtype."""
         hidden = product(self.base, x, self.leaves["down"])
-        return self.base(x) + raised(self.base, hidden * self.scale, self.leaves["up"])
+        if self._dropout is None:
+            return self.base(x) + raised(self.base, hidden * self.scale, self.leaves["up"])
+        hidden = self._dropout.hidden(hidden, channels=channels_axis(self.base))
+        return self.base(x) + self._dropout.module(raised(self.base, hidden * self.scale, self.leaves["up"]))

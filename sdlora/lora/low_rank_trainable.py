@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from .adapted_layer import FrozenLayer, shape_of
+from .dropout import ModuleDropout
 from .layers import LoraLinear
 from .low_rank import LowRank
 from .low_rank_layer import LowRankLayer
@@ -22,6 +23,7 @@ class TrainableLowRank:
     module: FrozenLayer
     rank: int
     alpha: float
+    dropout: ModuleDropout | None = None
 
     @property
     def like(self) -> Tensor:
@@ -41,8 +43,8 @@ class TrainableLowRank:
     def layer(self, leaves: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> nn.Module:
         """See ``Trainable``."""
         scale = self.alpha / self.rank
-        if isinstance(self.module, nn.Conv2d):
-            return LowRankLayer(self.module, leaves, gradients, scale=scale)
+        if isinstance(self.module, nn.Conv2d) or self.dropout is not None:
+            return LowRankLayer(self.module, leaves, gradients, scale=scale, dropout=self.dropout)
         buffers = (gradients["down"], gradients["up"])
         return LoraLinear(self.module, leaves["down"], leaves["up"], scale, gradients=buffers)
 

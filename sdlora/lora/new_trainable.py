@@ -9,6 +9,7 @@ from torch import nn
 
 from .adapted_layer import FrozenLayer
 from .decomposed_trainable import TrainableDecomposed
+from .dropout import AdapterDropout
 from .hadamard_trainable import TrainableHadamard
 from .kronecker_trainable import TrainableKronecker
 from .low_rank_trainable import TrainableLowRank
@@ -22,6 +23,7 @@ class KindSettings:
     kind: Literal["lora", "locon", "dora", "loha", "lokr"] = "lora"
     factor: int = -1
     """For LoKr; see ``kronecker_trainable.divided``."""
+    dropout: AdapterDropout | None = None
 
 
 def trainable_for(name: str, module: nn.Module, settings: KindSettings, *, rank: int, alpha: float) -> Trainable:
@@ -32,10 +34,10 @@ def trainable_for(name: str, module: nn.Module, settings: KindSettings, *, rank:
     """
     if not isinstance(module, FrozenLayer) or (isinstance(module, nn.Conv2d) and module.groups != 1):
         raise TypeError(f"{name}: {type(module).__name__} is no linear layer and no convolution without groups")
+    dropout = None if settings.dropout is None else settings.dropout.of(name)
     if settings.kind == "loha":
-        return TrainableHadamard(module=module, rank=rank, alpha=alpha)
+        return TrainableHadamard(module=module, rank=rank, alpha=alpha, dropout=dropout)
     if settings.kind == "lokr":
-        return TrainableKronecker(module=module, rank=rank, alpha=alpha, factor=settings.factor)
-    if settings.kind == "dora":
-        return TrainableDecomposed(direction=TrainableLowRank(module=module, rank=rank, alpha=alpha))
-    return TrainableLowRank(module=module, rank=rank, alpha=alpha)
+        return TrainableKronecker(module=module, rank=rank, alpha=alpha, factor=settings.factor, dropout=dropout)
+    low_rank = TrainableLowRank(module=module, rank=rank, alpha=alpha, dropout=dropout)
+    return TrainableDecomposed(direction=low_rank) if settings.kind == "dora" else low_rank

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .dropout import ModuleDropout
 from .layers import hand_over
 from .quantized import FrozenLinear, dense_weight
 
@@ -66,7 +67,8 @@ class RelativeLinear(nn.Module):
 
     ``down`` (rank, in) and ``up`` (out, rank) are leaf tensors of the base's dtype that require gradients; ``start`` is
     (D₀, U₀), of the same shapes and dtype. Gradients are added to ``gradients``, two tensors of the same shapes, except
-    that without ``gradients`` they arrive in ``.grad``.
+    that without ``gradients`` they arrive in ``.grad``. A value or rank that ``dropout`` leaves out is missing in both
+    products.
     """
 
     def __init__(
@@ -78,16 +80,17 @@ class RelativeLinear(nn.Module):
         scale: float,
         *,
         gradients: tuple[Tensor, Tensor] | None = None,
+        dropout: ModuleDropout | None = None,
     ):
         super().__init__()
-        self.base, self.scale = base, scale
+        self.base, self.scale, self._dropout = base, scale, dropout
         self.down, self.up, self._start, self._gradients = down, up, start, gradients
         for matrix, gradient in zip((down, up), gradients or (), strict=False):
             matrix.register_post_accumulate_grad_hook(partial(hand_over, gradient))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in the base's dtype."""
-        if self._gradients is None or torch.compiler.is_compiling():
+        if self._gradients is None or self._dropout is not None or torch.compiler.is_compiling():
             return self.plain(x)
         rows = x.reshape(-1, x.shape[-1])
         trained = (self.down, self.up)
@@ -97,7 +100,11 @@ class RelativeLinear(nn.Module):
 
     def plain(self, x: Tensor) -> Tensor:
         """The same by autograd alone."""
-        rows = x.reshape(-1, x.shape[-1])
         down, up = joined(self.down, self.up, *self._start)
+        if self._dropout is not None:
+            halves = (x @ down.T).chunk(2, dim=-1)
+            hidden = torch.cat([self._dropout.hidden(half, channels=-1) for half in halves], dim=-1)
+            return self.base(x) + self._dropout.module((hidden * self.scale) @ up.T)
+        rows = x.reshape(-1, x.shape[-1])
         y = torch.addmm(self.base(rows), rows @ down.T, up.T, alpha=self.scale)
         return y.view(*x.shape[:-1], y.shape[-1])

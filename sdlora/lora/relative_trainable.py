@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .dropout import ModuleDropout
 from .low_rank import LowRank
 from .low_rank_trainable import TrainableLowRank
 from .quantized import FrozenLinear, dense_weight
@@ -41,6 +42,7 @@ class TrainableRelative:
     name: str
     """Canonical name of the module; with ``seed`` it decides the random numbers."""
     seed: int
+    dropout: ModuleDropout | None = None
 
     @property
     def like(self) -> Tensor:
@@ -65,6 +67,7 @@ class TrainableRelative:
             self._factors,
             self.alpha / self.rank,
             gradients=(gradients["down"], gradients["up"]),
+            dropout=self.dropout,
         )
 
     def change(self, tensors: Mapping[str, Tensor]) -> LowRank:

@@ -156,3 +156,12 @@ def draw(
         timestep=timestep_at(position, objective, timesteps),
         drop_caption=bool(rng(Stream.CAPTION_DROPOUT, slot).random() < caption_dropout),
     )
+
+
+def dropout_keys(*, seed: int, step: int, slots: Sequence[int]) -> np.ndarray:
+    """What decides what is left out of the adapter, (len(slots), 2) int64; see ``AdapterDropout.drawn_by``."""
+
+    def key(*position: int) -> int:
+        return int(generator(seed, Stream.ADAPTER_DROPOUT, step, *position).integers(np.iinfo(np.int64).max))
+
+    return np.array([(key(1, slot), key(0)) for slot in slots], np.int64)

@@ -142,12 +142,10 @@ def _run_values(config: Config, run: RunFacts, data: DatasetFacts) -> dict[str, 
 
 
 _OFF: dict[str, object] = {
-    "ss_network_dropout": None,
     "ss_full_fp16": False,
     "ss_fp8_base": False,
     "ss_fp8_base_unet": False,
     "ss_lowram": False,
-    "ss_scale_weight_norms": None,
     "ss_noise_offset_random_strength": False,
     "ss_adaptive_noise_scale": None,
     "ss_ip_noise_gamma_random_strength": False,
@@ -199,8 +197,7 @@ def _network(config: Config, run: RunFacts) -> dict[str, object]:
         arguments["rslora"] = True
     if lora.rules:
         arguments["rules"] = [rule.model_dump(exclude_none=True) for rule in lora.rules]
-    if lora.init != "default":
-        arguments["init"] = lora.init
+    arguments |= lora.model_dump(include={"init", "rank_dropout", "module_dropout"}, exclude_defaults=True)
     if ratio != 1:
         arguments["loraplus_lr_ratio"] = ratio
     return {
@@ -209,6 +206,8 @@ def _network(config: Config, run: RunFacts) -> dict[str, object]:
         "ss_network_dim": "Dynamic" if run.rank is None else run.rank,
         "ss_network_alpha": "Dynamic" if run.alpha is None else run.alpha,
         "ss_network_args": arguments,
+        "ss_network_dropout": lora.dropout or None,
+        "ss_scale_weight_norms": lora.max_norm,
     }
 
 

@@ -9,9 +9,10 @@ from types import MappingProxyType
 from torch import nn
 
 from ..base.base import Base
-from ..config.sections import Config
+from ..config.sections import Config, LoraSection
 from ..lora.adapter import Adapter
 from ..lora.change import Change
+from ..lora.dropout import AdapterDropout, DropoutRates
 from ..lora.low_rank_trainable import TrainableLowRank
 from ..lora.new_trainable import KindSettings, trainable_for
 from ..lora.quantized import FrozenLinear
@@ -38,26 +39,51 @@ def new_adapter(base: Base, config: Config, start: Mapping[str, Change] = Mappin
     def group_of(name: str, tensor: str) -> RateGroup:
         return RateGroup(part=part_of(name), rate=chosen[name].rate * (ratio if tensor == "up" else 1.0))
 
-    return Adapter(new_trainables(base, config, start), seed=config.train.seed, group_of=group_of)
+    dropout = AdapterDropout(dropout_rates(config.lora))
+    trainables = new_trainables(base, config, start, dropout)
+    return Adapter(trainables, seed=config.train.seed, group_of=group_of, dropout=dropout)
+
+
+def dropout_rates(section: LoraSection) -> DropoutRates:
+    """What ``section`` leaves out in each step."""
+    return DropoutRates(values=section.dropout, ranks=section.rank_dropout, modules=section.module_dropout)
 
 
 def new_trainables(
-    base: Base, config: Config, start: Mapping[str, Change] = MappingProxyType({})
+    base: Base,
+    config: Config,
+    start: Mapping[str, Change] = MappingProxyType({}),
+    dropout: AdapterDropout | None = None,
 ) -> dict[str, Trainable]:
-    """Canonical name -> what is trained of that module, part after part."""
+    """Canonical name -> what is trained of that module, part after part, with ``dropout``."""
     modules = base.modules()
     return {
-        name: _trainable(name, modules[name], choice, config, start.get(name))
+        name: _trainable(name, modules[name], choice, config, start.get(name), dropout)
         for name, choice in choose_modules(base.checkpoint, config).items()
     }
 
 
-def _trainable(name: str, module: nn.Module, choice: ModuleChoice, config: Config, start: Change | None) -> Trainable:
+def _trainable(
+    name: str,
+    module: nn.Module,
+    choice: ModuleChoice,
+    config: Config,
+    start: Change | None,
+    dropout: AdapterDropout | None,
+) -> Trainable:
     init, rank, alpha = config.lora.init, choice.rank, choice.alpha
     if init != "default" and isinstance(module, FrozenLinear):
-        return TrainableRelative(module=module, rank=rank, alpha=alpha, init=init, name=name, seed=config.train.seed)
+        return TrainableRelative(
+            module=module,
+            rank=rank,
+            alpha=alpha,
+            init=init,
+            name=name,
+            seed=config.train.seed,
+            dropout=None if dropout is None else dropout.of(name),
+        )
     lora = config.lora
-    kind = KindSettings(kind=lora.kind, factor=lora.factor)
+    kind = KindSettings(kind=lora.kind, factor=lora.factor, dropout=dropout)
     fresh = trainable_for(name, module, kind, rank=rank, alpha=alpha)
     if start is None or not isinstance(fresh, TrainableLowRank):
         return fresh

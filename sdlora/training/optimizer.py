@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -36,11 +36,13 @@ class GuardedAdamW:
         shapes: Shapes | None = None,
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
+        after_update: Callable[[], None] | None = None,
     ):
         """``lengths`` are the numbers of steps in which each parameter is trained, by default in all ``steps``.
 
         ``shapes`` are those of the tensors within each parameter, by default itself. ``dtype`` is that in which the
         gradients are computed; for float16 the loss is scaled. ``seed`` is that of optimizers that draw random numbers.
+        ``after_update`` changes the parameters in place after each step; averages are taken after it.
 
         Raises:
             ConfigError: the optimizer cannot be used; see ``check_optimizer``.
@@ -55,6 +57,7 @@ class GuardedAdamW:
         self._ends = {p: end for p, end in zip(parameters, lengths, strict=False) if end < steps}
         self._skipped = torch.zeros((), device=parameters[0].device)
         self._scale = LossScale(parameters[0].device) if dtype == torch.float16 else None
+        self._after_update = after_update
         self._average = MovingAverage(parameters, section.ema) if section.ema else None
 
     def scaled(self, loss: Tensor) -> Tensor:
@@ -86,6 +89,8 @@ class GuardedAdamW:
         torch._foreach_mul_(gradients, factor)
         rate = rate_factor(step, self._section, steps=self._steps)
         self._algorithm.update([each * rate for each in self._rates], finite)
+        if self._after_update is not None:
+            self._after_update()
         if self._average is not None:
             self._average.update(step, finite)
         self._skipped += ~finite
@@ -113,6 +118,8 @@ class GuardedAdamW:
         parameters = [parameter.detach() for parameter in self._parameters]
         own = [parameter.clone() for parameter in parameters]
         torch._foreach_copy_(parameters, kept)
+        if self._after_update is not None:
+            self._after_update()
         try:
             yield
         finally:

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from ..base.base import Base
 from ..data.views import View
-from .batches import Draws, draw, share
+from ..lora.dropout import DropoutRates
+from .batches import Draws, draw, dropout_keys, share
 from .caption_embeddings import CaptionEmbeddings
 from .latents import EncodedImage
+from .new_adapter import dropout_rates
 from .packing import Packed, pack
 from .plan import RunPlan
 from .training_set import Sample
@@ -48,6 +50,8 @@ class StepInputs:
     """(n, chunks, 77) int64 for each text encoder; () where the text encoders are frozen."""
     zeroed: Tensor | None
     """(n,) bool: rows whose conditioning is all zeros; None where there are none."""
+    dropout_keys: Tensor | None
+    """(n, 2) int64, see ``AdapterDropout.drawn_by``; None where nothing is left out of the adapter."""
 
     def part(self, rows: slice) -> StepInputs:
         """Views of some of the images."""
@@ -62,6 +66,7 @@ class StepInputs:
             captions=self.captions[rows],
             token_ids=tuple(ids[rows] for ids in self.token_ids),
             zeroed=None if self.zeroed is None else self.zeroed[rows],
+            dropout_keys=None if self.dropout_keys is None else self.dropout_keys[rows],
         )
 
 
@@ -95,6 +100,7 @@ class PreparedStep:
             captions=self.captions,
             token_ids=tuple(tensor for name, tensor in brought.items() if name.startswith("token_ids.")),
             zeroed=brought.get("zeroed"),
+            dropout_keys=brought.get("dropout_keys"),
         )
         if size >= count:
             return [whole]
@@ -121,13 +127,14 @@ class Preparation:
         captions = tuple(
             "" if drawn.drop_caption else samples[slot].caption for drawn, slot in zip(draws, slots, strict=True)
         )
+        arrays = self._arrays([samples[slot] for slot in slots], images, draws, captions) if images else {}
+        config = self.plan.config
+        if images and dropout_rates(config.lora) != DropoutRates():
+            arrays["dropout_keys"] = dropout_keys(seed=config.train.seed, step=step, slots=slots)
         return PreparedStep(
             images=images,
             captions=captions,
-            packed=pack(
-                self._arrays([samples[slot] for slot in slots], images, draws, captions) if images else {},
-                self.base.device,
-            ),
+            packed=pack(arrays, self.base.device),
             batch_size=len(samples),
         )
 

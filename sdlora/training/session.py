@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 
 import torch
 from accelerate import Accelerator
@@ -97,7 +97,8 @@ class TrainingSession:
         self.adapter.begin_step()
         loss = torch.zeros((), device=self.base.device)
         for inputs in prepared.parts(self.base.device, self.shape.micro_batch):
-            loss += self._backward(inputs, batch_size=prepared.batch_size)
+            with self.adapter.dropout.drawn_by(inputs.dropout_keys):
+                loss += self._backward(inputs, batch_size=prepared.batch_size)
             self.adapter.end_backward()
         self.optimizer.step(step, self.accelerator)
         return loss
@@ -183,7 +184,7 @@ def open_session(
         )
     with explained("placing the UNet and the LoRA", f"lower lora.rank, or {CLOSE_OTHERS}"):
         move_to(base.device, base.unet)
-        steps = config.train.steps
+        steps, limit = config.train.steps, config.lora.max_norm
         adapter = new_adapter(base, config, {} if plan.start is None else plan.start.changes)
         optimizer = GuardedAdamW(
             adapter.parameters,
@@ -194,6 +195,7 @@ def open_session(
             shapes=adapter.shapes,
             dtype=base.dtype,
             seed=config.train.seed,
+            after_update=None if limit is None else partial(adapter.limit_norms, limit),
         )
     return TrainingSession(
         plan=plan,
