@@ -19,7 +19,7 @@ from ..base.decode import LatentDecoder
 from ..base.device_memory import free_memory, move_to, out_of_memory, release_memory
 from ..errors import DeviceMemoryError
 from ..formats.hashes import file_hashes
-from ..lora.attaching import temporarily_applied
+from ..lora.stack import Stack
 from ..progress import Progress, raise_if_stopped
 from .denoise import denoise, encode_requests
 from .infotext import infotext
@@ -58,11 +58,13 @@ def generate_images(
     on_image: Callable[[GeneratedImage], None] | None = None,
     *,
     vae_tiling: bool = False,
+    stack: Stack | None = None,
 ) -> list[GeneratedImage]:
-    """Generate every request under the same LoRAs, which are applied to ``base`` for as long as this takes.
+    """Generate every request under the same LoRAs, which are on ``base`` for as long as this takes.
 
     ``on_image`` is called with each image as soon as it is done, in the order of ``requests``. ``vae_tiling`` decodes in
-    strips from the start (``base.decode``).
+    strips from the start (``base.decode``). On a ``stack`` of the base's modules the LoRAs stay afterwards, so that the next
+    call changes what differs.
 
     Raises:
         BaseModelError: the UNet or the VAE produced NaN or Inf.
@@ -78,7 +80,7 @@ def generate_images(
     decode = LatentDecoder(base, tiled=vae_tiling)
     batches = _batches(requests, checkpoint)
     with (
-        temporarily_applied(base.modules(), [lora.changes() for lora in loras]),
+        _applied(base, loras, stack),
         _conditionings(base, batches) as conditionings,
     ):
         for batch, conditioning in zip(batches, conditionings, strict=True):
@@ -96,6 +98,18 @@ def generate_images(
                 if on_image:
                     on_image(image)
     return images
+
+
+@contextmanager
+def _applied(base: Base, loras: Sequence[WeightedLora], stack: Stack | None) -> Generator[None]:
+    """``loras`` on the base's modules, removed afterwards unless they are on a ``stack``."""
+    own = stack or Stack(base.modules())
+    own.set([lora.changes() for lora in loras])
+    try:
+        yield
+    finally:
+        if stack is None:
+            own.restore()
 
 
 @contextmanager

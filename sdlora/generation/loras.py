@@ -69,6 +69,8 @@ class FittedLora:
 
     file: LoraFile
     modules: Mapping[str, Change]
+    stamp: tuple[int, int] | None
+    """Size and modification time of its file, in bytes and nanoseconds."""
     autov3: str | None
     """First 12 digits of the hash over its tensors; None for a pickle."""
 
@@ -95,27 +97,31 @@ class WeightedLora:
         return WeightedLora(fitted=self.fitted, choice=self.choice.times(factor))
 
     def changes(self) -> dict[str, tuple[Change, float]]:
-        """Canonical name -> (change, weight), as ``lora.attaching.temporarily_applied`` takes it."""
+        """Canonical name -> (change, weight), as ``lora.stack.Stack`` takes it."""
         return {
             name: (change, self.choice.unet if name.startswith("unet.") else self.choice.text_encoder)
             for name, change in self.fitted.modules.items()
         }
 
 
-def fit_loras(base: BaseCheckpoint, choices: Sequence[LoraChoice]) -> tuple[WeightedLora, ...]:
+def fit_loras(
+    base: BaseCheckpoint, choices: Sequence[LoraChoice], *, known: Sequence[FittedLora] = ()
+) -> tuple[WeightedLora, ...]:
     """Read every file and match it with the base's modules by names and shapes; what is left out is logged.
 
-    The base need not be loaded.
+    The base need not be loaded. Files that are among ``known``, of the same base, and have not changed are not read again.
 
     Raises:
         LoraFileError, CompatibilityError: with one line for each file that cannot be used.
     """
     shapes = base.module_shapes()
+    read = {lora.file.path: lora for lora in known}
     fitted: dict[Path, FittedLora] = {}
     faults: list[LoraFileError | CompatibilityError] = []
     for file in dict.fromkeys(choice.file for choice in choices):
         try:
-            fitted[file] = _fit(base, shapes, read_lora(file))
+            unchanged = file in read and read[file].stamp == _stamp(read[file].file.weights)
+            fitted[file] = read[file] if unchanged else _fit(base, shapes, read_lora(file))
         except (LoraFileError, CompatibilityError) as error:
             faults.append(error)
     if faults:
@@ -154,5 +160,15 @@ def _fit(base: BaseCheckpoint, shapes: Mapping[str, tuple[int, ...]], file: Lora
     return FittedLora(
         file=file,
         modules={name: file.modules[key] for key, name in found.matched.items()},
+        stamp=_stamp(file.weights),
         autov3=file_hashes(file.weights).autov3,
     )
+
+
+def _stamp(file: Path) -> tuple[int, int] | None:
+    """Size and modification time; None where there is no file."""
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns

@@ -17,10 +17,11 @@ from ..base.gpu_build import why_not_cuda
 from ..base.precision import choose_device, describe_precision, explain_precision
 from ..config.sections import BaseSection
 from ..errors import SdloraError
+from ..lora.stack import Stack
 from ..progress import Progress, progress_or_bar
 from .arguments import LoraArgument, base_argument, image_requests, lora_choices
 from .grid import labelled_grid
-from .loras import WeightedLora, fit_loras
+from .loras import FittedLora, WeightedLora, fit_loras
 from .prompt_syntax import check_syntax
 from .request import ImageRequest, check_requests
 
@@ -132,6 +133,9 @@ class OpenStudio:
         self._checkpoint = checkpoint
         self._precision, self._vae_tiling = precision, vae_tiling
         self._base: Base | None = None
+        self._stack: Stack | None = None
+        self._known: tuple[FittedLora, ...] = ()
+        """The LoRAs of the last call, which are not read again while their files are the same."""
         self._closed = False
 
     def __enter__(self) -> OpenStudio:
@@ -142,7 +146,7 @@ class OpenStudio:
 
     def close(self) -> None:
         """Give the base's memory back; closing twice is allowed."""
-        self._base, self._closed = None, True
+        self._base, self._stack, self._known, self._closed = None, None, (), True
 
     def generate(
         self,
@@ -220,7 +224,8 @@ class OpenStudio:
         if self._closed:
             raise SdloraError("the studio is closed; open another with sdlora.open")
         check_requests(requests, self._checkpoint)
-        fitted = _fitted(self._checkpoint, loras)
+        fitted = fit_loras(self._checkpoint, lora_choices(loras), known=self._known)
+        self._known = tuple(lora.fitted for lora in fitted)
         if self._base is None:
             if unused := why_not_cuda():
                 logger.warning("%s", unused)
@@ -232,7 +237,9 @@ class OpenStudio:
             from ..base.load import load_base
 
             self._base = load_base(self._checkpoint, device=device, dtype=chosen.dtype)
-        return Studio(base=self._base, loras=fitted, vae_tiling=self._vae_tiling)
+        if self._stack is None:
+            self._stack = Stack(self._base.modules())
+        return Studio(base=self._base, loras=fitted, vae_tiling=self._vae_tiling, stack=self._stack)
 
 
 def _columns(loras: tuple[WeightedLora, ...], strengths: Sequence[float]) -> list[tuple[str, tuple[WeightedLora, ...]]]:
@@ -252,11 +259,13 @@ class Studio:
     base: Base
     loras: tuple[WeightedLora, ...]
     vae_tiling: bool = False
+    stack: Stack | None = None
+    """Where the LoRAs stay after a call; without one they are on the base during a call alone."""
 
     @classmethod
     def on(cls, base: Base, loras: LoraArgument | Sequence[LoraArgument]) -> Studio:
         """Read ``loras`` for a base that is loaded already; raises ``SdloraError`` where they do not fit."""
-        return cls(base=base, loras=_fitted(base.checkpoint, loras))
+        return cls(base=base, loras=fit_loras(base.checkpoint, lora_choices(loras)))
 
     @classmethod
     def open(
@@ -287,8 +296,6 @@ class Studio:
         from .images import generate_images
 
         with progress_or_bar(progress) as reports:
-            return generate_images(self.base, requests, self.loras, reports, stop, on_image, vae_tiling=self.vae_tiling)
-
-
-def _fitted(checkpoint: BaseCheckpoint, loras: LoraArgument | Sequence[LoraArgument]) -> tuple[WeightedLora, ...]:
-    return fit_loras(checkpoint, lora_choices(loras))
+            return generate_images(
+                self.base, requests, self.loras, reports, stop, on_image, vae_tiling=self.vae_tiling, stack=self.stack
+            )
