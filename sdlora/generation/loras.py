@@ -6,9 +6,10 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
-from ..base.checkpoint import BaseCheckpoint
 from ..errors import CompatibilityError, LoraFileError
+from ..families import Family
 from ..formats.hashes import file_hashes
 from ..formats.keys import part_of, resolve
 from ..formats.lora_file import LoraFile, read_lora
@@ -85,8 +86,23 @@ def _in_unet(name: str) -> bool:
     return name.startswith("unet.")
 
 
+class LoraBase(Protocol):
+    """What LoRAs are matched with: a checkpoint, or the models of a pipeline."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+
+    @property
+    def family(self) -> Family:
+        """What it is."""
+
+    def module_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Canonical name -> shape of the weight."""
+
+
 def fit_loras(
-    base: BaseCheckpoint, choices: Sequence[LoraChoice], *, known: Sequence[FittedLora] = ()
+    base: LoraBase, choices: Sequence[LoraChoice], *, known: Sequence[FittedLora] = ()
 ) -> tuple[WeightedLora, ...]:
     """Read every file and match it with the base's modules by names and shapes; what is left out is logged.
 
@@ -122,7 +138,7 @@ def fit_loras(
     )
 
 
-def _fit(base: BaseCheckpoint, shapes: Mapping[str, tuple[int, ...]], file: LoraFile) -> FittedLora:
+def _fit(base: LoraBase, shapes: Mapping[str, tuple[int, ...]], file: LoraFile) -> FittedLora:
     found = resolve(file.modules, shapes)
     total, matched = len(file.modules), len(found.matched)
     family, base_family = file.family, base.family
