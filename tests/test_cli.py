@@ -24,7 +24,7 @@ from tests.conftest import write_images
 SURFACE = {
     "train": {
         *("arguments", "images", "trigger", "base", "out", "restart", "allow_device_change", "as_json"),
-        *("steps", "epochs", "rank", "batch_size", "learning_rate", "resolution"),
+        *("steps", "epochs", "rank", "batch_size", "learning_rate", "resolution", "preset", "explain"),
     },
     "generate": {
         *("prompt", "base", "lora", "negative", "seed", "steps", "cfg", "size", "count", "sampler", "strip"),
