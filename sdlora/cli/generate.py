@@ -65,9 +65,7 @@ def generate(
     text_encoder: Annotated[
         list[str] | None, typer.Option(metavar="FILE", help="Replaces the base's own; repeat for SDXL's second.")
     ] = None,
-    prediction: Annotated[
-        str, typer.Option(help="What the base predicts: auto, epsilon, v_prediction or sample.")
-    ] = "auto",
+    prediction: Annotated[str, typer.Option(help="The base's: auto, epsilon, v_prediction or sample.")] = "auto",
     attention: Annotated[str, typer.Option(help="Implementation of attention: auto, sdpa or xformers.")] = "auto",
     out: Annotated[
         str,
