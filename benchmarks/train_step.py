@@ -1,11 +1,17 @@
-"""Time of a training step: ours, the same work with peft, and the floor, in one run.
+"""Time of a training step: ours, the same work with peft, the diffusers example's recipe, and the floor, in one run.
 
-    python benchmarks/train_step.py [--base mini] [--precision auto] [--rounds 12]
+    python -m benchmarks.train_step [--base mini | sd1 | sdxl | FILE] [--resolution 512] [--batches 1 4] [--rounds 12]
 
-The floor is what no LoRA trainer can go below while it trains through the whole model: the frozen text encoder and
-UNet, forward and backward to their inputs (token embeddings and latents), with no LoRA and no optimizer. ``peft`` is
-``inject_adapter_in_model`` on copies of the same modules with the same targets and rank, the same min-SNR weighted loss,
-``clip_grad_norm_`` and fused AdamW. The three take turns, a few steps each; ratios are taken round by round.
+The floor is what no LoRA trainer can go below while it trains through the whole model: the frozen UNet (and the text
+encoders, where they are trained), forward and backward to their inputs, with no LoRA and no optimizer. ``compiled floor``
+is the same with each repeated block of the UNet compiled. ``peft`` is ``inject_adapter_in_model`` on copies of the same
+modules with the same targets and rank, the same min-SNR weighted loss, ``clip_grad_norm_`` and fused AdamW. ``example``
+is the recipe of diffusers' ``train_text_to_image_lora.py`` rebuilt: autocast, float32 LoRA layers of peft, each image
+through the VAE and each caption through the text encoders in every step, plain mean squared error, and the loss read
+back. The sides take turns, a few steps each; ratios are taken round by round.
+
+``sd1`` and ``sdxl`` are models of the published sizes with random weights, made in the device's memory. Their text
+encoders stay frozen: ours and the floors then start from encoded captions, as a run does.
 """
 
 from __future__ import annotations
@@ -20,32 +26,86 @@ import copy
 import itertools
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 
 from sdlora.base.base import Base
-from sdlora.base.conditioning import Framing, time_ids
+from sdlora.base.conditioning import Conditioning, Framing, time_ids
 from sdlora.base.encode import encode_prompts
 from sdlora.base.load import load_base
 from sdlora.base.precision import choose_precision
 from sdlora.base.tokens import PromptTokens, plain, tokenize
 from sdlora.config.loading import load_config
 from sdlora.config.sections import ObjectiveSection
-from sdlora.lora.adapter import ATTENTION
+from sdlora.lora.targets import ATTENTION
 from sdlora.progress import Silence
 from sdlora.training.loss import denoising_loss
 from sdlora.training.plan import RunPlan, plan_config
 from sdlora.training.session import open_session
+from tests.real_size import write_hollow_checkpoint
 
 STEPS_A_TURN = 4
+SIDES = ("ours", "peft", "example", "floor", "compiled floor")
+Step = Callable[[], None]
 
 
-def our_step(base: Base, plan: RunPlan) -> Callable[[], None]:
-    session, counter = open_session(plan, base, Accelerator(), Silence()), itertools.count()
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Setting:
+    """What all sides share."""
+
+    base: Base
+    """Pristine: each side works on a copy."""
+    plan: RunPlan
+    batch: int
+    rank: int
+    trains_text: bool
+
+    @property
+    def resolution(self) -> int:
+        stated = self.plan.config.data.resolution
+        return stated if isinstance(stated, int) else self.base.checkpoint.resolution
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Inputs:
+    latents: torch.Tensor
+    time_ids: torch.Tensor
+    prompts: list[PromptTokens]
+    conditioning: Conditioning | None
+    """That of the prompts where the text encoders are frozen."""
+
+    @classmethod
+    def of(cls, setting: Setting, base: Base) -> Inputs:
+        side = setting.resolution // base.checkpoint.latent_factor
+        prompts = [tokenize(base, plain("blupaper, a red apple"))] * setting.batch
+        with torch.no_grad():
+            conditioning = None if setting.trains_text else encode_prompts(base, prompts)
+        return cls(
+            latents=torch.randn(setting.batch, 4, side, side, device=base.device),
+            time_ids=time_ids([Framing.whole(setting.resolution, setting.resolution)] * setting.batch).to(base.device),
+            prompts=prompts,
+            conditioning=conditioning,
+        )
+
+    def loss(self, base: Base) -> torch.Tensor:
+        noise = torch.randn_like(self.latents)
+        timesteps = torch.randint(0, 1000, (len(noise),), device=base.device)
+        conditioning = self.conditioning or encode_prompts(base, self.prompts)
+        return denoising_loss(
+            base, self.latents, noise, timesteps, conditioning, self.time_ids, objective=ObjectiveSection()
+        ).mean()
+
+
+def our_step(setting: Setting) -> Step:
+    base, counter = copy.deepcopy(setting.base), itertools.count()
+    session = open_session(setting.plan, base, Accelerator(), Silence())
     session.adapter.attach(base.modules())
 
     def step() -> None:
@@ -54,43 +114,28 @@ def our_step(base: Base, plan: RunPlan) -> Callable[[], None]:
     return step
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Inputs:
-    latents: torch.Tensor
-    time_ids: torch.Tensor
-    prompts: list[PromptTokens]
-
-    def loss(self, base: Base) -> torch.Tensor:
-        noise = torch.randn_like(self.latents)
-        timesteps = torch.randint(0, 1000, (len(noise),), device=base.device)
-        conditioning = encode_prompts(base, self.prompts)
-        return denoising_loss(
-            base, self.latents, noise, timesteps, conditioning, self.time_ids, objective=ObjectiveSection()
-        ).mean()
-
-
-def inputs(base: Base, batch: int) -> Inputs:
-    resolution = base.checkpoint.resolution
-    side = resolution // base.checkpoint.latent_factor
-    return Inputs(
-        latents=torch.randn(batch, 4, side, side, device=base.device),
-        time_ids=time_ids([Framing.whole(resolution, resolution)] * batch).to(base.device),
-        prompts=[tokenize(base, plain("blupaper, a red apple"))] * batch,
-    )
-
-
-def peft_step(base: Base, batch: int, rank: int) -> Callable[[], None]:
+def with_peft(setting: Setting, base: Base) -> list[torch.nn.Parameter]:
+    """Put peft's layers into ``base``; returns their parameters, float32."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    options = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(ATTENTION), init_lora_weights="gaussian")
-    models = [base.unet, *(encoder.model for encoder in base.text_encoders)]
+    options = LoraConfig(
+        r=setting.rank, lora_alpha=setting.rank, target_modules=list(ATTENTION), init_lora_weights="gaussian"
+    )
+    encoders = [encoder.model for encoder in base.text_encoders] if setting.trains_text else []
+    models = [base.unet, *encoders]
     for model in models:
         inject_adapter_in_model(options, model)
     trained = [p for m in models for n, p in m.named_parameters() if "lora_" in n]
     for parameter in trained:
         parameter.data = parameter.data.float()
+    return trained
+
+
+def peft_step(setting: Setting) -> Step:
+    base = copy.deepcopy(setting.base)
+    trained = with_peft(setting, base)
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-    given = inputs(base, batch)
+    given = Inputs.of(setting, base)
 
     def step() -> None:
         given.loss(base).backward()
@@ -101,8 +146,43 @@ def peft_step(base: Base, batch: int, rank: int) -> Callable[[], None]:
     return step
 
 
-def floor_step(base: Base, batch: int) -> Callable[[], None]:
-    given = inputs(base, batch)
+def example_step(setting: Setting) -> Step:
+    base = copy.deepcopy(setting.base)
+    trained = with_peft(setting, base)
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    given, size = Inputs.of(setting, base), setting.resolution
+    pixels = torch.randn(setting.batch, 3, size, size)
+    alphas = torch.linspace(0.999, 0.005, 1000, device=base.device)
+    accelerator = Accelerator()
+
+    def step() -> None:
+        with torch.autocast(base.device.type, base.dtype, enabled=base.dtype != torch.float32):
+            images = pixels.to(base.device, base.vae.dtype)
+            latents = base.vae.encode(images).latent_dist.sample() * base.checkpoint.latent_scale
+            noise = torch.randn_like(latents)
+            timesteps = torch.randint(0, 1000, (len(noise),), device=base.device)
+            kept = alphas[timesteps][:, None, None, None]
+            noisy = (kept.sqrt() * latents + (1 - kept).sqrt() * noise).to(base.dtype)
+            conditioning = encode_prompts(base, given.prompts)
+            predicted = base.predict(noisy, timesteps, conditioning, given.time_ids)
+            loss = torch.nn.functional.mse_loss(predicted.float(), noise.float())
+        accelerator.gather(loss.repeat(setting.batch)).mean().item()
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        rates.step()
+        optimizer.zero_grad()
+        loss.detach().item()
+
+    return step
+
+
+def floor_step(setting: Setting, *, compiled: bool = False) -> Step:
+    base = copy.deepcopy(setting.base)
+    given = Inputs.of(setting, base)
+    if compiled:
+        base.unet.compile_repeated_blocks(fullgraph=True)
     for encoder in base.text_encoders:
         embeddings = encoder.model.get_input_embeddings()
         embeddings.register_forward_hook(lambda module, given, output: output.requires_grad_())
@@ -115,7 +195,13 @@ def floor_step(base: Base, batch: int) -> Callable[[], None]:
     return step
 
 
-def turn(step: Callable[[], None], device: torch.device) -> float:
+def step_of(side: str, setting: Setting) -> Step:
+    if side.endswith("floor"):
+        return floor_step(setting, compiled=side.startswith("compiled"))
+    return {"ours": our_step, "peft": peft_step, "example": example_step}[side](setting)
+
+
+def turn(step: Step, device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
     began = time.perf_counter()
@@ -126,56 +212,91 @@ def turn(step: Callable[[], None], device: torch.device) -> float:
     return (time.perf_counter() - began) / STEPS_A_TURN
 
 
-def compare(base_path: str, precision: str, batch: int, rank: int, rounds: int) -> dict[str, object]:
+def open_setting(arguments: argparse.Namespace, folder: Path, batch: int) -> Setting:
+    """The base in the device's memory, and the plan of a run on the sample images."""
+    random = arguments.base in ("sd1", "sdxl")
+    path = write_hollow_checkpoint(folder / "hollow.safetensors", arguments.base) if random else arguments.base
     values = [
-        f"base.path={json.dumps(base_path)}",
+        f"base.path={json.dumps(str(path))}",
         f"train.batch_size={batch}",
-        f"lora.rank={rank}",
+        f"lora.rank={arguments.rank}",
         "lora.targets=attention",
+        *(["optimizer.text_encoder_learning_rate=0"] if random else []),
+        *([f"data.resolution={arguments.resolution}"] if arguments.resolution else []),
+        # No trial of memory, no compute twice: all sides compute the whole batch once.
+        "train.gradient_checkpointing=false",
+        f"train.micro_batch={batch}",
+        f"cache.folder={json.dumps(str(folder / 'cache'))}",
     ]
     plan = plan_config(load_config("configs/quickstart-blueprint.toml", values))
     device = Accelerator().device
-    dtype = choose_precision(precision, device, unet_parameters=plan.base.unet_parameters)
-    pristine = load_base(plan.base, device=device, dtype=dtype)
-    steps = {
-        "ours": our_step(copy.deepcopy(pristine), plan),
-        "peft": peft_step(copy.deepcopy(pristine), batch, rank),
-        "floor": floor_step(copy.deepcopy(pristine), batch),
-    }
-    for step in steps.values():
+    dtype = choose_precision(arguments.precision, device, unet_parameters=plan.base.unet_parameters)
+    base = load_base(plan.base, device=device, dtype=dtype)
+    if random:
+        fill_randomly(base)
+    return Setting(base=base, plan=plan, batch=batch, rank=arguments.rank, trains_text=not random)
+
+
+@torch.no_grad()
+def fill_randomly(base: Base) -> None:
+    """Weights that keep activations about 1: std 1/√inputs; scales of norms at 1, biases at 0."""
+    torch.manual_seed(0)
+    for model in (base.unet, base.vae, *(encoder.model for encoder in base.text_encoders)):
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.02 if "embedding" in name else parameter[0].numel() ** -0.5)
+            else:
+                parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+
+
+def compare(setting: Setting, sides: list[str], rounds: int) -> dict[str, Any]:
+    device, steps, peaks = setting.base.device, {}, {}
+    for side in sides:
+        step = steps[side] = step_of(side, setting)
         turn(step, device)
-    times: dict[str, list[float]] = {name: [] for name in steps}
+        if device.type == "cuda":
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            turn(step, device)
+            peaks[side] = round((torch.cuda.max_memory_allocated() - before) / 1e9, 2)
+    times: dict[str, list[float]] = {side: [] for side in sides}
     for _ in range(rounds):
-        for name, step in steps.items():
-            times[name].append(turn(step, device))
+        for side, step in steps.items():
+            times[side].append(turn(step, device))
 
     def ratio(one: str, other: str) -> list[float]:
         ratios = sorted(a / b for a, b in zip(times[one], times[other], strict=True))
         return [round(r, 3) for r in (statistics.median(ratios), ratios[0], ratios[-1])]
 
+    others = [side for side in sides if side != "ours"]
     return {
-        "batch": batch,
-        "dtype": str(dtype).removeprefix("torch."),
-        "milliseconds": {name: round(1000 * statistics.median(values), 1) for name, values in times.items()},
-        "ours / floor": ratio("ours", "floor"),
-        "ours / peft": ratio("ours", "peft"),
-        "peft / floor": ratio("peft", "floor"),
+        "batch": setting.batch,
+        "resolution": setting.resolution,
+        "dtype": str(setting.base.dtype).removeprefix("torch."),
+        "milliseconds": {side: round(1000 * statistics.median(values), 1) for side, values in times.items()},
+        **{f"ours / {other}": ratio("ours", other) for other in others if "ours" in sides},
+        **({"GB above the weights": peaks} if peaks else {}),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="mini")
+    parser.add_argument("--resolution", type=int)
     parser.add_argument("--precision", default="auto", choices=["auto", "float32", "bfloat16"])
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=["ours", "peft", "example", "floor"])
     arguments = parser.parse_args()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{device}, torch {torch.__version__}; ratios are median [least, most] of {arguments.rounds} rounds")
+    print(
+        f"{arguments.base} on {device}, torch {torch.__version__}; ratios: median [least, most] of {arguments.rounds}"
+    )
     for batch in arguments.batches:
-        result = compare(arguments.base, arguments.precision, batch, arguments.rank, arguments.rounds)
-        print(json.dumps(result))
+        with tempfile.TemporaryDirectory() as folder:
+            setting = open_setting(arguments, Path(folder), batch)
+            print(json.dumps(compare(setting, arguments.sides, arguments.rounds)), flush=True)
 
 
 if __name__ == "__main__":

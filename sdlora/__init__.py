@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .errors import Interrupted, SdloraError
     from .generation.studio import generate, generate_strip, open
     from .lint.run import lint_dataset
+    from .pipelines.applying import applied, apply, restore
     from .progress import CallbackProgress, ProgressUpdate, Silence
     from .publish.civitai import export_civitai
     from .tools.average import average
@@ -39,6 +40,9 @@ _HOMES = {
     "ProgressUpdate": "progress",
     "SdloraError": "errors",
     "Silence": "progress",
+    "applied": "pipelines.applying",
+    "apply": "pipelines.applying",
+    "restore": "pipelines.applying",
     "caption_folder": "captioning.folder",
     "convert": "tools.convert",
     "export_civitai": "publish.civitai",
@@ -68,6 +72,8 @@ __all__ = [
     "SdloraError",
     "Silence",
     "__version__",
+    "applied",
+    "apply",
     "average",
     "bake",
     "caption_folder",
@@ -85,6 +91,7 @@ __all__ = [
     "open",
     "plan",
     "resize",
+    "restore",
     "train",
 ]
 

@@ -25,6 +25,13 @@ class Progress(Protocol):
         """``count`` more units are done; ``note`` is shown beside the bar."""
 
 
+class Stop(Protocol):
+    """Says whether to stop; a ``threading.Event`` is one."""
+
+    def is_set(self) -> bool:
+        """Whether to stop now."""
+
+
 class Silence:
     """Shows nothing."""
 
@@ -326,7 +333,7 @@ def progress_or_bar(progress: Progress | None) -> Generator[Progress]:
         yield bar
 
 
-def raise_if_stopped(stop: threading.Event | None, message: str) -> None:
+def raise_if_stopped(stop: Stop | None, message: str) -> None:
     """Raise ``Interrupted`` with ``message`` where ``stop`` was set."""
     if stop is not None and stop.is_set():
         raise Interrupted(message)

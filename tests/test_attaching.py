@@ -6,12 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from sdlora.lora.attaching import temporarily_applied
 from sdlora.lora.change import Change
 from sdlora.lora.kinds import Decomposed, Full, Hadamard, Kronecker, Scaling
 from sdlora.lora.low_rank import LowRank
-from sdlora.lora.merging import temporarily_merged
 from sdlora.lora.quantized import QUANTIZED
+from sdlora.lora.stack import temporarily_applied
 
 CPU = torch.device("cpu")
 
@@ -71,7 +70,7 @@ def test_every_kind_of_change_beside_a_quantised_layer(kind: str, change: str, b
     loras = [{"x.first": (changes()[change], 0.6), "x.second": (other, 1.0)}, {"x.first": (low_rank(4), -0.8)}]
     x, layer = torch.randn(2, 5, 16), ours["x"].first
     before = run(ours, x)
-    with temporarily_merged(reference, loras):
+    with temporarily_applied(reference, loras):
         expected = run(reference, x)
     with temporarily_applied(ours, loras):
         torch.testing.assert_close(run(ours, x), expected, rtol=1e-4, atol=1e-4)
@@ -104,7 +103,7 @@ def test_in_half_precision_a_small_change_is_not_rounded_away(dtype: torch.dtype
     parent.layer = layer
     unit = torch.eye(64, dtype=dtype)
     with temporarily_applied({"x": parent, "x.layer": layer}, [{"x.layer": (change, 1.0)}]):
-        low = parent.layer._low_rank
-    delta = unit.float() @ (low[1].float() @ low[0].float()).T
+        down, up = parent.layer.down, parent.layer.up
+    delta = unit.float() @ (up.float() @ down.float()).T
     exact = change.delta(torch.zeros(64, 64)).T
     assert (delta - exact).norm() < 0.01 * exact.norm()

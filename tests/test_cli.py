@@ -24,11 +24,22 @@ from tests.conftest import write_images
 SURFACE = {
     "train": {
         *("arguments", "images", "trigger", "base", "out", "restart", "allow_device_change", "as_json"),
-        *("steps", "epochs", "rank", "batch_size", "learning_rate", "resolution"),
+        *("steps", "epochs", "rank", "batch_size", "learning_rate", "resolution", "preset", "explain"),
     },
     "generate": {
         *("prompt", "base", "lora", "negative", "seed", "steps", "cfg", "size", "count", "sampler", "strip"),
-        *("precision", "out", "as_json", "clip_skip", "vae", "text_encoder", "prediction", "attention", "vae_tiling"),
+        *(
+            "precision",
+            "out",
+            "as_json",
+            "clip_skip",
+            "vae",
+            "text_encoder",
+            "prediction",
+            "attention",
+            "vae_tiling",
+            "lora_dir",
+        ),
     },
     "inspect": {"file", "with_hashes", "as_json"},
     "convert": {"source", "target", "to", "base", "precision", "as_json"},

@@ -27,7 +27,7 @@ from sdlora.generation.loras import LoraChoice, fit_loras
 from sdlora.lora.change import Change
 from sdlora.lora.kinds import Decomposed, Full, Hadamard, Kronecker
 from sdlora.lora.low_rank import LowRank
-from sdlora.lora.merging import temporarily_merged
+from sdlora.lora.stack import temporarily_applied
 from tests.tiny import opened, write_tiny_base, write_tiny_ldm
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -97,7 +97,7 @@ def weights_with(base: Path, *choices: str) -> dict[str, Tensor]:
     loaded, chosen = opened(base), [LoraChoice.parse(choice) for choice in choices]
     fitted = fit_loras(loaded.checkpoint, chosen)
     modules = loaded.modules()
-    with temporarily_merged(modules, [lora.changes() for lora in fitted]):
+    with temporarily_applied(modules, [lora.changes() for lora in fitted]):
         names = {name for lora in fitted for name in lora.fitted.modules}
         found: dict[str, Tensor] = {}
         for name in names:
@@ -220,7 +220,7 @@ def test_a_baked_file_has_the_same_tensors_and_the_stacked_weights(family: str, 
         assert json.loads(after.metadata()["sdlora_bake"])[0]["text_encoder"] == 0.4
     baked, stacked = opened(target), opened(source)
     fitted = fit_loras(stacked.checkpoint, [LoraChoice.parse(f"{lora}:0.8:0.4")])
-    with temporarily_merged(stacked.modules(), [fitted[0].changes()]):
+    with temporarily_applied(stacked.modules(), [fitted[0].changes()]):
         for one, other in zip(
             (baked.unet, *baked.encoder_models()), (stacked.unet, *stacked.encoder_models()), strict=True
         ):

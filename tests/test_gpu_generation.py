@@ -24,7 +24,7 @@ from sdlora.generation.loras import LoraChoice
 from sdlora.generation.request import ImageRequest
 from sdlora.generation.samplers import SAMPLERS
 from sdlora.lora.low_rank import LowRank
-from sdlora.lora.merging import temporarily_merged
+from sdlora.lora.stack import temporarily_applied
 from sdlora.lora.targets import choose_targets
 from sdlora.progress import Silence
 from tests.full_size import full_size_base
@@ -128,7 +128,7 @@ def test_merging_takes_two_weights_in_float32_and_gives_every_bit_back(sdxl: Bas
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    with temporarily_merged(modules, loras):
+    with temporarily_applied(modules, loras):
         assert torch.cuda.memory_allocated() <= before
         assert torch.cuda.max_memory_allocated() - before < 2.2 * largest
         changed = sum(not torch.equal(modules[name].weight.cpu(), w) for name, w in pristine.items())  # ty: ignore[unresolved-attribute]

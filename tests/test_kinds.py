@@ -22,7 +22,7 @@ from torch import nn
 from sdlora.formats.lora_file import read_lora
 from sdlora.lora.kinds import Decomposed, Full, Hadamard, Kronecker
 from sdlora.lora.low_rank import LowRank
-from sdlora.lora.merging import temporarily_merged
+from sdlora.lora.stack import temporarily_applied
 
 LINEAR, CONV, POINT = (
     (lambda: nn.Linear(24, 16)),
@@ -123,7 +123,7 @@ def test_the_change_is_that_of_lycoris_forward(case: str, tmp_path: Path) -> Non
     )
     stored = set(load_file(tmp_path / "x.safetensors")) - {f"{KEY}.alpha"}
     assert {f"{KEY}.{name}" for name in file.modules[KEY].tensors()} == stored
-    with temporarily_merged({"x": layer}, [{"x": (file.modules[KEY], 1.0)}]):
+    with temporarily_applied({"x": layer}, [{"x": (file.modules[KEY], 1.0)}]):
         ours = layer(x)
     assert (expected - before).abs().max() > 1e-2
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
@@ -173,7 +173,7 @@ def test_stacking_does_not_depend_on_the_order_and_leaves_no_trace() -> None:
     full = Full(diff=torch.randn(6, 8), bias=torch.randn(6))
     results = []
     for order in ((dora, full), (full, dora)):
-        with temporarily_merged({"x": layer}, [{"x": (change, 0.7)} for change in order]):
+        with temporarily_applied({"x": layer}, [{"x": (change, 0.7)} for change in order]):
             results.append((layer.weight.clone(), layer.bias.clone()))
         assert torch.equal(layer.weight, pristine)
         assert layer.bias is None
@@ -189,6 +189,6 @@ def test_a_strength_goes_linearly_from_none_to_all() -> None:
     pristine = layer.weight.detach().clone()
     moved = {}
     for strength in (0.5, 1.0):
-        with temporarily_merged({"x": layer}, [{"x": (dora, strength)}]):
+        with temporarily_applied({"x": layer}, [{"x": (dora, strength)}]):
             moved[strength] = layer.weight.detach() - pristine
     torch.testing.assert_close(moved[0.5] * 2, moved[1.0], rtol=1e-4, atol=1e-5)

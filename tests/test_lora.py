@@ -12,7 +12,7 @@ from sdlora.lora.adapter import Adapter
 from sdlora.lora.layers import LoraLinear
 from sdlora.lora.low_rank import LowRank
 from sdlora.lora.low_rank_trainable import TrainableLowRank
-from sdlora.lora.merging import temporarily_merged
+from sdlora.lora.stack import temporarily_applied
 from sdlora.lora.targets import choose_targets
 
 
@@ -174,7 +174,7 @@ def test_attached_training_equals_merged_generation() -> None:
     attached = block(x)
     adapter.detach(modules)
     change = {name: (weight, 1.0) for name, weight in adapter.changes().items()}
-    with temporarily_merged(modules, [change]):
+    with temporarily_applied(modules, [change]):
         torch.testing.assert_close(block(x), attached, rtol=1e-4, atol=1e-4)
 
 
@@ -184,7 +184,7 @@ def test_merging_sums_in_float32_and_restores_every_bit(dtype: torch.dtype) -> N
     layer = nn.Linear(12, 9).to(dtype)
     original = layer.weight.detach().clone()
     changes = [LowRank(down=torch.randn(r, 12), up=torch.randn(9, r), alpha=a) for r, a in ((2, 1.0), (4, 8.0))]
-    with temporarily_merged(
+    with temporarily_applied(
         {"unet.x": layer}, [{"unet.x": (change, w)} for change, w in zip(changes, (0.3, -1.5), strict=True)]
     ):
         expected = original.double()
@@ -198,7 +198,7 @@ def test_merging_restores_after_an_error() -> None:
     layer = nn.Linear(4, 4)
     original = layer.weight.detach().clone()
     change = LowRank(down=torch.randn(1, 4), up=torch.randn(4, 1), alpha=1.0)
-    with pytest.raises(RuntimeError, match="boom"), temporarily_merged({"unet.x": layer}, [{"unet.x": (change, 1.0)}]):
+    with pytest.raises(RuntimeError, match="boom"), temporarily_applied({"unet.x": layer}, [{"unet.x": (change, 1.0)}]):
         raise RuntimeError("boom")
     assert torch.equal(layer.weight, original)
 

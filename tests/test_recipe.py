@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdlora.formats.recipe import LoraTag, parse_recipe
-from sdlora.generation.infotext import _quoted, _weights
+from sdlora.generation.infotext import _quoted
 from sdlora.generation.loras import LoraChoice
 
 unhurried = settings(deadline=None)
@@ -82,7 +82,7 @@ def test_what_is_written_is_read_back(
     line = ", ".join(f"{key}: {_quoted(value)}" for key, value in fields.items())
     hashes = {"model": "0123456789", "lora:x": "0123456789ab"}
     choices = [(name, LoraChoice(file=Path("x"), unet=unet, text_encoder=te)) for name, unet, te in loras]
-    written = "".join(f" <lora:{name}:{_weights(choice)}>" for name, choice in choices)
+    written = "".join(f" <lora:{name}:{choice.tag}>" for name, choice in choices)
     recipe = parse_recipe(
         f"{prompt}{written}\nNegative prompt: {negative}\n{line}, Hashes: {json.dumps(hashes)}, Version: sdlora 1"
     )

@@ -13,7 +13,7 @@ from sdlora.config.kohya_names import ABBREVIATIONS, ELSEWHERE, NOT_SUPPORTED, U
 from sdlora.config.loading import load_config, load_dataset
 from sdlora.config.reference import reference_markdown, reference_text, select_sections
 from sdlora.config.resolve import resolve_config, resolve_data
-from sdlora.config.sections import Config, DataSection, OutputSection, SetSection
+from sdlora.config.sections import SECTION_NAMES, Config, DataSection, OutputSection, SamplesSection, SetSection
 from sdlora.config.setting import DECIDES_RESUMING
 from sdlora.errors import ConfigError
 from sdlora.training.checkpoint import RunIdentity
@@ -47,13 +47,15 @@ def test_the_settings_that_decide_resuming() -> None:
         *("base.path", "base.vae", "base.text_encoder", "base.text_encoder_2", "base.attention"),
         *("data.images", "data.metadata", "data.dataset_config", "train.save_every"),
         *("train.gradient_checkpointing", "train.micro_batch", "train.fit", "train.deterministic"),
-        *("cache.disk", "cache.folder", "cache.max_gigabytes", "output.path", "samples.prompts", "lora.start_from"),
+        *("cache.disk", "cache.folder", "cache.max_gigabytes", "output.path", "lora.start_from"),
+        "validation.every",
+        *(f"samples.{key}" for key in SamplesSection.model_fields),
     }
     settings = config.flat()
     expected = {
         key for key in settings if key not in never and (not key.startswith("output.") or key == "output.precision")
     }
-    assert len(settings) == 113
+    assert len(settings) == 126
     assert set(config.flat(DECIDES_RESUMING)) == expected
     sets = {setting.key for setting in all_settings() if setting.section == "data.sets" and setting.affects == "place"}
     assert sets == {"images", "metadata", "masks"}
@@ -128,7 +130,7 @@ def test_a_configuration_of_kohyas_trainer_is_answered_key_by_key(tmp_path: Path
     file.write_text("network_dim = 8\n[training_arguments]\nmax_train_steps = 100\ncolor_aug = true\n")
     assert problems_of(file, *NEEDED) == [
         f"{file}:1: unknown key network_dim: kohya's network_dim is lora.rank here",
-        f"{file}:2: unknown key training_arguments; the sections are {', '.join(Config.model_fields)}",
+        f"{file}:2: unknown key training_arguments; the sections are {', '.join(SECTION_NAMES)}",
         f"{file}:3: unknown key training_arguments.max_train_steps: kohya's max_train_steps is train.steps here",
         f"{file}:4: unknown key training_arguments.color_aug: color_aug of kohya's trainer is not supported yet",
     ]

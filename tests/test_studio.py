@@ -12,6 +12,8 @@ import torch
 import sdlora
 from sdlora.errors import BaseModelError, SdloraError
 from sdlora.generation import images
+from sdlora.generation import loras as lora_reading
+from sdlora.lora.merging import MergedModule
 from tests.test_generation import random_lora
 from tests.test_samples import counted_loads
 
@@ -99,3 +101,24 @@ def test_images_that_do_not_fit_together_are_generated_one_by_one(
         pytest.raises(SdloraError, match="too little memory for an image of 64 x 64 pixels; choose a smaller size"),
     ):
         studio.generate("a fox", seed=1, steps=1)
+
+
+def test_a_call_changes_nothing_but_what_differs_from_the_call_before(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [random_lora(tiny_base, tmp_path / f"{seed}.safetensors", seed=seed) for seed in (1, 2)]
+    reads, merged = [], []
+    read, merge = lora_reading.read_lora, MergedModule.set
+    monkeypatch.setattr(lora_reading, "read_lora", lambda file: (reads.append(file), read(file))[1])
+    monkeypatch.setattr(MergedModule, "set", lambda self, given: (merged.append(self), merge(self, given))[1])
+    with sdlora.open(tiny_base) as studio:
+        first = studio.generate("a fox", loras=[files[0]], **SMALL)[0]
+        whole, merged[:] = len(merged), []
+        again = studio.generate("a fox", loras=[files[0]], **SMALL)[0]
+        assert (merged, reads, torch.equal(first.latents, again.latents)) == ([], [files[0]], True)
+        studio.generate("a fox", loras=[f"{files[0]}:1:0.5"], **SMALL)
+        assert 0 < len(merged) < whole / 2
+        random_lora(tiny_base, files[0], seed=3)
+        other = studio.generate("a fox", loras=[files[0]], **SMALL)[0]
+        assert not torch.equal(first.latents, other.latents)
+        assert len(reads) == 2

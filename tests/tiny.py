@@ -67,7 +67,7 @@ def write_tiny_base(folder: Path, *, seed: int = 0, width: int = 32) -> Path:
         scaling_factor=0.18215,
     )
     folder.mkdir(parents=True)
-    export(folder, vae, text_encoder, unet, tokenizer)
+    export(folder, vae, text_encoder, unet, tokenizer, to_pure_noise=False)
     return folder
 
 

@@ -18,7 +18,7 @@ from sdlora.base.encode import encode_prompts
 from sdlora.base.tokens import plain, tokenize
 from sdlora.generation.request import ImageRequest
 from sdlora.generation.studio import Studio
-from sdlora.lora.attaching import temporarily_applied
+from sdlora.lora.stack import temporarily_applied
 from sdlora.progress import Silence
 from tests.conftest import ROOT
 from tests.measures import MEASURES, THRESHOLDS, unseen_subjects

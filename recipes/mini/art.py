@@ -26,6 +26,12 @@ BACKGROUNDS = {
     "yellow": (255, 240, 175),
     "green": (200, 238, 200),
     "blue": (190, 222, 255),
+    "black": (16, 16, 20),
+    "navy": (14, 38, 98),
+    "purple": (74, 34, 112),
+    "brown": (96, 58, 34),
+    "red": (188, 32, 44),
+    "teal": (0, 98, 104),
 }
 
 
@@ -72,7 +78,7 @@ def rasterise(svg_body: str, width: int, height: int, side: int = RASTER) -> np.
     )
     png = resvg_py.svg_to_bytes(svg_string=svg, width=side, height=side)
     drawing = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
-    drawing = drawing.crop(drawing.getchannel("A").getbbox())
+    drawing = drawing.crop(drawing.getchannel("A").getbbox() or (0, 0, side, side))
     scale = side / max(drawing.size)
     drawing = drawing.resize((round(drawing.width * scale), round(drawing.height * scale)), Image.Resampling.LANCZOS)
     square = Image.new("RGBA", (side, side), (255, 255, 255, 0))
@@ -96,7 +102,8 @@ class IconSet:
     def __init__(self, node_modules: Path, package: str):
         folder = node_modules / "@iconify-json" / package
         self.icons = json.loads((folder / "icons.json").read_text(encoding="utf-8"))
-        self.names = json.loads((folder / "chars.json").read_text(encoding="utf-8"))
+        names = folder / "chars.json"
+        self.names = json.loads(names.read_text(encoding="utf-8")) if names.exists() else {}
 
     def draw(self, hexcode: str, side: int = RASTER) -> np.ndarray | None:
         """uint8 (side, side, 4), or None if the package has no such image."""
@@ -105,6 +112,10 @@ class IconSet:
             name = self.icons.get("aliases", {}).get(name, {}).get("parent")
         if name is None:
             return None
+        return self.draw_named(name, side)
+
+    def draw_named(self, name: str, side: int = RASTER) -> np.ndarray:
+        """uint8 (side, side, 4) of the icon that the package calls ``name``."""
         icon = self.icons["icons"][name]
         width, height = (icon.get(key, self.icons.get(key, 16)) for key in ("width", "height"))
         return rasterise(icon["body"], width, height, side)
@@ -125,23 +136,6 @@ def load_art(node_modules: Path, styles: dict[str, str] = STYLES) -> list[Art]:
     if missing:
         raise LookupError("no image for " + "; ".join(missing))
     return arts
-
-
-def load_gallery(node_modules: Path) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Images for the autoencoder, uint8 (160, 160, 4) each: those for training, and every tenth emoji, held out.
-
-    Animals, food, places, activities and objects, far more than the subjects that the diffusion model draws, so that
-    the autoencoder learns images in general.
-    """
-    train, held_out = [], []
-    sets = [IconSet(node_modules, package) for package in STYLES.values()]
-    for entry in emoji(node_modules):
-        if entry.get("group") not in (3, 4, 5, 6, 7):
-            continue
-        bin_ = held_out if entry["order"] % 10 == 0 else train
-        code = entry["hexcode"].replace("-FE0F", "").lower()
-        bin_.extend(pixels for pixels in (icons.draw(code) for icons in sets) if pixels is not None)
-    return train, held_out
 
 
 def draw_placement(rng: np.random.Generator, mirror: bool) -> Placement:
@@ -165,7 +159,33 @@ def compose(art: Art, place: Placement) -> np.ndarray:
 
 
 WITHOUT_ARTICLE = frozenset(
-    ("grapes", "cherries", "corn", "bread", "cheese", "broccoli", "french fries", "fire", "scissors", "sunglasses")
+    (
+        "grapes",
+        "cherries",
+        "corn",
+        "bread",
+        "cheese",
+        "broccoli",
+        "french fries",
+        "fire",
+        "scissors",
+        "sunglasses",
+        "blueberries",
+        "garlic",
+        "peanuts",
+        "pancakes",
+        "bacon",
+        "sushi",
+        "popcorn",
+        "butter",
+        "glasses",
+        "jeans",
+        "gloves",
+        "socks",
+        "headphones",
+        "yarn",
+        "candy",
+    )
 )
 
 

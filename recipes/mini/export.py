@@ -24,17 +24,31 @@ MODEL_INDEX = {
 
 
 def export(
-    folder: Path, vae: AutoencoderKL, text_encoder: CLIPTextModel, unet: UNet2DConditionModel, tokenizer: CLIPTokenizer
+    folder: Path,
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    unet: UNet2DConditionModel,
+    tokenizer: CLIPTokenizer,
+    *,
+    to_pure_noise: bool = True,
 ) -> None:
-    """Fill ``folder`` so that ``StableDiffusionPipeline.from_pretrained`` opens it."""
-    vae.to(torch.float16).save_pretrained(folder / "vae")
-    unet.to(torch.float16).save_pretrained(folder / "unet")
+    """Fill ``folder`` so that ``StableDiffusionPipeline.from_pretrained`` opens it.
+
+    Args:
+        to_pure_noise: the UNet predicts v, on a schedule that ends in pure noise; else the noise, on that of SD 1.x.
+    """
+    vae.to("cpu", torch.float16).save_pretrained(folder / "vae")
+    unet.to("cpu", torch.float16).save_pretrained(folder / "unet")
     # Published checkpoints nest the text encoder's keys; transformers >= 5.6 would save them flat.
     state = {f"text_model.{key.removeprefix('text_model.')}": v for key, v in text_encoder.half().state_dict().items()}
     text_encoder.save_pretrained(folder / "text_encoder", state_dict=state)
     save_tokenizer(folder / "tokenizer", tokenizer)
+    if to_pure_noise:
+        how = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    else:
+        how = {"prediction_type": "epsilon", "steps_offset": 1}
     DPMSolverMultistepScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, prediction_type="epsilon"
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", **how
     ).save_pretrained(folder / "scheduler")
     (folder / "model_index.json").write_text(json.dumps(MODEL_INDEX, indent=2) + "\n", encoding="utf-8")
     for config in folder.rglob("*.json"):

@@ -11,11 +11,11 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
-from .art import captions, compose, draw_placement, emoji, load_art, strange_word
+from .art import Art, captions, emoji, strange_word
+from .draw import placements
+from .sizes import Sizes
 from .vae import to_tensor
 
-VARIANTS = 20
-"""Number of placements of each image that are encoded; training draws from them."""
 STRANGE_WORDINGS = 2
 SEED = 2
 LATENT_STD = 1 / 0.18215
@@ -34,15 +34,14 @@ class Latents:
 
 
 @torch.no_grad()
-def standardise(vae: AutoencoderKL, node_modules: Path) -> AutoencoderKL:
-    """A VAE whose latents of the training images have mean 0 and standard deviation 1 / 0.18215 in every channel.
+def standardise(vae: AutoencoderKL, images: np.ndarray) -> AutoencoderKL:
+    """A VAE whose latents of ``images``, (n, h, w, 3) uint8, have mean 0 and standard deviation 1 / 0.18215 per channel.
 
     Diffusion from pure noise cannot move a channel's mean far, so the mean is folded away: an affine map per channel
     goes into ``quant_conv`` and its inverse into ``post_quant_conv``; decoded images stay the same.
     """
-    rng = np.random.default_rng(SEED)
-    pixels = to_tensor([compose(art, draw_placement(rng, art.mirror)) for art in load_art(node_modules)])
-    means = torch.cat([vae.encode(part).latent_dist.mean for part in pixels.split(32)])
+    pixels = to_tensor(images[:: max(1, len(images) // 2000)])
+    means = torch.cat([vae.encode(part.to(vae.device)).latent_dist.mean for part in pixels.split(32)])
     shift, scale = means.mean(dim=(0, 2, 3)), LATENT_STD / means.std(dim=(0, 2, 3))
     vae = copy.deepcopy(vae)
     quant, post = vae.quant_conv, vae.post_quant_conv
@@ -56,11 +55,12 @@ def standardise(vae: AutoencoderKL, node_modules: Path) -> AutoencoderKL:
 
 
 @torch.no_grad()
-def encode_all(vae: AutoencoderKL, node_modules: Path, work: Path) -> Latents:
-    """Latents of every image in ``VARIANTS`` placements, saved in ``work/latents.safetensors``."""
+def encode_all(
+    vae: AutoencoderKL, images: np.ndarray, arts: list[Art], node_modules: Path, work: Path, sizes: Sizes
+) -> Latents:
+    """Latents of ``images``, (n, h, w, 3) uint8 in the order of ``placements``, saved in ``work/latents.safetensors``."""
     file, rng = work / "latents.safetensors", np.random.default_rng(SEED)
-    arts = load_art(node_modules)
-    places = [(art, draw_placement(rng, art.mirror)) for art in arts for _ in range(VARIANTS)]
+    places = placements(arts, sizes.variants)
     known = sorted({tag for entry in emoji(node_modules) for tag in entry.get("tags", [])})
     wordings = []
     for art, place in places:
@@ -68,10 +68,10 @@ def encode_all(vae: AutoencoderKL, node_modules: Path, work: Path) -> Latents:
         strange = [strange_word(rng, known) for _ in range(STRANGE_WORDINGS)]
         wordings.append(texts + [f"{word}, {texts[int(rng.integers(len(texts)))]}" for word in strange])
     if not file.exists():
-        parts = []
-        for start in range(0, len(places), 32):
-            pixels = to_tensor([compose(art, place) for art, place in places[start : start + 32]])
-            parts.append(vae.encode(pixels).latent_dist.mean / LATENT_STD)
+        parts = [
+            vae.encode(to_tensor(images[first : first + 64]).to(vae.device)).latent_dist.mean.cpu() / LATENT_STD
+            for first in range(0, len(images), 64)
+        ]
         save_file({"latents": torch.cat(parts)}, file)
     return Latents(
         values=load_file(file)["latents"],

@@ -8,7 +8,6 @@ them) and a coarse version of the image's latent, so each of those positions hol
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +18,14 @@ from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .art import BACKGROUNDS, STYLES, captions, emoji, subjects
+from .budget import Budget, cosine_rate
 from .latents import Latents
-from .vae import learning_rate
+from .sizes import Sizes, lowered
 
 VOCABULARY, TOKENS, WIDTH = 3072, 77, 256
 CLIP_WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 """How CLIP's tokenizer splits text into words."""
-STEPS, BATCH, PEAK_RATE = 700, 48, 1.5e-3
+PEAK_RATE, WARMUP = 1.5e-3, 50
 POOLED = 8
 SEED = 3
 
@@ -77,7 +77,12 @@ def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 def token_tables(tokenizer: CLIPTokenizer, latents: Latents) -> list[Tensor]:
     """(captions, 77) int64 for each latent."""
-    return [torch.tensor(tokenizer(c, padding="max_length", truncation=True).input_ids) for c in latents.captions]
+    numbers: dict[str, int] = {}
+    for texts in latents.captions:
+        for caption in texts:
+            numbers.setdefault(caption, len(numbers))
+    ids = torch.tensor(tokenizer(list(numbers), padding="max_length", truncation=True).input_ids)
+    return [ids[[numbers[caption] for caption in texts]] for texts in latents.captions]
 
 
 class Heads(nn.Module):
@@ -97,51 +102,58 @@ def numbered(words: list[str]) -> tuple[list[str], Tensor]:
     return known, torch.tensor([known.index(word) for word in words])
 
 
-def train_text_encoder(tokenizer: CLIPTokenizer, latents: Latents, work: Path) -> CLIPTextModel:
+def train_text_encoder(tokenizer: CLIPTokenizer, latents: Latents, work: Path, sizes: Sizes) -> CLIPTextModel:
     """Train, or load ``work/text.pt``; returns the frozen text encoder."""
     torch.manual_seed(SEED)
+    device, batch = sizes.device, sizes.text_batch
     encoder = new_text_encoder(tokenizer)
     checkpoint = work / "text.pt"
     if checkpoint.exists():
         encoder.load_state_dict(torch.load(checkpoint, weights_only=True))
         return encoder.eval().requires_grad_(False)
-    heads = Heads(latents)
+    heads = Heads(latents).to(device)
+    encoder = encoder.to(device)
     labels = {
         "subject": numbered(latents.subjects),
         "style": numbered(latents.styles),
         "background": numbered(latents.backgrounds),
     }
-    pooled = F.adaptive_avg_pool2d(latents.values, POOLED).flatten(1)
-    tables, started = token_tables(tokenizer, latents), time.monotonic()
+    pooled = F.adaptive_avg_pool2d(latents.values, POOLED).flatten(1).to(device)
+    tables, budget = token_tables(tokenizer, latents), Budget(steps=sizes.text_steps, seconds=sizes.text_seconds)
     optimizer = torch.optim.AdamW(
         [*encoder.parameters(), *heads.parameters()], PEAK_RATE, weight_decay=0.01, fused=True
     )
-    for step in range(STEPS):
+    step = 0
+    while (share := budget.share(step)) < 1:
         rng = np.random.default_rng([SEED, step])
-        rows = rng.integers(len(tables), size=BATCH)
+        rows = rng.integers(len(tables), size=batch)
         wordings = [int(rng.integers(len(tables[row]))) for row in rows]
         ids = torch.stack([tables[row][wording] for row, wording in zip(rows, wordings, strict=True)])
         ends = (ids == tokenizer.eos_token_id).int().argmax(1).numpy()
-        positions = torch.from_numpy(rng.integers(ends, TOKENS))
+        positions = torch.from_numpy(rng.integers(ends, TOKENS)).to(device)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, STEPS, PEAK_RATE, 50)
-        with torch.autocast("cpu", torch.bfloat16):
-            hidden = encoder(ids).last_hidden_state[torch.arange(BATCH), positions].float()
-        loss = F.smooth_l1_loss(heads.image(hidden), pooled[rows])
+            group["lr"] = cosine_rate(share, step, PEAK_RATE, WARMUP)
+        with lowered(device):
+            hidden = encoder(ids.to(device)).last_hidden_state[torch.arange(batch, device=device), positions].float()
+        loss = F.smooth_l1_loss(heads.image(hidden), pooled[torch.from_numpy(rows).to(device)])
         for name, (words, numbers) in labels.items():
             said = torch.tensor([
                 name == "subject" or words[numbers[row]] in latents.captions[row][wording]
                 for row, wording in zip(rows, wordings, strict=True)
             ])  # fmt: skip
             if said.any():
-                loss = loss + F.cross_entropy(getattr(heads, name)(hidden)[said], numbers[rows][said])
+                expected = numbers[rows][said].to(device)
+                loss = loss + F.cross_entropy(getattr(heads, name)(hidden)[said.to(device)], expected)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step % 50 == 49:
-            right = (heads.subject(hidden).argmax(1) == labels["subject"][1][rows]).float().mean()
-            spent = time.monotonic() - started
-            print(f"text {step + 1}/{STEPS} loss {loss.item():.3f} subjects {right:.2f} {spent:.0f} s", flush=True)
+        step += 1
+        if step % 100 == 0:
+            right = (heads.subject(hidden).argmax(1).cpu() == labels["subject"][1][rows]).float().mean()
+            said_so = f"text {step} of {sizes.text_steps}, loss {loss.item():.3f}, subjects {right:.2f}"
+            print(f"{said_so}, {budget.elapsed:.0f} s", flush=True)
+    encoder = encoder.cpu()
     torch.save(encoder.state_dict(), checkpoint)
+    print(f"text encoder: {step} steps, {budget.elapsed:.0f} s", flush=True)
     return encoder.eval().requires_grad_(False)

@@ -14,22 +14,28 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from .latents import Latents
-from .text import TOKENS, WIDTH, token_tables
-from .vae import learning_rate_constant
+from sdlora.base.device import multiplies_bfloat16
 
-BATCH = 32
+from .budget import Budget, late_descent_rate
+from .latents import Latents
+from .sizes import Sizes, lowered
+from .text import TOKENS, WIDTH, token_tables
+
 LEARNING_RATE, WARMUP = 8e-4, 300
 CAPTION_DROPOUT = 0.1
-MIN_SNR_GAMMA = 5.0
-EMA_DECAY, EMA_EVERY = 0.998, 2
+EMA_DECAY = 0.999
 SEED = 2
 
 
 def alphas_cumprod() -> Tensor:
-    """Scaled-linear betas of Stable Diffusion 1.x, (1000,) float32."""
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float32) ** 2
-    return torch.cumprod(1 - betas, 0)
+    """Scaled-linear betas of Stable Diffusion 1.x, shifted and scaled to end in pure noise, (1000,) float32.
+
+    Lin et al. 2023, "Common Diffusion Noise Schedules and Sample Steps are Flawed", algorithm 1.
+    """
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    roots = torch.cumprod(1 - betas, 0).sqrt()
+    roots = (roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])
+    return roots.square().float()
 
 
 def new_unet() -> UNet2DConditionModel:
@@ -48,10 +54,11 @@ def new_unet() -> UNet2DConditionModel:
 
 
 class CaptionEmbeddings:
-    """Embeddings of every caption by the frozen text encoder, computed once and kept as bfloat16."""
+    """Embeddings of every caption by the frozen text encoder, computed once."""
 
     @torch.no_grad()
-    def __init__(self, encoder: CLIPTextModel, tokenizer: CLIPTokenizer, latents: Latents):
+    def __init__(self, encoder: CLIPTextModel, tokenizer: CLIPTokenizer, latents: Latents, device: torch.device):
+        encoder = copy.deepcopy(encoder).to(device)
         tables = token_tables(tokenizer, latents)
         distinct: dict[bytes, int] = {}
         rows: list[Tensor] = []
@@ -62,31 +69,47 @@ class CaptionEmbeddings:
                     rows.append(row)
             self._numbers.append([distinct[row.numpy().tobytes()] for row in table])
         self._empty = torch.tensor(tokenizer("", padding="max_length").input_ids)[None]
-        stored = torch.empty(len(rows) + 1, TOKENS, WIDTH, dtype=torch.bfloat16)
-        with torch.autocast("cpu", torch.bfloat16):
+        dtype = torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
+        stored = torch.empty(len(rows) + 1, TOKENS, WIDTH, dtype=dtype, device=device)
+        with lowered(device):
             for start in range(0, len(rows), 128):
-                part = torch.stack(rows[start : start + 128])
+                part = torch.stack(rows[start : start + 128]).to(device)
                 stored[start : start + len(part)] = encoder(part).last_hidden_state
-            stored[-1] = encoder(self._empty).last_hidden_state[0]
+            stored[-1] = encoder(self._empty.to(device)).last_hidden_state[0]
         self._stored = stored
 
     def draw(self, rows: np.ndarray, rng: np.random.Generator) -> Tensor:
-        """(b, 77, width) bfloat16: a random caption of each image in ``rows``, or sometimes the empty one."""
+        """(b, 77, width): a random caption of each image in ``rows``, or sometimes the empty one."""
         chosen = [
             -1 if rng.random() < CAPTION_DROPOUT else self._numbers[row][int(rng.integers(len(self._numbers[row])))]
             for row in rows
         ]
-        return self._stored[chosen]
+        return self._stored[torch.tensor(chosen, device=self._stored.device)]
 
 
-def denoising_loss(unet, context, latents, noise, timesteps, alphas) -> Tensor:
-    """Epsilon loss with min-SNR weighting (Hang et al. 2023, section 3.4: min(snr, gamma) / snr)."""
+def denoising_loss(
+    unet: UNet2DConditionModel, context: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor, alphas: Tensor
+) -> Tensor:
+    """Mean squared error of v (Salimans & Ho 2022, section 4), every noise level with the same weight: another would
+    leave the last one, pure noise, without any."""
     a = alphas[timesteps][:, None, None, None]
     noisy = a.sqrt() * latents + (1 - a).sqrt() * noise
     predicted = unet(noisy, timesteps, context).sample.float()
-    snr = alphas[timesteps] / (1 - alphas[timesteps])
-    weight = snr.clamp(max=MIN_SNR_GAMMA) / snr
-    return ((predicted - noise).square().mean(dim=(1, 2, 3)) * weight).mean()
+    return (predicted - (a.sqrt() * noise - (1 - a).sqrt() * latents)).square().mean()
+
+
+class OneDevice:
+    """Passes the whole batch through the UNet."""
+
+    def __init__(self, unet: UNet2DConditionModel):
+        self._unet, self._alphas = unet, alphas_cumprod().to(unet.device)
+
+    def gradients(self, context: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Write the gradients of the batch's mean loss to the UNet; returns that loss, ()."""
+        with lowered(context.device):
+            loss = denoising_loss(self._unet, context, latents, noise, timesteps, self._alphas)
+        loss.backward()
+        return loss.detach()
 
 
 class Workers:
@@ -106,8 +129,8 @@ class Workers:
                 parameter.data = shared.data
         self._alphas = alphas_cumprod()
 
-    def gradients(self, context: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor) -> float:
-        """Write the gradients of the batch's mean loss to the UNet; returns that loss."""
+    def gradients(self, context: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """As ``OneDevice.gradients``."""
         shares = zip(*(t.chunk(self._count) for t in (context, latents, noise, timesteps)), strict=True)
         losses = list(self._pool.map(self._share, self._replicas, shares))
         mine, *others = ([p.grad for p in replica.parameters()] for replica in self._replicas)
@@ -115,61 +138,71 @@ class Workers:
             torch._foreach_add_(mine, gradients)
             torch._foreach_zero_(gradients)
         torch._foreach_div_(mine, self._count)
-        return sum(losses) / self._count
+        return torch.stack(losses).mean()
 
-    def _share(self, replica: UNet2DConditionModel, share: tuple[Tensor, Tensor, Tensor, Tensor]) -> float:
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel([SDPBackend.MATH]):
+    def _share(self, replica: UNet2DConditionModel, share: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
+        with lowered(torch.device("cpu")), sdpa_kernel([SDPBackend.MATH]):
             loss = denoising_loss(replica, *share, self._alphas)
         loss.backward()
-        return loss.item()
+        return loss.detach()
 
 
 def train_unet(
-    encoder: CLIPTextModel, tokenizer: CLIPTokenizer, latents: Latents, work: Path, steps: int, decay_steps: int
+    encoder: CLIPTextModel, tokenizer: CLIPTokenizer, latents: Latents, work: Path, sizes: Sizes
 ) -> UNet2DConditionModel:
     """Train, or resume from ``work/unet.pt``; returns the averaged weights. All draws are functions of (seed, step)."""
     torch.manual_seed(SEED)
-    unet = new_unet().train()
+    device, batch = sizes.device, sizes.unet_batch
+    unet = new_unet().to(device).train()
     average = copy.deepcopy(unet).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(unet.parameters(), LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    checkpoint, first = work / "unet.pt", 0
+    checkpoint, first, spent = work / "unet.pt", 0, 0.0
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
+        state = torch.load(checkpoint, weights_only=True, map_location=device)
         unet.load_state_dict(state["unet"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
-    if first >= steps:
+        first, spent = state["step"], state["spent"]
+    if first >= sizes.unet_steps:
         return average
-    embeddings, workers = CaptionEmbeddings(encoder, tokenizer, latents), Workers(unet)
-    averaged, current = list(average.parameters()), list(unet.parameters())
-    started = saved = time.monotonic()
-    losses: list[float] = []
-    for step in range(first, steps):
+    budget = Budget(steps=sizes.unet_steps, seconds=sizes.unet_seconds, spent=spent)
+    embeddings = CaptionEmbeddings(encoder, tokenizer, latents, device)
+    worker = Workers(unet) if device.type == "cpu" else OneDevice(unet)
+    averaged, current, values = list(average.parameters()), list(unet.parameters()), latents.values.to(device)
+    step, saved, recent = first, time.monotonic(), torch.zeros((), device=device)
+    while (share := budget.share(step)) < 1:
         rng = np.random.default_rng([SEED, step])
-        rows = rng.integers(len(latents.values), size=BATCH)
-        clean = latents.values[torch.from_numpy(rows)]
-        noise = torch.from_numpy(rng.standard_normal(clean.shape, dtype=np.float32))
-        strata = (rng.permutation(BATCH) + rng.random(BATCH)) / BATCH
-        timesteps = torch.from_numpy((strata * 1000).astype(np.int64))
+        rows = rng.integers(len(values), size=batch)
+        clean = values[torch.from_numpy(rows).to(device)]
+        generator = torch.Generator(device).manual_seed(SEED * 1_000_003 + step)
+        noise = torch.randn(clean.shape, device=device, generator=generator)
+        strata = (rng.permutation(batch) + rng.random(batch)) / batch
+        timesteps = torch.from_numpy((strata * 1000).astype(np.int64)).to(device)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate_constant(step, steps, LEARNING_RATE, WARMUP, decay_steps)
-        loss = workers.gradients(embeddings.draw(rows, rng), clean, noise, timesteps)
+            group["lr"] = late_descent_rate(share, step, LEARNING_RATE, WARMUP)
+        recent = torch.lerp(recent, worker.gradients(embeddings.draw(rows, rng), clean, noise, timesteps), 0.01)
         torch.nn.utils.clip_grad_norm_(current, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
-        if step % EMA_EVERY == 0:
-            kept = min(EMA_DECAY, (step + 1) / (step + 10))
-            with torch.no_grad():
-                torch._foreach_lerp_(averaged, current, 1 - kept)
-        losses.append(loss)
-        if step % 100 == 99:
-            rate = (step + 1 - first) * BATCH / (time.monotonic() - started)
-            print(f"unet {step + 1}/{steps} loss {np.mean(losses[-100:]):.4f} {rate:.1f} img/s", flush=True)
-        if time.monotonic() - saved > 300 or step == steps - 1:
-            partial = checkpoint.with_suffix(".partial")
-            state = {"unet": unet.state_dict(), "average": average.state_dict()}
-            torch.save({**state, "optimizer": optimizer.state_dict(), "step": step + 1}, partial)
-            partial.replace(checkpoint)
+        with torch.no_grad():
+            torch._foreach_lerp_(averaged, current, 1 - min(EMA_DECAY, (step + 1) / (step + 10)))
+        step += 1
+        if step % 200 == 0:
+            said = f"unet {step} of {sizes.unet_steps}, share {share:.3f}, loss {recent.item():.4f}"
+            print(f"{said}, {(step - first) * batch / (budget.elapsed - spent):.0f} images/s", flush=True)
+        if time.monotonic() - saved > 300:
+            _save(checkpoint, unet, average, optimizer, step, budget.elapsed)
             saved = time.monotonic()
+    print(f"unet: {step} steps, {budget.elapsed:.0f} s, loss {recent.item():.4f}", flush=True)
+    _save(checkpoint, unet, average, optimizer, sizes.unet_steps, budget.elapsed)
     return average
+
+
+def _save(
+    file: Path, unet: UNet2DConditionModel, average: UNet2DConditionModel, optimizer: torch.optim.Optimizer, step: int,
+    spent: float,
+) -> None:  # fmt: skip
+    partial = file.with_suffix(".partial")
+    states = {"unet": unet.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save({**states, "step": step, "spent": spent}, partial)
+    partial.replace(file)

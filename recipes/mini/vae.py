@@ -2,48 +2,38 @@
 
 from __future__ import annotations
 
-import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from PIL import Image, ImageDraw
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
 
-from .art import BACKGROUNDS, SIZE, load_gallery
+from .art import BACKGROUNDS, RASTER, SIZE
+from .budget import Budget, cosine_rate
+from .kinds import HELD_OUT, Sources
+from .sizes import Sizes, lowered
 
-
-@dataclass(frozen=True, kw_only=True)
-class Phase:
-    """``steps`` on ``batch`` images of ``crop`` px; ``shapes`` is the share of images with random shapes in them.
-
-    Crops of 64 px give four times as many images for the same work, and no flat margins.
-    """
-
-    steps: int
-    crop: int
-    batch: int
-    shapes: float
-
-
-CYCLES = (
-    (1.5e-3, (Phase(steps=3400, crop=64, batch=24, shapes=0.15), Phase(steps=1800, crop=SIZE, batch=8, shapes=0.15))),
-    (7e-4, (Phase(steps=1600, crop=64, batch=24, shapes=0.3),)),
-)
-"""Peak learning rate and phases of each cosine cycle (warm restarts, Loshchilov & Hutter 2017)."""
-STEPS = sum(phase.steps for _, phases in CYCLES for phase in phases)
-WARMUP = 100
-KL_WEIGHT, GRADIENT_WEIGHT = 3e-4, 0.5
+WARMUP, PEAK_RATE = 200, 1.2e-3
+KL_WEIGHT, GRADIENT_WEIGHT, ENERGY_WEIGHT = 2e-5, 0.5, 0.03
+WHOLE_SHARE = 0.6
+"""From this share of the training on, whole images instead of crops."""
+EMA_DECAY = 0.999
 SEED = 1
+FIRST_BACKGROUNDS = 6
+"""PSNR of held-out emoji is measured on the backgrounds of the first edition."""
 
 
 def new_vae() -> AutoencoderKL:
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(16, 32, 64, 128),
+        block_out_channels=(32, 64, 128, 192),
         layers_per_block=1,
         norm_num_groups=8,
         latent_channels=4,
@@ -52,141 +42,171 @@ def new_vae() -> AutoencoderKL:
     )
 
 
-def random_colour(rng: np.random.Generator) -> tuple[int, ...]:
-    return tuple(int(c) for c in rng.integers(0, 256, 3))
-
-
-def draw_shapes(canvas: Image.Image, rng: np.random.Generator) -> None:
-    """Rectangles, ellipses and strokes in any colour, so that the autoencoder does not learn emoji alone."""
-    pen = ImageDraw.Draw(canvas)
-    for _ in range(int(rng.integers(3, 24))):
-        (x0, x1), (y0, y1) = np.sort(rng.integers(-8, SIZE + 8, 2)), np.sort(rng.integers(-8, SIZE + 8, 2))
-        x1, y1 = min(x1, x0 + 64), min(y1, y0 + 64)
-        colour, kind = random_colour(rng), rng.integers(3)
-        if kind == 0:
-            pen.rectangle((x0, y0, x1, y1), fill=colour)
-        elif kind == 1:
-            pen.ellipse((x0, y0, x1 + 1, y1 + 1), outline=colour, width=int(rng.integers(1, 4)))
-        else:
-            pen.line((x0, y0, x1, int(rng.integers(0, SIZE))), fill=colour, width=int(rng.integers(1, 5)))
-
-
-def image(gallery: list[np.ndarray], rng: np.random.Generator, crop: int, shapes: float) -> np.ndarray:
-    """A random training image, uint8 (crop, crop, 3)."""
-    kind = rng.random()
-    ground = list(BACKGROUNDS.values())[int(rng.integers(len(BACKGROUNDS)))] if kind < 0.7 else random_colour(rng)
-    canvas = Image.new("RGB", (SIZE, SIZE), ground)
-    if kind > 1 - shapes:
-        draw_shapes(canvas, rng)
-    if kind < 0.95:
-        art = Image.fromarray(gallery[int(rng.integers(len(gallery)))])
-        side = int(rng.integers(80, 132))
-        art = art.resize((side, side), Image.Resampling.LANCZOS)
-        canvas.paste(art, tuple(int(v) for v in rng.integers(min(0, SIZE - side), max(1, SIZE - side + 1), 2)), art)
-    left, top = (int(v) for v in rng.integers(0, SIZE - crop + 1, 2))
-    pixels = np.asarray(canvas)[top : top + crop, left : left + crop]
-    if rng.random() < 0.5:
-        pixels = pixels[:, ::-1]
-    if rng.random() < 0.2:
-        pixels = pixels[..., rng.permutation(3)]
-    return 255 - pixels if rng.random() < 0.07 else pixels
-
-
-def to_tensor(images: list[np.ndarray]) -> torch.Tensor:
+def to_tensor(images: Sequence[np.ndarray] | np.ndarray) -> Tensor:
     """uint8 (h, w, 3) each -> float32 (n, 3, h, w) in [-1, 1]."""
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
+    return torch.from_numpy(np.stack(list(images))).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
 
 
-def loss_of(vae: AutoencoderKL, pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+def crops(pool: Tensor, rng: np.random.Generator, batch: int, side: int) -> Tensor:
+    """Random squares of random images of ``pool`` (n, RASTER, RASTER, 3) uint8 -> (batch, 3, side, side) float32.
+
+    Half are mirrored, some lie on their side, a third have their channels in another order, a tenth are inverted.
+    """
+    device, reach = pool.device, RASTER - side + 1
+    draws = {
+        "image": rng.integers(len(pool), size=batch), "top": rng.integers(reach, size=batch),
+        "left": rng.integers(reach, size=batch),
+    }  # fmt: skip
+    image, top, left = (torch.from_numpy(draw).to(device) for draw in draws.values())
+    span = torch.arange(side, device=device)
+    rows, columns = top[:, None] + span, left[:, None] + span
+    pixels = (
+        pool[image[:, None, None], rows[:, :, None], columns[:, None, :]]
+        .permute(0, 3, 1, 2)
+        .float()
+        .div_(127.5)
+        .sub_(1)
+    )
+    chosen = [torch.from_numpy(rng.random(batch) < share).to(device)[:, None, None, None] for share in (0.5, 0.3, 0.1)]
+    pixels = torch.where(chosen[0], pixels.flip(-1), pixels)
+    pixels = torch.where(chosen[1], pixels.transpose(-1, -2), pixels)
+    order = np.stack([rng.permutation(3) if rng.random() < 0.33 else np.arange(3) for _ in range(batch)])
+    pixels = pixels.gather(1, torch.from_numpy(order).to(device)[:, :, None, None].expand_as(pixels))
+    return torch.where(chosen[2], -pixels, pixels)
+
+
+def local_energy(pixels: Tensor) -> Tensor:
+    """Mean squared gradient in windows of 8 px, (b, 1, h / 8, w / 8)."""
+    across = F.pad(pixels.diff(dim=-1), (0, 1)).square()
+    down = F.pad(pixels.diff(dim=-2), (0, 0, 0, 1)).square()
+    return F.avg_pool2d((across + down).mean(1, keepdim=True), 8)
+
+
+def loss_of(vae: AutoencoderKL, pixels: Tensor, noise: Tensor) -> Tensor:
+    """Absolute error of pixels and gradients, what is lacking of the edges' energy, and the KL divergence."""
     posterior = vae.encode(pixels).latent_dist
-    decoded = vae.decode(posterior.mean + posterior.std * noise).sample
+    decoded = vae.decode(posterior.mean + posterior.std * noise).sample.float()
     gradients = sum((decoded.diff(dim=d) - pixels.diff(dim=d)).abs().mean() for d in (-1, -2))
+    lost = (local_energy(pixels) + 1e-3).log() - (local_energy(decoded) + 1e-3).log()
     kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
-    return (decoded - pixels).abs().mean() + GRADIENT_WEIGHT * gradients + KL_WEIGHT * kl
+    pixel = (decoded - pixels).abs().mean() + 0.5 * (decoded - pixels).square().mean()
+    return pixel + GRADIENT_WEIGHT * gradients + ENERGY_WEIGHT * lost.abs().mean() + KL_WEIGHT * kl
 
 
 @torch.no_grad()
-def psnr(vae: AutoencoderKL, held_out: list[np.ndarray], count: int = 96) -> float:
-    """Mean PSNR in dB of ``count`` images, decoded from posterior means: 128 px, on coloured backgrounds."""
+def reconstructed(vae: AutoencoderKL, images: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """The images and what the posterior means decode to, (n, 3, h, w) float32 in [-1, 1]."""
+    pixels = to_tensor(images)
+    parts = [
+        vae.decode(vae.encode(part.to(vae.device)).latent_dist.mean).sample.clamp(-1, 1) for part in pixels.split(32)
+    ]
+    return pixels, torch.cat(parts).float().cpu()
+
+
+def decibels(pixels: Tensor, decoded: Tensor) -> float:
+    """Mean PSNR of the images."""
+    return float((-10 * ((decoded - pixels) / 2).square().mean(dim=(1, 2, 3)).log10()).mean())
+
+
+def edges_kept(pixels: Tensor, decoded: Tensor) -> float:
+    """Mean squared gradient, decoded over original."""
+
+    def energy(images: Tensor) -> Tensor:
+        return sum((images.diff(dim=d).square().mean() for d in (-1, -2)), torch.zeros(()))
+
+    return float(energy(decoded) / energy(pixels))
+
+
+def psnr(vae: AutoencoderKL, held_out: Sequence[np.ndarray], count: int = 96) -> float:
+    """Mean PSNR in dB of ``count`` emoji, decoded from posterior means: 128 px, on coloured backgrounds."""
     rng, images = np.random.default_rng(9), []
-    for art in held_out[:: max(1, len(held_out) // count)][:count]:
-        canvas = Image.new("RGB", (SIZE, SIZE), list(BACKGROUNDS.values())[int(rng.integers(len(BACKGROUNDS)))])
+    grounds = list(BACKGROUNDS.values())[:FIRST_BACKGROUNDS]
+    for art in list(held_out)[:: max(1, len(held_out) // count)][:count]:
+        canvas = Image.new("RGB", (SIZE, SIZE), grounds[int(rng.integers(len(grounds)))])
         drawing = Image.fromarray(art).resize((112, 112), Image.Resampling.LANCZOS)
         canvas.paste(drawing, (8, 8), drawing)
         images.append(np.asarray(canvas))
-    values = []
-    for start in range(0, len(images), 16):
-        pixels = to_tensor(images[start : start + 16])
-        decoded = vae.decode(vae.encode(pixels).latent_dist.mean).sample.clamp(-1, 1)
-        values.append(-10 * ((decoded - pixels) / 2).square().mean(dim=(1, 2, 3)).log10())
-    return float(torch.cat(values).mean())
+    return decibels(*reconstructed(vae, images))
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
-    """Linear warm-up, then a cosine to 1 % of the peak."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
+@dataclass(frozen=True, kw_only=True)
+class Carried:
+    """How well images of a kind that was never trained on come through."""
+
+    kind: str
+    decibels: float
+    edges: float
 
 
-def at_step(step: int) -> tuple[Phase, float]:
-    """The phase of ``step``, and its learning rate."""
-    for peak, phases in CYCLES:
-        length = sum(phase.steps for phase in phases)
-        if step < length:
-            rate = learning_rate(step, length, peak, WARMUP)
-            for phase in phases:
-                if step < phase.steps:
-                    return phase, rate
-                step -= phase.steps
-        step -= length
-    raise ValueError("the training is over")
+def carried(vae: AutoencoderKL, sources: Sources, count: int = 32) -> list[Carried]:
+    """For each held-out kind, ``count`` images at 128 px."""
+    results = []
+    for kind in HELD_OUT:
+        rng = np.random.default_rng(5)
+        images = [
+            np.asarray(Image.fromarray(kind(rng, sources)).resize((SIZE, SIZE), Image.Resampling.LANCZOS))
+            for _ in range(count)
+        ]
+        pair = reconstructed(vae, images)
+        results.append(Carried(kind=kind.__name__, decibels=decibels(*pair), edges=edges_kept(*pair)))
+    return results
 
 
-def train_vae(node_modules: Path, work: Path) -> AutoencoderKL:
-    """Train, or resume from ``work/vae.pt``. All draws are functions of (seed, step)."""
+def train_vae(pool: np.ndarray, work: Path, sizes: Sizes) -> AutoencoderKL:
+    """Train, or resume from ``work/vae.pt``; returns the averaged weights. All draws are functions of (seed, step)."""
     torch.manual_seed(SEED)
-    vae = new_vae().train()
-    optimizer = torch.optim.AdamW(vae.parameters(), CYCLES[0][0], betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
-    checkpoint, first = work / "vae.pt", 0
+    device = sizes.device
+    vae, average = new_vae().to(device).train(), new_vae().to(device).eval().requires_grad_(False)
+    average.load_state_dict(vae.state_dict())
+    optimizer = torch.optim.AdamW(vae.parameters(), PEAK_RATE, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
+    checkpoint, first, spent = work / "vae.pt", 0, 0.0
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
+        state = torch.load(checkpoint, weights_only=True, map_location=device)
         vae.load_state_dict(state["vae"])
+        average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
-    if first >= STEPS:
-        return vae.eval()
-    gallery, held_out = load_gallery(node_modules)
-    print(f"vae: {len(gallery)} images, {len(held_out)} held out, from step {first}", flush=True)
-    started = saved = time.monotonic()
-    for step in range(first, STEPS):
+        first, spent = state["step"], state["spent"]
+    budget = Budget(steps=sizes.vae_steps, seconds=sizes.vae_seconds, spent=spent)
+    if budget.share(first) >= 1:
+        return average
+    images = torch.from_numpy(np.array(pool)).to(device)
+    averaged, current = list(average.parameters()), list(vae.parameters())
+    step, saved, loss = first, time.monotonic(), torch.zeros(())
+    while (share := budget.share(step)) < 1:
         rng = np.random.default_rng([SEED, step])
-        phase, rate = at_step(step)
-        crop, batch = phase.crop, phase.batch
-        pixels = to_tensor([image(gallery, rng, crop, phase.shapes) for _ in range(batch)])
-        noise = torch.from_numpy(rng.standard_normal((batch, 4, crop // 8, crop // 8), dtype=np.float32))
+        whole = share > WHOLE_SHARE
+        side, batch = (SIZE, max(1, sizes.vae_batch // 4)) if whole else (SIZE // 2, sizes.vae_batch)
+        pixels = crops(images, rng, batch, side)
+        generator = torch.Generator(device).manual_seed(SEED * 1_000_003 + step)
+        noise = torch.randn(batch, 4, side // 8, side // 8, device=device, generator=generator)
         for group in optimizer.param_groups:
-            group["lr"] = rate
-        with torch.autocast(pixels.device.type, torch.bfloat16):
+            group["lr"] = cosine_rate(share, step, PEAK_RATE, WARMUP)
+        with lowered(device):
             loss = loss_of(vae, pixels, noise)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(current, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step % 100 == 0:
-            print(f"vae {step}/{STEPS} loss {loss.item():.4f} {time.monotonic() - started:.0f} s", flush=True)
-        if time.monotonic() - saved > 120 or step == STEPS - 1:
-            partial = checkpoint.with_suffix(".partial")
-            torch.save({"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, partial)
-            partial.replace(checkpoint)
+        with torch.no_grad():
+            torch._foreach_lerp_(averaged, current, 1 - min(EMA_DECAY, (step + 1) / (step + 10)))
+        step += 1
+        if step % 200 == 0:
+            print(
+                f"vae {step} of {sizes.vae_steps}, share {share:.3f}, loss {loss.item():.4f}, {budget.elapsed:.0f} s",
+                flush=True,
+            )
+        if time.monotonic() - saved > 120:
+            _save(checkpoint, vae, average, optimizer, step, budget.elapsed)
             saved = time.monotonic()
-        if step % 800 == 799 or step == STEPS - 1:
-            print(f"vae {step + 1}: {psnr(vae.eval(), held_out):.2f} dB held out", flush=True)
-            vae.train()
-    return vae.eval()
+    print(f"vae: {step} steps, {budget.elapsed:.0f} s, last loss {loss.item():.4f}", flush=True)
+    _save(checkpoint, vae, average, optimizer, sizes.vae_steps, budget.elapsed)
+    return average
 
 
-def learning_rate_constant(step: int, steps: int, peak: float, warmup: int, decay: int) -> float:
-    """Linear warm-up, constant, and a linear descent to 1 % over the last ``decay`` steps."""
-    return peak * min(1.0, (step + 1) / warmup, max(0.01, (steps - step) / max(1, decay)))
+def _save(
+    file: Path, vae: AutoencoderKL, average: AutoencoderKL, optimizer: torch.optim.Optimizer, step: int, spent: float
+) -> None:
+    partial = file.with_suffix(".partial")
+    states = {"vae": vae.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save({**states, "step": step, "spent": spent}, partial)
+    partial.replace(file)

@@ -36,6 +36,10 @@ def generate(
         list[str] | None,
         typer.Option(metavar="FILE[:UNET[:TE]]", help="A LoRA with its weight (default 1); may be repeated."),
     ] = None,
+    lora_dir: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Folder in which tags of prompts, <lora:name:0.8>, find their files."),
+    ] = None,
     negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
     seed: Annotated[
         int | None,
@@ -61,9 +65,7 @@ def generate(
     text_encoder: Annotated[
         list[str] | None, typer.Option(metavar="FILE", help="Replaces the base's own; repeat for SDXL's second.")
     ] = None,
-    prediction: Annotated[
-        str, typer.Option(help="What the base predicts: auto, epsilon, v_prediction or sample.")
-    ] = "auto",
+    prediction: Annotated[str, typer.Option(help="The base's: auto, epsilon, v_prediction or sample.")] = "auto",
     attention: Annotated[str, typer.Option(help="Implementation of attention: auto, sdpa or xformers.")] = "auto",
     out: Annotated[
         str,
@@ -75,6 +77,8 @@ def generate(
     shape = parse_size(size)
     if strip and count > 1:
         raise typer.BadParameter("a strip shows one seed; remove --count", param_hint="--strip")
+    if strip and lora_dir is not None:
+        raise typer.BadParameter("a strip shows the LoRAs of --lora; remove --lora-dir", param_hint="--strip")
     if precision not in PRECISIONS:
         raise typer.BadParameter(f"{precision!r} is not {_ANY_PRECISION}", param_hint="--precision")
     encoders = [*(text_encoder or ()), None, None]
@@ -88,7 +92,7 @@ def generate(
     first = first_seed(seed, count=count)
     options: dict[str, Any] = {"negative": negative, "seed": first, "steps": steps, "cfg": cfg}
     options |= {"size": shape, "sampler": sampler, "precision": precision, "base": section, "loras": lora or ()}
-    options["vae_tiling"] = vae_tiling
+    options |= {"vae_tiling": vae_tiling} | ({} if strip else {"lora_dir": lora_dir})
     check_target(target.path, "folder" if target.is_folder else "file")
     files = _write_strip(prompt, target, options) if strip else _write_images(prompt, count, target, options)
     if as_json:

@@ -52,7 +52,7 @@ def plan_(
         ("--resolution", "data.resolution"): resolution,
         ("--base", "base.path"): base,
     }
-    config = run_config(arguments or (), options)
+    config = run_config(arguments or (), options).config
     from ..progress import progress_bar
     from ..training.forecast import plan
 

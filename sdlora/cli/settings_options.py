@@ -13,13 +13,17 @@ from ..config.toml_file import parse_value
 from ..errors import ConfigError
 
 if TYPE_CHECKING:
-    from ..config.sections import Config
+    from ..config.written import LoadedConfig
+
+FIRST_PRESET = "style"
+"""The preset of a run on mini without a configuration file: someone tries things out, and must see a style."""
 
 
-def run_config(arguments: Sequence[str], options: Mapping[tuple[str, str], object]) -> Config:
+def run_config(arguments: Sequence[str], options: Mapping[tuple[str, str], object]) -> LoadedConfig:
     """The configuration of a run: a file, if ``arguments`` begin with one, under settings and ``options``.
 
-    Without an output, that of a folder of images is ``out/FOLDER.safetensors``.
+    Without a file the preset of a run on mini is ``FIRST_PRESET``, and the output of a folder of images is
+    ``out/FOLDER.safetensors``.
 
     Raises:
         ConfigError: a file, key or value that is wrong.
@@ -28,14 +32,29 @@ def run_config(arguments: Sequence[str], options: Mapping[tuple[str, str], objec
     given = list(arguments)
     file = given.pop(0) if given and ("=" not in given[0] or Path(given[0]).is_file()) else None
     given = merged(options, given)
-    images = options.get(("--images", "data.images"))
-    if file is None and images is not None and not any(each.startswith("output.path=") for each in given):
-        given.append(f"output.path={json.dumps(f'out/{Path(str(images)).resolve().name}.safetensors')}")
     if file is None and not given:
         raise typer.BadParameter("name a CONFIG.toml, or give --images DIR and --trigger WORD")
-    from ..config.loading import load_config
+    from ..config.loading import load_stated
 
-    return load_config(file, given)
+    if file is not None:
+        return load_stated(file, given)
+    implied = _implied(given, options.get(("--images", "data.images")))
+    settings = (f"{name}={json.dumps(value, ensure_ascii=False)}" for name, (value, _) in implied.items())
+    return load_stated(None, [*given, *settings], {name: why for name, (_, why) in implied.items()})
+
+
+def _implied(given: Sequence[str], images: object) -> dict[str, tuple[str, str]]:
+    """Name of a setting that a command without a file leaves out -> its value, and why it has it."""
+    from ..config.presets import MINI
+
+    named = {name.strip(): value.strip() for name, _, value in (setting.partition("=") for setting in given)}
+    implied = {}
+    if parse_value(named.get("base.path", MINI)) == MINI:
+        implied["preset"] = (FIRST_PRESET, "mini, and no configuration file; --preset none is none")
+    if images is not None:
+        output = f"out/{Path(str(images)).resolve().name}.safetensors"
+        implied["output.path"] = (output, "the name of the folder of images")
+    return {name: value for name, value in implied.items() if name not in named}
 
 
 def merged(options: Mapping[tuple[str, str], object], settings: Sequence[str]) -> list[str]:

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from .app import app, emit, examples, guard
 from .settings_options import run_config
+from .train_options import (
+    ArgumentsArgument,
+    BatchSizeOption,
+    DeviceChangeOption,
+    EpochsOption,
+    ExplainOption,
+    ImagesOption,
+    LearningRateOption,
+    OutOption,
+    PresetOption,
+    RankOption,
+    ResolutionOption,
+    RestartOption,
+    StepsOption,
+    TrainBaseOption,
+    TrainJsonOption,
+    TriggerOption,
+)
 
 if TYPE_CHECKING:
-    from ..training.loop import TrainResult
-
-
-DATA, LORA, TRAINING, OUTPUT = "Data", "LoRA", "Training", "Output"
-RestartOption = Annotated[
-    bool, typer.Option("--restart", help="Start over, whatever an earlier run left.", rich_help_panel=TRAINING)
-]
-OutOption = Annotated[str | None, typer.Option(metavar="FILE", help="The LoRA file to write.", rich_help_panel=OUTPUT)]
-DeviceChangeOption = Annotated[
-    bool,
-    typer.Option(
-        "--allow-device-change",
-        help="Resume on another type of device or in another precision too.",
-        rich_help_panel=TRAINING,
-    ),
-]
+    from ..config.written import LoadedConfig
+    from ..training.report import TrainResult
 
 
 @app.command(
@@ -33,45 +37,28 @@ DeviceChangeOption = Annotated[
         "sdlora train --images my-images --trigger zorb --out out/zorb.safetensors",
         "sdlora train --images my-images --trigger zorb --base my-checkpoint.safetensors --steps 1500 --rank 32",
         "sdlora train run.toml train.seed=1",
+        "sdlora train run.toml --explain",
         more="All settings, for a TOML file or as section.key=value: sdlora settings",
     )
 )
 @guard
 def train(
-    arguments: Annotated[
-        list[str] | None, typer.Argument(metavar="[CONFIG.toml] [section.key=value]...", show_default=False)
-    ] = None,
-    images: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Folder of images with .txt captions.", rich_help_panel=DATA)
-    ] = None,
-    trigger: Annotated[str | None, typer.Option(metavar="WORD", help="Trigger word.", rich_help_panel=DATA)] = None,
-    resolution: Annotated[
-        int | None,
-        typer.Option(help="Side of a square image in pixels; default: the base's own.", rich_help_panel=DATA),
-    ] = None,
-    rank: Annotated[int | None, typer.Option(help="Rank of each module; lora.rank.", rich_help_panel=LORA)] = None,
-    base: Annotated[
-        str | None,
-        typer.Option(
-            metavar="BASE", help="'mini', a checkpoint file, or a diffusers folder.", rich_help_panel=TRAINING
-        ),
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps in all; train.steps.", rich_help_panel=TRAINING)] = None,
-    epochs: Annotated[
-        float | None, typer.Option(help="Length in epochs, instead of --steps; train.epochs.", rich_help_panel=TRAINING)
-    ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Images in one step; train.batch_size.", rich_help_panel=TRAINING)
-    ] = None,
-    learning_rate: Annotated[
-        float | None, typer.Option(help="Peak for the UNet; optimizer.learning_rate.", rich_help_panel=TRAINING)
-    ] = None,
+    arguments: ArgumentsArgument = None,
+    images: ImagesOption = None,
+    trigger: TriggerOption = None,
+    resolution: ResolutionOption = None,
+    rank: RankOption = None,
+    base: TrainBaseOption = None,
+    preset: PresetOption = None,
+    steps: StepsOption = None,
+    epochs: EpochsOption = None,
+    batch_size: BatchSizeOption = None,
+    learning_rate: LearningRateOption = None,
     restart: RestartOption = False,
     allow_device_change: DeviceChangeOption = False,
     out: OutOption = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object on standard output.", rich_help_panel=OUTPUT)
-    ] = False,
+    explain: ExplainOption = False,
+    as_json: TrainJsonOption = False,
 ) -> None:
     """Train a LoRA from a folder of captioned images. Run the same command to resume."""
     options: dict[tuple[str, str], object] = {
@@ -80,13 +67,18 @@ def train(
         ("--resolution", "data.resolution"): resolution,
         ("--rank", "lora.rank"): rank,
         ("--base", "base.path"): base,
+        ("--preset", "preset"): preset,
         ("--steps", "train.steps"): steps,
         ("--epochs", "train.epochs"): epochs,
         ("--batch-size", "train.batch_size"): batch_size,
         ("--learning-rate", "optimizer.learning_rate"): learning_rate,
         ("--out", "output.path"): out,
     }
-    config = run_config(arguments or (), options)
+    loaded = run_config(arguments or (), options)
+    if explain:
+        _explain(loaded, as_json=as_json)
+        return
+    config = loaded.config
     from ..progress import progress_bar
     from ..training.run import train as train_lora
 
@@ -99,12 +91,31 @@ def train(
     if not PartialState().is_main_process:
         return
     if as_json:
-        keys = ("output", "steps", "seconds", "loss", "validation_loss", "resumed_from", "warning", "texts_written")
-        emit({**{key: getattr(report.result, key) for key in keys}, "samples": report.samples})
+        emit({**{key: getattr(report.result, key) for key in ANSWER}, "samples": report.samples})
         return
     typer.echo(f"{report.result.output}: {_summary(report.result)}")
     if report.samples:
         typer.echo(f"{report.samples}: samples")
+
+
+ANSWER = (
+    "output", "steps", "file_step", "seconds", "loss", "validation_loss", "resumed_from", "warning", "texts_written",
+)  # fmt: skip
+"""Fields of the result that ``--json`` prints."""
+
+
+def _explain(loaded: LoadedConfig, *, as_json: bool) -> None:
+    """Print every setting of a run that is only planned."""
+    from ..progress import progress_bar
+    from ..training.explain import explain, explained_json, explained_lines
+    from ..training.plan import plan_config
+
+    with progress_bar() as progress:
+        settings = explain(loaded, plan_config(loaded.config, progress))
+    if as_json:
+        emit(explained_json(settings))
+    else:
+        typer.echo("\n".join(explained_lines(settings)))
 
 
 def _summary(result: TrainResult) -> str:
@@ -121,6 +132,8 @@ def _summary(result: TrainResult) -> str:
         parts.insert(2, f"loss {result.loss:.4f} (mean of the last 10 %)")
     if result.validation_loss is not None:
         parts.append(f"validation loss {result.validation_loss:.4f}")
+    if result.file_step < result.steps:
+        parts.append(f"with the weights of step {result.file_step}, which had the lowest validation loss")
     if result.resumed_from:
         parts.append(f"resumed from step {result.resumed_from}")
     return ", ".join(parts)

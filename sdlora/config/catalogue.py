@@ -13,7 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from .data_section import ImageSettings
-from .sections import Config, Section
+from .sections import SECTION_NAMES, TOP_LEVEL, Config, Section
 from .setting import Affects, setting_of
 
 
@@ -35,8 +35,8 @@ class SettingFacts:
 
     @property
     def name(self) -> str:
-        """``section.key``."""
-        return f"{self.section}.{self.key}"
+        """``section.key``; the key alone above all sections."""
+        return f"{self.section}.{self.key}" if self.section else self.key
 
     def to_json(self) -> dict[str, Any]:
         """All fields by their names."""
@@ -55,8 +55,10 @@ class SectionFacts:
 
 @cache
 def all_sections() -> tuple[SectionFacts, ...]:
-    """Every section in the order of ``Config``, ``data.sets`` after ``data``."""
-    return tuple(
+    """What is above all sections, then every section in the order of ``Config``, ``data.sets`` after ``data``."""
+    above = tuple(_facts("", key, Config.model_fields[key]) for key in TOP_LEVEL)
+    first = SectionFacts(name="", documentation="A key at the start of a file.", settings=above)
+    return first, *(
         SectionFacts(
             name=name,
             documentation=" ".join(cleandoc(section.__doc__ or "").split()),
@@ -77,7 +79,7 @@ def default_settings() -> dict[str, str]:
     return {
         setting.name: json.dumps(setting.default)
         for setting in all_settings()
-        if not setting.required and setting.section in Config.model_fields
+        if not setting.required and setting.section in SECTION_NAMES
     }
 
 

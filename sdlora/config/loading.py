@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,11 +15,14 @@ from .catalogue import all_settings
 from .kohya_dataset import is_kohya_dataset
 from .locations import located
 from .messages import expectation
-from .sections import MISSING_TRIGGER, BaseSection, Config, DataSection, DatasetConfig
-from .toml_file import parse_value, place, read_toml
+from .sections import MISSING_TRIGGER, SECTION_NAMES, TOP_LEVEL, BaseSection, Config, DataSection, DatasetConfig
+from .toml_file import Location, parse_value, read_toml
 from .unknown_keys import answer_by_name, answer_unknown, near_spelling
+from .written import COMMAND_LINE, LoadedConfig, Written, places_of
 
 C = TypeVar("C", bound=DatasetConfig)
+Place = Callable[[Location], str]
+"""Where a key is stated."""
 
 
 def load_config(file: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
@@ -30,7 +34,25 @@ def load_config(file: str | Path | None = None, overrides: Iterable[str] = ()) -
     Raises:
         ConfigError: with one line for each unknown key (and what to use instead), wrong value or missing key.
     """
-    return _load(Config, file, overrides)
+    return _load(Config, _written(file), overrides)
+
+
+def load_stated(
+    written: str | Path | Written | None, overrides: Iterable[str] = (), implied: Mapping[str, str] | None = None
+) -> LoadedConfig:
+    """As ``load_config``, with where each value is stated.
+
+    Args:
+        written: a file, or what another trainer's configuration says.
+        implied: name of an override that nobody typed -> why it has its value.
+    """
+    if not isinstance(written, Written):
+        written = _written(written)
+    overrides = tuple(overrides)
+    typed = dict.fromkeys((override.partition("=")[0].strip() for override in overrides), COMMAND_LINE)
+    return LoadedConfig(
+        config=_load(Config, written, overrides), stated=places_of(written, typed | dict(implied or {}))
+    )
 
 
 def as_config(config: Config | str | Path, function: str) -> Config:
@@ -53,7 +75,7 @@ def load_dataset(file: str | Path | None = None, overrides: Iterable[str] = ()) 
     Raises:
         ConfigError: as ``load_config``.
     """
-    config = _load(DatasetConfig, file, overrides)
+    config = _load(DatasetConfig, _written(file), overrides)
     return config.data, config.base
 
 
@@ -71,20 +93,25 @@ def base_section(**options: Any) -> BaseSection:
         raise ConfigError(lines) from None
 
 
-def _load(kind: type[C], file: str | Path | None, overrides: Iterable[str]) -> C:
-    path = None if file is None else Path(file).expanduser()
-    tables, text = ({}, "") if path is None else _read(path)
+def _written(file: str | Path | None) -> Written:
+    if file is None:
+        return Written.nothing()
+    path = Path(file).expanduser()
+    return Written.from_toml(path, *_read(path))
+
+
+def _load(kind: type[C], written: Written, overrides: Iterable[str]) -> C:
+    tables = copy.deepcopy(dict(written.tables))
     overrides = tuple(overrides)
     problems = [problem for override in overrides if (problem := _apply(override, tables))]
     try:
         config = kind.model_validate(_with_tuples(tables))
     except ValidationError as error:
-        source = "" if path is None else str(path)
-        raise ConfigError([*problems, *_explain_all(error, kind, tables, source, text)]) from None
+        raise ConfigError([*problems, *_explain_all(error, kind, tables, written.place)]) from None
     if problems:
         raise ConfigError(problems)
     elsewhere = {override.partition("=")[0].strip() for override in overrides}
-    return located(config, None if path is None else path.parent, elsewhere)
+    return located(config, written.folder, elsewhere)
 
 
 def _read(file: Path) -> tuple[dict[str, Any], str]:
@@ -99,6 +126,9 @@ def _read(file: Path) -> tuple[dict[str, Any], str]:
 def _apply(override: str, tables: dict[str, Any]) -> str | None:
     """Put ``section.key=value`` into ``tables``; what is wrong where it is not of this form."""
     name, equals, value = override.partition("=")
+    if equals and name.strip() in TOP_LEVEL:
+        tables[name.strip()] = parse_value(value.strip())
+        return None
     section, dot, key = name.strip().partition(".")
     if not (equals and dot and section and key):
         answer = answer_by_name(name.strip()) if equals else ""
@@ -117,15 +147,15 @@ def _with_tuples(value: Any) -> Any:
 
 
 def _explain_all(
-    error: ValidationError, kind: type[DatasetConfig], tables: Mapping[str, Any], source: str, text: str
+    error: ValidationError, kind: type[DatasetConfig], tables: Mapping[str, Any], place: Place
 ) -> Iterator[str]:
     """A line for each fault."""
     for entry in error.errors():
-        yield from _explain(entry, source, text)
+        yield from _explain(entry, place)
     # The model itself asks for a trigger only after all other faults are fixed.
     data = tables.get("data")
     if kind is Config and isinstance(data, dict) and "trigger" not in data and error.errors()[0]["loc"]:
-        yield _at(place(source, text, ["data", "trigger"]), MISSING_TRIGGER)
+        yield _at(place(["data", "trigger"]), MISSING_TRIGGER)
 
 
 _REMEDIES = {
@@ -141,20 +171,20 @@ def _at(where: str, problem: str) -> str:
     return f"{where}: {problem}" if where else problem
 
 
-def _explain(entry: Any, source: str, text: str) -> Iterator[str]:
+def _explain(entry: Any, place: Place) -> Iterator[str]:
     location = list(entry["loc"])
     name = ".".join(part for part in location if isinstance(part, str))
-    where = place(source, text, location)
+    where = place(location)
     if entry["type"] == "settings":
         for problem in entry["ctx"]["problems"].split("\n"):
             key = re.match(r"[\w.]+", problem)
             assert key is not None
-            at = place(source, text, [*location, *key[0].split(".")])
+            at = place([*location, *key[0].split(".")])
             yield _at(at, ".".join(filter(None, (name, problem))))
     elif entry["type"] == "extra_forbidden":
         yield _at(where, f"unknown key {name}{answer_unknown(name)}")
         if len(location) == 1 and isinstance(entry["input"], dict):
-            yield from _explain_unknown_table(name, entry["input"], source, text)
+            yield from _explain_unknown_table(name, entry["input"], place)
     elif entry["type"] == "missing":
         yield _at(where, f"{name} is missing{_REMEDIES.get(name, '')}")
     else:
@@ -162,8 +192,8 @@ def _explain(entry: Any, source: str, text: str) -> Iterator[str]:
         yield _at(where, f"{name} = {entry['input']!r}: {expectation(entry, default)}")
 
 
-def _explain_unknown_table(section: str, table: Mapping[str, Any], source: str, text: str) -> Iterator[str]:
+def _explain_unknown_table(section: str, table: Mapping[str, Any], place: Place) -> Iterator[str]:
     """A line for each key in an unknown table whose place is known; none where only the table is misspelled."""
-    for key in table if not near_spelling(section, Config.model_fields) else ():
+    for key in table if not near_spelling(section, SECTION_NAMES) else ():
         if answer := answer_by_name(key):
-            yield _at(place(source, text, [section, key]), f"unknown key {section}.{key}: {answer}")
+            yield _at(place([section, key]), f"unknown key {section}.{key}: {answer}")

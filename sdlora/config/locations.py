@@ -7,7 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .sections import DatasetConfig, Section
+from .sections import SECTION_NAMES, DatasetConfig, Section
 from .setting import setting_of
 
 C = TypeVar("C", bound=DatasetConfig)
@@ -22,7 +22,7 @@ def located(config: C, folder: Path | None, elsewhere: Collection[str] = ()) -> 
         elsewhere: ``section.key`` of what the file does not state; these go by the working folder.
     """
     changed = {}
-    for name in config.model_fields_set:
+    for name in config.model_fields_set & set(SECTION_NAMES):
         section = getattr(config, name)
         if section is not None:
             changed[name] = _located_section(section, name, folder, elsewhere)

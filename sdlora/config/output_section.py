@@ -1,4 +1,4 @@
-"""The configuration of what a run writes: sample images, the LoRA file, and what it says about itself."""
+"""The configuration of what a run writes: the LoRA file, and what it says about itself."""
 
 from __future__ import annotations
 
@@ -8,13 +8,6 @@ from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
 from .setting import Section, Setting
-
-
-class SamplesSection(Section):
-    """The sample images at the end of a run."""
-
-    prompts: Annotated[tuple[str, ...] | None, Setting(kohya="sample_prompts", affects="samples")] = None
-    """Prompts of the sample sheet. By default the first four captions; [] draws none."""
 
 
 def _lora_file(value: str) -> str:
@@ -37,11 +30,16 @@ class OutputSection(Section):
     save_every: Annotated[int, Field(ge=0), Setting(kohya="save_every_n_steps", affects="nothing")] = 0
     """Steps between LoRA files on the way, ``NAME-000500.safetensors`` beside the output; 0 writes none. Each can be used
     as it is. Checkpoints to resume from are ``train.save_every``."""
+    save_every_epochs: Annotated[int, Field(ge=0), Setting(kohya="save_every_n_epochs", affects="nothing")] = 0
+    """Epochs between LoRA files on the way, as well as or instead of ``output.save_every``; 0 writes none."""
     keep: Annotated[int | None, Field(ge=1), Setting(affects="nothing")] = None
     """Number of LoRA files on the way that are kept, the newest. By default all."""
     log: Annotated[bool, Setting(kohya="logging_dir", affects="nothing")] = False
     """Whether the loss and the learning rates of each step are written beside the output, as ``NAME.log.csv``, with a
-    curve of the loss, ``NAME.log.svg``."""
+    curve of the loss, ``NAME.log.svg``. With ``validation.every`` the measurements are in ``NAME.validation.csv``."""
+    tracker: Annotated[Literal["none", "tensorboard", "wandb"], Setting(kohya="log_with", affects="nothing")] = "none"
+    """Where losses, learning rates and validation losses are sent too: ``tensorboard`` writes event files into
+    ``NAME.tracker`` beside the output; ``wandb`` sends them to Weights & Biases. Each needs the extra of its name."""
     metadata: Annotated[Literal["none", "minimal", "full"], Setting(kohya="no_metadata", affects="text")] = "full"
     """What the file says about its training: ``full`` is everything; ``minimal`` is what loaders need, the trigger word
     and the texts below; ``none`` is nothing."""

@@ -18,6 +18,7 @@ AFFECTS_IN_WORDS: dict[Affects, str] = {
     "place": "where files are",
     "nothing": "nothing of the result",
 }
+ABOVE = "Above all sections"
 WIDTH = 100
 """Characters in a line of text."""
 _ABOUT = """\
@@ -100,6 +101,8 @@ def _markdown_lines(section: SectionFacts) -> Iterator[str]:
 
 
 def _header(section: SectionFacts) -> str:
+    if not section.name:
+        return ABOVE
     return f"[[{section.name}]]" if "." in section.name else f"[{section.name}]"
 
 

@@ -14,11 +14,16 @@ from .data_section import DataSection, ImageSettings, MaskKind, SetSection
 from .lora_section import LoraSection
 from .objective_section import ObjectiveSection
 from .optimizer_section import OptimizerSection
-from .output_section import OutputSection, SamplesSection
+from .output_section import OutputSection
+from .presets import PresetName
+from .samples_section import SamplesSection
 from .setting import Affects, Section, setting_of
 from .train_section import TrainSection
+from .validation_section import ValidationSection
 
 __all__ = [
+    "SECTION_NAMES",
+    "TOP_LEVEL",
     "BaseSection",
     "CacheSection",
     "Config",
@@ -33,6 +38,7 @@ __all__ = [
     "Section",
     "SetSection",
     "TrainSection",
+    "ValidationSection",
 ]
 
 
@@ -46,6 +52,9 @@ NOT_DETERMINISTIC = (
 class DatasetConfig(Section):
     """A configuration of which only the dataset and the base are used: it needs neither a trigger word nor an output."""
 
+    preset: PresetName = "none"
+    """Values for what is trained, where nothing else is stated; they depend on the base. A run with the same values is the
+    same run. ``sdlora train --images`` on mini, without a file, takes ``style``."""
     base: BaseSection = BaseSection()
     data: DataSection
     cache: CacheSection = CacheSection()
@@ -54,6 +63,7 @@ class DatasetConfig(Section):
     optimizer: OptimizerSection = OptimizerSection()
     train: TrainSection = TrainSection()
     samples: SamplesSection = SamplesSection()
+    validation: ValidationSection = ValidationSection()
     output: OutputSection | None = None
 
 
@@ -86,13 +96,18 @@ class Config(DatasetConfig):
         A set is written without what it does not state and without what is the same in ``[data]``.
         """
         settings = {}
-        for name in sorted(type(self).model_fields):
+        for name in sorted(SECTION_NAMES):
             section = getattr(self, name)
             values = _values(section, affecting)
             if "sets" in values:
                 values["sets"] = [_stated(each, section, affecting) for each in section.sets]
             settings |= {f"{name}.{key}": json.dumps(values[key]) for key in sorted(values)}
         return settings
+
+
+TOP_LEVEL = ("preset",)
+"""Keys above all sections."""
+SECTION_NAMES = tuple(name for name in Config.model_fields if name not in TOP_LEVEL)
 
 
 def _values(section: Section, affecting: Collection[Affects]) -> dict[str, object]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from .catalogue import all_settings
 from .kohya_names import ABBREVIATIONS, ELSEWHERE, NOT_SUPPORTED, UNNECESSARY
-from .sections import Config
+from .sections import SECTION_NAMES, TOP_LEVEL
 
 _NEAR = 0.7
 """Least similarity of a suggestion: "rol" and "role" have 0.86, "train" and "train.lr" would have 0.77 in full."""
@@ -19,8 +19,8 @@ def answer_unknown(name: str) -> str:
     if answer := answer_by_name(key):
         return f": {answer}"
     if not section:
-        names = list(Config.model_fields)
-        return near_spelling(name, names) or f"; the sections are {', '.join(names)}"
+        known = near_spelling(name, (*TOP_LEVEL, *SECTION_NAMES))
+        return known or f"; the sections are {', '.join(SECTION_NAMES)}"
     beside = [setting.key for setting in all_settings() if setting.section == section]
     if near := difflib.get_close_matches(key, beside, 1, _NEAR):
         return f"; did you mean {section}.{near[0]}?"
@@ -33,7 +33,7 @@ def answer_unknown(name: str) -> str:
 def answer_by_name(key: str) -> str:
     """Where ``key`` is here, if it is the name of a setting, an abbreviation or an option of kohya's trainer; or ""."""
     settings = all_settings()
-    if named := [setting.name for setting in settings if setting.key == key and setting.section in Config.model_fields]:
+    if named := [setting.name for setting in settings if setting.key == key and setting.section in SECTION_NAMES]:
         return f"it is {' or '.join(named)} here"
     if key in ABBREVIATIONS:
         return f"it is {ABBREVIATIONS[key]} here"

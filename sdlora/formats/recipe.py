@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 TAG = re.compile(r"<(lora|lyco|hypernet):([^<>]*)>")
 """A tag in a prompt that loads a network: its kind, and its name with the weights."""
+_MORE = ("lbw=", "start=", "stop=", "step=")
 _FIELD = re.compile(r'\s*(\w[\w \-/]*):\s*("(?:\\.|[^\\"])*"|\{[^{}]*\}|[^,]*)(?:,|$)')
 """``Key: value`` of the last line; a value with commas is quoted, except for the hashes."""
 _NEGATIVE = "Negative prompt:"
@@ -24,6 +25,8 @@ class LoraTag:
     name: str
     unet: float
     text_encoder: float
+    more: tuple[str, ...] = ()
+    """Weights of blocks and over the steps, as written: ``lbw=…``, ``start=…``, ``stop=…``, ``step=…``."""
 
     @classmethod
     def parse(cls, text: str) -> LoraTag:
@@ -41,13 +44,18 @@ class LoraTag:
         positional = [item for item in items if "=" not in item]
         text_encoder = _number(named.get("te", positional[0] if positional else "1"))
         unet = named.get("unet", positional[1] if len(positional) > 1 else None)
-        return cls(name=name, unet=text_encoder if unet is None else _number(unet), text_encoder=text_encoder)
+        return cls(
+            name=name,
+            unet=text_encoder if unet is None else _number(unet),
+            text_encoder=text_encoder,
+            more=tuple(item for item in items if item.startswith(_MORE)),
+        )
 
     @property
     def option(self) -> str:
         """What follows ``--lora``: the file with its weights, UNet first."""
         weights = [self.unet] if self.unet == self.text_encoder else [self.unet, self.text_encoder]
-        return ":".join([f"{self.name}.safetensors", *(f"{weight:.12g}" for weight in weights)])
+        return ":".join([f"{self.name}.safetensors", *(f"{weight:.12g}" for weight in weights), *self.more])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from ..base.base import Base
 from ..base.conditioning import Conditioning, Framing, time_ids
 from ..base.encode import encode_prompts
 from ..base.tokens import padded, tokenize
-from ..progress import Progress, raise_if_stopped
+from ..progress import Progress, Stop, raise_if_stopped
 from .prompts import parse_prompt
 from .request import ImageRequest
 from .samplers import SAMPLERS, make_scheduler
@@ -23,12 +22,14 @@ def denoise(
     requests: Sequence[ImageRequest],
     conditioning: Conditioning,
     progress: Progress,
-    stop: threading.Event | None = None,
+    stop: Stop | None = None,
+    before_step: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Latents, (b, 4, h/8, w/8) float32, of b requests that differ in nothing but prompts and seeds.
 
-    ``conditioning`` is that of ``encode_requests``. A step reads nothing back from the device, and copies nothing to it but
-    the new noise of samplers that draw some: the schedule stays in main memory, where samplers compute their factors.
+    ``conditioning`` is that of ``encode_requests``. ``before_step`` is called with the number of each step, from 0. A step
+    reads nothing back from the device, and copies nothing to it but the new noise of samplers that draw some: the schedule
+    stays in main memory, where samplers compute their factors.
 
     Guidance is ε = ε₀ + g (ε₁ - ε₀) (Ho & Salimans 2022, eq. 6, with g = 1 + w). Noise is drawn on the CPU, so a seed
     gives the same image on every device.
@@ -49,8 +50,11 @@ def denoise(
     noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
     latents = noise.to(base.device) * scheduler.init_noise_sigma
     extra = {"generator": generators} if sampler.adds_noise else {}
-    for timestep, on_device in zip(scheduler.timesteps, scheduler.timesteps.to(base.device), strict=True):
+    timesteps = zip(scheduler.timesteps, scheduler.timesteps.to(base.device), strict=True)
+    for step, (timestep, on_device) in enumerate(timesteps):
         raise_if_stopped(stop, "stopped while generating")
+        if before_step is not None:
+            before_step(step)
         noisy = scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, timestep)
         predicted = base.predict(noisy, on_device, conditioning, sizes)
         if guided:

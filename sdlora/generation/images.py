@@ -19,11 +19,11 @@ from ..base.decode import LatentDecoder
 from ..base.device_memory import free_memory, move_to, out_of_memory, release_memory
 from ..errors import DeviceMemoryError
 from ..formats.hashes import file_hashes
-from ..lora.attaching import temporarily_applied
+from ..lora.stack import Stack
 from ..progress import Progress, raise_if_stopped
 from .denoise import denoise, encode_requests
 from .infotext import infotext
-from .loras import WeightedLora
+from .loras import WeightedLora, stacked
 from .request import ImageRequest
 from .saving import encoded
 
@@ -58,11 +58,13 @@ def generate_images(
     on_image: Callable[[GeneratedImage], None] | None = None,
     *,
     vae_tiling: bool = False,
+    stack: Stack | None = None,
 ) -> list[GeneratedImage]:
-    """Generate every request under the same LoRAs, which are applied to ``base`` for as long as this takes.
+    """Generate every request under the same LoRAs, which are on ``base`` for as long as this takes.
 
     ``on_image`` is called with each image as soon as it is done, in the order of ``requests``. ``vae_tiling`` decodes in
-    strips from the start (``base.decode``).
+    strips from the start (``base.decode``). On a ``stack`` of the base's modules the LoRAs stay afterwards, so that the next
+    call changes what differs.
 
     Raises:
         BaseModelError: the UNet or the VAE produced NaN or Inf.
@@ -75,14 +77,20 @@ def generate_images(
     base_autov2 = file_hashes(checkpoint.file, progress).autov2 if checkpoint.file else None
     images: list[GeneratedImage] = []
     progress.start("Generating", sum(request.steps for request in requests))
+    varying = [lora.choice for lora in loras if lora.choice.varies]
     decode = LatentDecoder(base, tiled=vae_tiling)
     batches = _batches(requests, checkpoint)
     with (
-        temporarily_applied(base.modules(), [lora.changes() for lora in loras]),
+        _applied(base, loras, stack) as own,
         _conditionings(base, batches) as conditionings,
     ):
         for batch, conditioning in zip(batches, conditionings, strict=True):
-            latents = _denoised(base, batch, conditioning, progress, stop)
+            steps = batch[0].steps
+
+            def weigh(step: int, steps: int = steps) -> None:
+                own.vary([choice.factor(step, steps) for choice in varying])
+
+            latents = _denoised(base, batch, conditioning, progress, stop, weigh if varying else None)
             raise_if_stopped(stop, "stopped while generating")
             pixels = decode(latents).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
             for request, latent, array in zip(batch, latents, pixels, strict=True):
@@ -96,6 +104,19 @@ def generate_images(
                 if on_image:
                     on_image(image)
     return images
+
+
+@contextmanager
+def _applied(base: Base, loras: Sequence[WeightedLora], stack: Stack | None) -> Generator[Stack]:
+    """``loras`` on the base's modules, removed afterwards unless they are on a ``stack``."""
+    own = stack or Stack(base.modules())
+    entries, varying = stacked(loras)
+    own.set(entries, varying=varying)
+    try:
+        yield own
+    finally:
+        if stack is None:
+            own.restore()
 
 
 @contextmanager
@@ -120,6 +141,7 @@ def _denoised(
     conditioning: Conditioning,
     progress: Progress,
     stop: threading.Event | None,
+    before_step: Callable[[int], None] | None,
 ) -> Tensor:
     """``denoise``, one image after another where memory does not suffice for all of ``batch``.
 
@@ -127,7 +149,7 @@ def _denoised(
         DeviceMemoryError: it does not suffice for one.
     """
     try:
-        return denoise(base, batch, conditioning, progress, stop)
+        return denoise(base, batch, conditioning, progress, stop, before_step)
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
@@ -147,7 +169,10 @@ def _denoised(
     rows = [range(number, conditioning.context.shape[0], len(batch)) for number in range(len(batch))]
     alone = [Conditioning.stack([conditioning.row(row) for row in of_image]) for of_image in rows]
     return torch.cat(
-        [_denoised(base, [request], own, progress, stop) for request, own in zip(batch, alone, strict=True)]
+        [
+            _denoised(base, [request], own, progress, stop, before_step)
+            for request, own in zip(batch, alone, strict=True)
+        ]
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from .._version import __version__
 from ..base.checkpoint import BaseCheckpoint
-from .loras import LoraChoice, WeightedLora
+from .loras import WeightedLora
 from .request import ImageRequest
 from .samplers import SAMPLERS, a1111_schedule
 
@@ -46,14 +46,9 @@ def infotext(
         # JSON without quotes around it, as Civitai's own extension writes it and its pattern reads it.
         line += f", Hashes: {json.dumps(all_hashes)}"
     line += f", Version: sdlora {__version__}"
-    tags = "".join(f" <lora:{lora.tag_name}:{_weights(lora.choice)}>" for lora in loras)
+    tags = "".join(f" <lora:{lora.tag_name}:{lora.choice.tag}>" for lora in loras)
     negative = f"\nNegative prompt: {request.negative}" if request.negative else ""
     return f"{request.prompt}{tags}{negative}\n{line}"
-
-
-def _weights(choice: LoraChoice) -> str:
-    same = choice.unet == choice.text_encoder
-    return f"{choice.unet:g}" if same else f"te={choice.text_encoder:g}:unet={choice.unet:g}"
 
 
 def _quoted(value: str) -> str:

@@ -3,64 +3,22 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
-from ..base.checkpoint import BaseCheckpoint
 from ..errors import CompatibilityError, LoraFileError
+from ..families import Family
 from ..formats.hashes import file_hashes
 from ..formats.keys import part_of, resolve
 from ..formats.lora_file import LoraFile, read_lora
 from ..formats.metadata import safe_title
-from ..formats.tensor_files import PICKLES
 from ..lora.change import Change
+from .blocks import BlockWeights, block_factors
+from .lora_choice import LoraChoice
 
 logger = logging.getLogger(__name__)
-
-_ENDINGS = "|".join(re.escape(ending) for ending in (".safetensors", *PICKLES))
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraChoice:
-    """``FILE[:UNET[:TE]]``: a file with one weight for its UNet part and one for its text encoder part."""
-
-    file: Path
-    unet: float = 1.0
-    text_encoder: float = 1.0
-
-    @classmethod
-    def parse(cls, text: str) -> LoraChoice:
-        """Read ``FILE``, ``FILE:0.8`` or ``FILE:0.8:0.5``; a single number is the weight of both parts.
-
-        Raises:
-            LoraFileError: a weight is not a number between -10 and 10, or no file is named.
-        """
-        match = re.fullmatch(rf"(.+?(?:{_ENDINGS}))(?::([^:]*))?(?::([^:]*))?", text)
-        if match is None and Path(text).is_dir():
-            return cls(file=Path(text))
-        if match is None:
-            raise LoraFileError(
-                f"{text}: expected FILE.safetensors (or .pt, .ckpt, .bin), FILE:WEIGHT or FILE:UNET:TE, or a PEFT folder"
-            )
-        try:
-            unet = 1.0 if match[2] is None else float(match[2])
-            text_encoder = unet if match[3] is None else float(match[3])
-        except ValueError:
-            raise LoraFileError(f"{text}: the weight after the colon is not a number") from None
-        if not all(-10 <= weight <= 10 for weight in (unet, text_encoder)):
-            raise LoraFileError(f"{text}: expected weights between -10 and 10")
-        return cls(file=Path(match[1]), unet=unet, text_encoder=text_encoder)
-
-    @property
-    def name(self) -> str:
-        """The file's name without its ending."""
-        return self.file.stem
-
-    def times(self, factor: float) -> LoraChoice:
-        """The same file at ``factor`` times its weights."""
-        return LoraChoice(file=self.file, unet=self.unet * factor, text_encoder=self.text_encoder * factor)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -69,6 +27,8 @@ class FittedLora:
 
     file: LoraFile
     modules: Mapping[str, Change]
+    stamp: tuple[int, int] | None
+    """Size and modification time of its file, in bytes and nanoseconds."""
     autov3: str | None
     """First 12 digits of the hash over its tensors; None for a pickle."""
 
@@ -79,6 +39,8 @@ class WeightedLora:
 
     fitted: FittedLora
     choice: LoraChoice
+    factors: Mapping[str, float] | None = None
+    """Canonical name -> factor of its block, where the choice has weights of blocks."""
 
     @property
     def tag_name(self) -> str:
@@ -92,38 +54,91 @@ class WeightedLora:
 
     def times(self, factor: float) -> WeightedLora:
         """The same LoRA at ``factor`` times its weights."""
-        return WeightedLora(fitted=self.fitted, choice=self.choice.times(factor))
+        return replace(self, choice=self.choice.times(factor))
 
     def changes(self) -> dict[str, tuple[Change, float]]:
-        """Canonical name -> (change, weight), as ``lora.attaching.temporarily_applied`` takes it."""
+        """Canonical name -> (change, weight), as ``lora.stack.Stack`` takes it."""
         return {
-            name: (change, self.choice.unet if name.startswith("unet.") else self.choice.text_encoder)
+            name: (change, weight * (1.0 if self.factors is None else self.factors[name]))
             for name, change in self.fitted.modules.items()
+            for weight in (self.choice.unet if _in_unet(name) else self.choice.text_encoder,)
         }
 
 
-def fit_loras(base: BaseCheckpoint, choices: Sequence[LoraChoice]) -> tuple[WeightedLora, ...]:
+def stacked(loras: Sequence[WeightedLora]) -> tuple[list[dict[str, tuple[Change, float]]], list[int]]:
+    """What ``Stack.set`` takes: the changes, and the positions of those that vary with the steps.
+
+    Of a LoRA with a start or a stop, the changes of the UNet vary, and those of the text encoders are an entry of their own.
+    """
+    entries: list[dict[str, tuple[Change, float]]] = []
+    varying = []
+    for lora in loras:
+        changes = lora.changes()
+        if lora.choice.varies:
+            varying.append(len(entries))
+            entries.append({name: change for name, change in changes.items() if _in_unet(name)})
+            changes = {name: change for name, change in changes.items() if not _in_unet(name)}
+        entries.append(changes)
+    return entries, varying
+
+
+def _in_unet(name: str) -> bool:
+    return name.startswith("unet.")
+
+
+class LoraBase(Protocol):
+    """What LoRAs are matched with: a checkpoint, or the models of a pipeline."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+
+    @property
+    def family(self) -> Family:
+        """What it is."""
+
+    def module_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Canonical name -> shape of the weight."""
+
+
+def fit_loras(
+    base: LoraBase, choices: Sequence[LoraChoice], *, known: Sequence[FittedLora] = ()
+) -> tuple[WeightedLora, ...]:
     """Read every file and match it with the base's modules by names and shapes; what is left out is logged.
 
-    The base need not be loaded.
+    The base need not be loaded. Files that are among ``known``, of the same base, and have not changed are not read again.
 
     Raises:
         LoraFileError, CompatibilityError: with one line for each file that cannot be used.
     """
     shapes = base.module_shapes()
+    read = {lora.file.path: lora for lora in known}
     fitted: dict[Path, FittedLora] = {}
     faults: list[LoraFileError | CompatibilityError] = []
+    factors: dict[BlockWeights, dict[str, float]] = {}
     for file in dict.fromkeys(choice.file for choice in choices):
         try:
-            fitted[file] = _fit(base, shapes, read_lora(file))
+            unchanged = file in read and read[file].stamp == _stamp(read[file].file.weights)
+            fitted[file] = read[file] if unchanged else _fit(base, shapes, read_lora(file))
         except (LoraFileError, CompatibilityError) as error:
             faults.append(error)
+    for choice in choices:
+        if choice.blocks is not None and choice.blocks not in factors:
+            try:
+                factors[choice.blocks] = block_factors(choice.blocks, shapes, base.family)
+            except CompatibilityError as error:
+                faults.append(CompatibilityError(f"{choice.file}: {error}"))
     if faults:
         raise type(faults[0])([problem for fault in faults for problem in fault.problems])
-    return tuple(WeightedLora(fitted=fitted[choice.file], choice=choice) for choice in choices)
+    return tuple(
+        WeightedLora(
+            fitted=fitted[choice.file], choice=choice, factors=None if choice.blocks is None else factors[choice.blocks]
+        )
+        for choice in choices
+    )
 
 
-def _fit(base: BaseCheckpoint, shapes: Mapping[str, tuple[int, ...]], file: LoraFile) -> FittedLora:
+def _fit(base: LoraBase, shapes: Mapping[str, tuple[int, ...]], file: LoraFile) -> FittedLora:
     found = resolve(file.modules, shapes)
     total, matched = len(file.modules), len(found.matched)
     family, base_family = file.family, base.family
@@ -135,6 +150,12 @@ def _fit(base: BaseCheckpoint, shapes: Mapping[str, tuple[int, ...]], file: Lora
         )
     if not matched:
         raise CompatibilityError(f"{file.path}: none of its {total} modules is in the base {base.name}")
+    broken = [module for module, reason in file.unusable.items() if reason.startswith("holds NaN")]
+    if broken:
+        raise LoraFileError(
+            f"{file.path}: {len(broken)} of its {total + len(file.unusable)} modules hold NaN or infinity, such as "
+            f"{broken[0]}: its training has failed; use another file, or an earlier step of the run"
+        )
     misfits = [key for key, name in found.matched.items() if not file.modules[key].fits(shapes[name])]
     if misfits:
         in_file, in_base = file.modules[misfits[0]].weight_shape, shapes[found.matched[misfits[0]]]
@@ -154,5 +175,15 @@ def _fit(base: BaseCheckpoint, shapes: Mapping[str, tuple[int, ...]], file: Lora
     return FittedLora(
         file=file,
         modules={name: file.modules[key] for key, name in found.matched.items()},
+        stamp=_stamp(file.weights),
         autov3=file_hashes(file.weights).autov3,
     )
+
+
+def _stamp(file: Path) -> tuple[int, int] | None:
+    """Size and modification time; None where there is no file."""
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns

@@ -43,4 +43,7 @@ def _refusal(match: re.Match[str]) -> str:
         file = LoraTag.parse(match[2]).option
     except ValueError as error:
         return f"prompt: {match[0]}: {error}; a tag loads nothing here; remove it and use --lora FILE:WEIGHT"
-    return f"prompt: {match[0]}: a tag loads nothing here; remove it and use --lora {file} (in Python loras=['{file}'])"
+    return (
+        f"prompt: {match[0]}: a tag loads nothing here; remove it and use --lora {file} (in Python loras=['{file}']), or "
+        "write it in the prompt of generate and name the folder of its file with --lora-dir"
+    )

@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,12 +18,15 @@ from ..base.gpu_build import why_not_cuda
 from ..base.precision import choose_device, describe_precision, explain_precision
 from ..config.sections import BaseSection
 from ..errors import SdloraError
+from ..lora.stack import Stack
 from ..progress import Progress, progress_or_bar
 from .arguments import LoraArgument, base_argument, image_requests, lora_choices
 from .grid import labelled_grid
-from .loras import WeightedLora, fit_loras
+from .lora_folder import LoraFolder
+from .loras import FittedLora, WeightedLora, fit_loras
 from .prompt_syntax import check_syntax
 from .request import ImageRequest, check_requests
+from .tags import check_named_once, missing_triggers, read_tags
 
 if TYPE_CHECKING:
     from ..base.base import Base
@@ -47,6 +51,7 @@ def generate(
     sampler: str = ImageRequest.sampler,
     precision: str = "auto",
     vae_tiling: bool = False,
+    lora_dir: str | Path | None = None,
     progress: Progress | None = None,
     stop: threading.Event | None = None,
     on_image: Callable[[GeneratedImage], None] | None = None,
@@ -58,6 +63,7 @@ def generate(
         prompts: in A1111's syntax, ``(word:1.2)``, ``[word]``, ``BREAK``; of any length.
         base: the value of ``base.path`` in a configuration, or a whole ``[base]`` section.
         loras: one or several, each ``FILE[:UNET[:TE]]``, a path or a ``LoraChoice``.
+        lora_dir: where tags of prompts, ``<lora:name:0.8>``, find their files; they are added to ``loras``.
         seed: seed of the first image of each prompt, 0 to 2**32 - 1; None or -1 for a random one.
         cfg: classifier-free guidance scale; 1 switches guidance off.
         size: (width, height) in pixels, or the side of a square; by default the base's own square.
@@ -67,13 +73,14 @@ def generate(
         progress: receives reports; by default a bar in a terminal.
         stop: set it, from any thread, to stop after the current step.
         on_image: called with each image as soon as it is done.
-        say: called with the device, the precision and the free memory, before the base is loaded.
+        say: called with the device, the precision and the free memory, before the base is loaded, and with trigger words
+            that a prompt lacks.
 
     Raises:
         SdloraError: a base, LoRA, size, sampler or precision that cannot be used, found before anything is generated.
         Interrupted: ``stop`` was set.
     """
-    with open(base, precision=precision, vae_tiling=vae_tiling) as studio:
+    with open(base, precision=precision, vae_tiling=vae_tiling, lora_dir=lora_dir) as studio:
         return studio.generate(
             prompts, loras=loras, negative=negative, seed=seed, count=count, steps=steps, cfg=cfg, size=size,
             sampler=sampler, progress=progress, stop=stop, on_image=on_image, say=say,
@@ -111,15 +118,22 @@ def generate_strip(
         )  # fmt: skip
 
 
-def open(base: str | Path | BaseSection = "mini", *, precision: str = "auto", vae_tiling: bool = False) -> OpenStudio:
+def open(
+    base: str | Path | BaseSection = "mini",
+    *,
+    precision: str = "auto",
+    vae_tiling: bool = False,
+    lora_dir: str | Path | None = None,
+) -> OpenStudio:
     """A base that stays loaded between calls. Its weights are read when the first image is generated.
 
-    ``base``, ``precision`` and ``vae_tiling`` are as in ``generate``.
+    ``base``, ``precision``, ``vae_tiling`` and ``lora_dir`` are as in ``generate``.
 
     Raises:
         BaseModelError: the base is missing, incomplete, damaged or not supported.
     """
-    return OpenStudio(find_base(base_argument(base)), precision=precision, vae_tiling=vae_tiling)
+    folder = None if lora_dir is None else LoraFolder(Path(lora_dir))
+    return OpenStudio(find_base(base_argument(base)), precision=precision, vae_tiling=vae_tiling, folder=folder)
 
 
 class OpenStudio:
@@ -128,10 +142,15 @@ class OpenStudio:
     Usable in a ``with`` statement, which closes it.
     """
 
-    def __init__(self, checkpoint: BaseCheckpoint, *, precision: str, vae_tiling: bool):
-        self._checkpoint = checkpoint
+    def __init__(
+        self, checkpoint: BaseCheckpoint, *, precision: str, vae_tiling: bool, folder: LoraFolder | None = None
+    ):
+        self._checkpoint, self._folder = checkpoint, folder
         self._precision, self._vae_tiling = precision, vae_tiling
         self._base: Base | None = None
+        self._stack: Stack | None = None
+        self._known: tuple[FittedLora, ...] = ()
+        """The LoRAs of the last call, which are not read again while their files are the same."""
         self._closed = False
 
     def __enter__(self) -> OpenStudio:
@@ -142,7 +161,7 @@ class OpenStudio:
 
     def close(self) -> None:
         """Give the base's memory back; closing twice is allowed."""
-        self._base, self._closed = None, True
+        self._base, self._stack, self._known, self._closed = None, None, (), True
 
     def generate(
         self,
@@ -170,9 +189,27 @@ class OpenStudio:
         requests = image_requests(
             prompts, seed=seed, count=count, size=size, negative=negative, steps=steps, cfg=cfg, sampler=sampler
         )
+        tagged = read_tags(requests, self._folder)
+        requests = [entry.request for entry in tagged]
         check_syntax(text for request in requests for text in (request.prompt, request.negative))
-        studio = self.prepared(requests, loras, say)
-        return studio.images(requests, progress=progress, stop=stop, on_image=on_image)
+        common = lora_choices(loras)
+        for entry in tagged:
+            check_named_once([*common, *entry.loras])
+        choices = list(dict.fromkeys([*common, *(choice for entry in tagged for choice in entry.loras)]))
+        studio = self.prepared(requests, choices, say)
+        by_choice = dict(zip(choices, studio.loras, strict=True))
+        drawn = [[by_choice[choice] for choice in (*common, *entry.loras)] for entry in tagged]
+        suggestions = map(missing_triggers, (request.prompt for request in requests), drawn)
+        for line in dict.fromkeys(line for lines in suggestions for line in lines):
+            say(line)
+        images: list[GeneratedImage] = []
+        with progress_or_bar(progress) as reports:
+            for shown, group in groupby(zip(drawn, requests, strict=True), key=lambda pair: pair[0]):
+                of_loras = replace(studio, loras=tuple(shown))
+                images += of_loras.images(
+                    [request for _, request in group], progress=reports, stop=stop, on_image=on_image
+                )
+        return images
 
     def generate_strip(
         self,
@@ -220,7 +257,8 @@ class OpenStudio:
         if self._closed:
             raise SdloraError("the studio is closed; open another with sdlora.open")
         check_requests(requests, self._checkpoint)
-        fitted = _fitted(self._checkpoint, loras)
+        fitted = fit_loras(self._checkpoint, lora_choices(loras), known=self._known)
+        self._known = tuple(lora.fitted for lora in fitted)
         if self._base is None:
             if unused := why_not_cuda():
                 logger.warning("%s", unused)
@@ -232,7 +270,9 @@ class OpenStudio:
             from ..base.load import load_base
 
             self._base = load_base(self._checkpoint, device=device, dtype=chosen.dtype)
-        return Studio(base=self._base, loras=fitted, vae_tiling=self._vae_tiling)
+        if self._stack is None:
+            self._stack = Stack(self._base.modules())
+        return Studio(base=self._base, loras=fitted, vae_tiling=self._vae_tiling, stack=self._stack)
 
 
 def _columns(loras: tuple[WeightedLora, ...], strengths: Sequence[float]) -> list[tuple[str, tuple[WeightedLora, ...]]]:
@@ -252,11 +292,13 @@ class Studio:
     base: Base
     loras: tuple[WeightedLora, ...]
     vae_tiling: bool = False
+    stack: Stack | None = None
+    """Where the LoRAs stay after a call; without one they are on the base during a call alone."""
 
     @classmethod
     def on(cls, base: Base, loras: LoraArgument | Sequence[LoraArgument]) -> Studio:
         """Read ``loras`` for a base that is loaded already; raises ``SdloraError`` where they do not fit."""
-        return cls(base=base, loras=_fitted(base.checkpoint, loras))
+        return cls(base=base, loras=fit_loras(base.checkpoint, lora_choices(loras)))
 
     @classmethod
     def open(
@@ -287,8 +329,6 @@ class Studio:
         from .images import generate_images
 
         with progress_or_bar(progress) as reports:
-            return generate_images(self.base, requests, self.loras, reports, stop, on_image, vae_tiling=self.vae_tiling)
-
-
-def _fitted(checkpoint: BaseCheckpoint, loras: LoraArgument | Sequence[LoraArgument]) -> tuple[WeightedLora, ...]:
-    return fit_loras(checkpoint, lora_choices(loras))
+            return generate_images(
+                self.base, requests, self.loras, reports, stop, on_image, vae_tiling=self.vae_tiling, stack=self.stack
+            )

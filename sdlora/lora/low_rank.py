@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,10 +43,15 @@ class LowRank(Change):
 
     def delta(self, weight: Tensor) -> Tensor:
         """alpha / rank · up @ down (Hu et al. 2021, section 4.1), in the shape and dtype of ``weight``."""
-        up, down = self.up.to(weight).flatten(1), self.down.to(weight).flatten(1)
-        if self.mid is not None:
-            down = torch.einsum("mn...,ni->mi...", self.mid.to(weight), down).flatten(1)
+        down, up = self.matrices(weight)
         return (up @ down).mul_(self.scale).reshape(weight.shape)
+
+    def matrices(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """``down`` (rank, in · kh · kw), a core multiplied into it, and ``up`` (out, rank), where and as ``like`` is."""
+        up, down = self.up.to(like).flatten(1), self.down.to(like).flatten(1)
+        if self.mid is not None:
+            down = torch.einsum("mn...,ni->mi...", self.mid.to(like), down).flatten(1)
+        return down, up
 
     def tensors(self) -> dict[str, Tensor]:
         """By their names in kohya's and LyCORIS' files, alpha not among them."""
@@ -58,3 +64,9 @@ class LowRank(Change):
             return float(self.delta(torch.zeros(self.weight_shape)).norm())
         up, down = self.up.double().flatten(1), self.down.double().flatten(1)
         return abs(self.scale) * max(0.0, float(((up.T @ up) * (down @ down.T)).sum())) ** 0.5
+
+
+def joined(changes: Sequence[tuple[LowRank, float]], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ w · alpha / rank · up @ down as one product: down (Σ rank, in · kh · kw) and up (out, Σ rank), as ``like`` is."""
+    pairs = [(change.matrices(like), change.scale * strength) for change, strength in changes]
+    return torch.cat([down for (down, _), _ in pairs]), torch.cat([up * factor for (_, up), factor in pairs], dim=1)

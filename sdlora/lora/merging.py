@@ -1,96 +1,108 @@
-"""Add the changes of several LoRAs to a base's weights, and remove them without a trace."""
+"""Add the changes of several LoRAs to a module's weight, in the memory of the weight, and remove them without a trace."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .change import Change
+from .low_rank import LowRank, joined
+
+Weighted = tuple[Change, float]
+"""A change and what it is multiplied by."""
 
 
-@contextmanager
-@torch.no_grad()
-def temporarily_merged(
-    modules: Mapping[str, nn.Module],
-    loras: Sequence[Mapping[str, tuple[Change, float]]],
-    *,
-    in_place: bool | None = None,
-) -> Generator[None]:
-    """Within the block, every module's weight has all its changes added: W + Σ w · ΔW, summed in float32, cast once.
+def merged_weight(weight: Tensor, changes: Sequence[Weighted]) -> Tensor:
+    """W + Σ w · ΔW of the pristine ``weight``, in a new float32 tensor of its shape.
 
-    Each LoRA maps canonical module names to (change, weight). On leaving, also by an error, the pristine weights are back
-    bit for bit.
-
-    Args:
-        in_place: write into the memory of the weights, whose pristine values wait in main memory: a device holds each weight
-            once, and while a module is merged two more of its weights in float32. Otherwise the pristine tensors stay where
-            they are, and new ones take their place. By default a weight on the CPU is replaced, any other written in place.
-
-    Raises:
-        KeyError: a name is not in ``modules``; RuntimeError: a change does not fit its weight.
+    All low-rank changes are one product of matrices, whose ranks add up.
     """
-    with ExitStack() as undo:
-        for name in sorted({name for lora in loras for name in lora}):
-            module, changes = modules[name], [lora[name] for lora in loras if name in lora]
-            weight = _weight(module)
-            _change(undo, weight, merged_weight(weight, changes), in_place)
-            moves = [(bias, strength) for change, strength in changes if (bias := change.bias_delta()) is not None]
-            if moves:
-                _move_bias(undo, module, moves, in_place)
-        yield
-
-
-def merged_weight(weight: Tensor, changes: Sequence[tuple[Change, float]]) -> Tensor:
-    """W + Σ w · ΔW of the pristine ``weight``, in a new float32 tensor of its shape."""
-    total = weight.to(torch.float32, copy=True)
-    for number, (change, strength) in enumerate(changes):
+    total = torch.empty(weight.shape, dtype=torch.float32, device=weight.device).copy_(weight)
+    others = [(change, strength) for change, strength in changes if not isinstance(change, LowRank)]
+    for number, (change, strength) in enumerate(others):
         pristine = weight.float() if number and change.reads_weight else total
         total.add_(change.delta(pristine), alpha=strength)
+    low_rank = [(change, strength) for change, strength in changes if isinstance(change, LowRank)]
+    if low_rank:
+        down, up = joined(low_rank, total)
+        total.view(len(total), -1).addmm_(up, down)
     return total
 
 
-def _change(undo: ExitStack, parameter: Tensor, values: Tensor, in_place: bool | None) -> None:
-    """Give ``parameter`` the ``values``, cast to its dtype, until ``undo`` closes."""
-    if parameter.device.type != "cpu" if in_place is None else in_place:
-        pristine = _in_main_memory(parameter)
-        undo.callback(parameter.copy_, pristine, non_blocking=pristine.is_pinned())
-        parameter.copy_(values)
-    else:
-        undo.callback(setattr, parameter, "data", parameter.data)
-        parameter.data = values.to(parameter.dtype)
+class MergedModule:
+    """A module whose weight and bias may have changes added; their pristine values wait in main memory.
+
+    Everything is written into the memory of the parameters, so compiled code and CUDA graphs stay valid. A device holds each
+    weight once, and while a module is merged one more of its weights in float32. A bias is made where a change needs one
+    that the module lacks.
+    """
+
+    def __init__(self, module: nn.Module):
+        """Raises ``TypeError`` where ``module`` has no weight."""
+        weight = module.weight
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"{type(module).__name__} has no weight to change")
+        self._module, self._weight = module, weight
+        self._bias = bias if isinstance(bias := getattr(module, "bias", None), Tensor) else None
+        self._pristine = _in_main_memory(weight)
+        self._pristine_bias: Tensor | None = None
+        self.changes: tuple[Weighted, ...] = ()
+        """What is added at present."""
+
+    @torch.no_grad()
+    def set(self, changes: tuple[Weighted, ...]) -> None:
+        """Give the weight W + Σ w · ΔW, summed in float32 and rounded once, and the bias likewise.
+
+        Raises:
+            RuntimeError: a change does not fit; ``restore`` puts the pristine values back.
+        """
+        source = self._pristine.to(self._weight.device, non_blocking=True) if self.changes else self._weight
+        total = merged_weight(source, changes)
+        moves = [(bias, strength) for change, strength in changes if (bias := change.bias_delta()) is not None]
+        self._set_bias(moves)
+        self._weight.copy_(total)
+        self.changes = changes
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the pristine bits back."""
+        self._weight.copy_(self._pristine, non_blocking=self._pristine.is_pinned())
+        self._set_bias(())
+        self.changes = ()
+
+    def _set_bias(self, moves: Sequence[tuple[Tensor, float]]) -> None:
+        bias = self._bias
+        if not moves and bias is None:
+            if getattr(self._module, "bias", None) is not None:
+                self._module.register_parameter("bias", None)
+            return
+        if not moves:
+            if bias is not None and self._pristine_bias is not None:
+                bias.copy_(self._pristine_bias)
+                self._pristine_bias = None
+            return
+        if bias is not None and self._pristine_bias is None:
+            self._pristine_bias = _in_main_memory(bias)
+        total = torch.zeros(self._weight.shape[0], device=self._weight.device)
+        if self._pristine_bias is not None:
+            total += self._pristine_bias.to(total.device, torch.float32)
+        for delta, strength in moves:
+            total += strength * delta.to(total).reshape(total.shape)
+        if bias is not None:
+            bias.copy_(total)
+        else:
+            self._module.bias = nn.Parameter(total.to(self._weight.dtype), requires_grad=False)
 
 
 def _in_main_memory(parameter: Tensor) -> Tensor:
     """A copy of the values, pinned where they come from CUDA: neither way makes the host wait then."""
     on_cuda = parameter.device.type == "cuda"
+    values = parameter.detach()
     try:
-        copy = torch.empty_like(parameter, device="cpu", pin_memory=on_cuda)
+        copy = torch.empty_like(values, device="cpu", pin_memory=on_cuda)
     except RuntimeError:
         # A system may limit how much memory is pinned.
-        copy = torch.empty_like(parameter, device="cpu", pin_memory=False)
-    return copy.copy_(parameter, non_blocking=copy.is_pinned())
-
-
-def _weight(module: nn.Module) -> Tensor:
-    weight = module.weight
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"{type(module).__name__} has no weight to change")
-    return weight
-
-
-def _move_bias(
-    undo: ExitStack, module: nn.Module, moves: Sequence[tuple[Tensor, float]], in_place: bool | None
-) -> None:
-    """Change the bias, made where there is none."""
-    bias, weight = module.bias, _weight(module)
-    total = bias.float() if isinstance(bias, Tensor) else torch.zeros(weight.shape[0], device=weight.device)
-    for delta, strength in moves:
-        total = total + strength * delta.to(total).reshape(total.shape)
-    if isinstance(bias, Tensor):
-        _change(undo, bias, total, in_place)
-    else:
-        undo.callback(module.register_parameter, "bias", None)
-        module.bias = nn.Parameter(total.to(weight.dtype), requires_grad=False)
+        copy = torch.empty_like(values, device="cpu", pin_memory=False)
+    return copy.copy_(values, non_blocking=copy.is_pinned())

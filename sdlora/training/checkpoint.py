@@ -52,6 +52,8 @@ class RunIdentity:
         settings = config.flat(DECIDES_RESUMING)
         settings["base.path"] = json.dumps(base.name)
         settings["lora.start_from"] = json.dumps(start)
+        if config.validation.stop:  # Only then does it change the weights, when they are measured.
+            settings["validation.every"] = json.dumps(config.validation.every)
         return cls(config=settings, dataset=dataset, base=base.fingerprint)
 
     def on(self, device: str, dtype: torch.dtype) -> RunIdentity:
@@ -109,7 +111,7 @@ class RunIdentity:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Checkpoint:
-    """``step`` steps are done; ``tensors`` are the optimizer's ``state()``."""
+    """``step`` steps are done; ``tensors`` are the ``state()`` of the optimizer and of the validation."""
 
     step: int
     started_at: float

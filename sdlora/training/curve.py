@@ -8,12 +8,15 @@ from html import escape
 
 import numpy as np
 
+from .validation_record import ValidationRecord
+
 _WIDTH, _HEIGHT = 960, 480
 _LEFT, _RIGHT, _TOP, _BOTTOM = 84, 28, 62, 62
 """Margins around the plot in pixels."""
 _DRAWN = 3000
 """Steps that are drawn, at most; of more, evenly chosen ones."""
 _INK, _FAINT, _GRID, _DOT, _LINE = "#1f2933", "#616e7c", "#e4e7eb", "#7fb3dd", "#0b5394"
+_VALIDATION = "#c2410c"
 _SHARE, _ROOM = 0.99, 1.15
 """Share of the losses that fit into the plot in any case, and how much higher it may be to hold the rest."""
 
@@ -40,25 +43,31 @@ def moving_mean(values: Sequence[float]) -> np.ndarray:
     return np.divide(sums, counts, out=np.full(len(losses), np.nan), where=counts > 0)
 
 
-def loss_curve(title: str, steps: Sequence[int], losses: Sequence[float]) -> str:
-    """The curve as the text of an SVG file; ``losses`` are those of ``steps``, which ascend."""
+def loss_curve(
+    title: str, steps: Sequence[int], losses: Sequence[float], validation: Sequence[ValidationRecord] = ()
+) -> str:
+    """The curve as the text of an SVG file; ``losses`` are those of ``steps``. Steps ascend, in ``validation`` too."""
     means, values = moving_mean(losses), np.asarray(losses, dtype=np.float64)
-    finite = values[np.isfinite(values)]
+    measured = [point for point in validation if math.isfinite(point.loss)]
+    finite = np.append(values[np.isfinite(values)], [point.loss for point in measured])
     top = _highest(finite)
-    x, y = _Axis(0, max([*steps, 1]), _LEFT, _WIDTH - _RIGHT), _Axis(0.0, top, _HEIGHT - _BOTTOM, _TOP)
+    last = max([*steps, *(point.step for point in validation), 1])
+    x, y = _Axis(0, last, _LEFT, _WIDTH - _RIGHT), _Axis(0.0, top, _HEIGHT - _BOTTOM, _TOP)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{_HEIGHT}" viewBox="0 0 {_WIDTH} {_HEIGHT}" '
         'font-family="Helvetica, Arial, DejaVu Sans, sans-serif" font-size="14">',
         f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="#ffffff"/>',
         _text(_LEFT, 36, title, size=18, weight="bold"),
         *_axes(x, y),
-        *_legend(window_of(len(losses))),
+        *_legend(window_of(len(losses)), validation=bool(measured)),
         *_dots(x, y, steps, values),
         *_line(x, y, steps, means),
+        *_measured(x, y, measured),
     ]
-    above = int((finite > top).sum())
+    higher = values[np.isfinite(values) & (values > top)]
+    above = len(higher)
     if above:
-        note = f"▲ {above} {'loss' if above == 1 else 'losses'} above, up to {finite.max():.3g}"
+        note = f"▲ {above} {'loss' if above == 1 else 'losses'} above, up to {higher.max():.3g}"
         parts.append(_text(_WIDTH - _RIGHT, _TOP - 8, note, size=12, anchor="end", colour=_FAINT))
     return "\n".join([*parts, "</svg>\n"])
 
@@ -108,9 +117,14 @@ def _axes(x: _Axis, y: _Axis) -> list[str]:
     return [*parts, f'<g transform="rotate(-90 26 {middle})">{_text(26, middle, "loss", anchor="middle")}</g>']
 
 
-def _legend(window: int) -> list[str]:
+def _legend(window: int, *, validation: bool) -> list[str]:
     right = _WIDTH - _RIGHT
+    shown = [
+        f'<path d="M{right - 404} 31h26" stroke="{_VALIDATION}" stroke-width="2"/>',
+        _text(right - 370, 36, "validation"),
+    ]
     return [
+        *(shown if validation else ()),
         f'<circle cx="{right - 272}" cy="31" r="3" fill="{_DOT}"/>',
         _text(right - 262, 36, "each step"),
         f'<path d="M{right - 178} 31h26" stroke="{_LINE}" stroke-width="2.5"/>',
@@ -135,6 +149,25 @@ def _line(x: _Axis, y: _Axis, steps: Sequence[int], means: np.ndarray) -> list[s
     known = [(steps[place], min(means[place], y.high)) for place in _drawn(steps) if np.isfinite(means[place])]
     points = " ".join(f"{x.at(step):.1f},{y.at(mean):.1f}" for step, mean in known)
     return [f'<polyline points="{points}" fill="none" stroke="{_LINE}" stroke-width="2.5" stroke-linejoin="round"/>']
+
+
+def _measured(x: _Axis, y: _Axis, points: Sequence[ValidationRecord]) -> list[str]:
+    """The validation losses as points on a line, each with its interval as a bar, as far as it is within the plot."""
+    if not points:
+        return []
+    places = [(x.at(point.step), y.at(min(point.loss, y.high)), point) for point in points]
+    line = " ".join(f"{across:.1f},{up:.1f}" for across, up, _ in places)
+    marks = "".join(f"M{across:.1f} {up:.1f}h0" for across, up, _ in places)
+    bars = "".join(
+        f"M{across:.1f} {y.at(max(0.0, point.loss - point.interval)):.1f}"
+        f"V{y.at(min(y.high, point.loss + point.interval)):.1f}"
+        for across, _, point in places
+        if point.interval is not None and point.loss <= y.high
+    )
+    return [
+        f'<g stroke="{_VALIDATION}" fill="none" stroke-linecap="round"><path d="{bars}" stroke-opacity="0.5"/>'
+        f'<path d="M{line.replace(" ", "L")}" stroke-width="2"/><path d="{marks}" stroke-width="7"/></g>'
+    ]
 
 
 def _drawn(steps: Sequence[int]) -> range:

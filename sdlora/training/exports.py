@@ -20,6 +20,7 @@ from ..lora.change import Change
 from ..progress import Progress, Silence
 from .checkpoint import RunFolder, RunIdentity, forget_run, record_run, recorded_run
 from .facts import describe_run
+from .moments import Moments
 from .plan import RunPlan
 from .session import TrainingSession
 from .shortage import why_not_written
@@ -72,7 +73,7 @@ def write_run_file(
 
 
 class Exports:
-    """The files on the way of one run, every ``output.save_every`` steps before the last; the newest ``output.keep`` stay.
+    """The files on the way of one run, before its last step; the newest ``output.keep`` stay.
 
     They have no part in resuming. A file that no run for this output wrote is neither replaced nor removed.
     """
@@ -81,6 +82,11 @@ class Exports:
         """``folder`` is the run's, in which a file is until it is complete."""
         self._plan, self._folder = plan, folder
         self._output, self._section = Path(plan.config.output.path), plan.config.output
+        self._moments = Moments(
+            steps=self._section.save_every,
+            epochs=self._section.save_every_epochs,
+            batches_per_epoch=plan.batches.batches_per_epoch,
+        )
 
     def remove(self) -> None:
         """Remove the files on the way that earlier runs for this output wrote."""
@@ -97,9 +103,8 @@ class Exports:
         for step, file in self._files().items():
             if self._due(step) and not self._own(file):
                 raise ResumeError(
-                    f"{printable(file)}: exists, and this run with output.save_every = {self._section.save_every} would "
-                    "replace it; move it, choose another output.path, or, if an earlier run wrote it, start over with "
-                    "--restart"
+                    f"{printable(file)}: exists, and this run with {self._setting(step)} would replace it; "
+                    "move it, choose another output.path, or, if an earlier run wrote it, start over with --restart"
                 )
 
     def write(self, step: int, session: TrainingSession, *, started_at: float) -> None:
@@ -144,8 +149,14 @@ class Exports:
                 _remove(old)
 
     def _due(self, step: int) -> bool:
+        return self._moments.due(step) and step < self._plan.config.train.steps
+
+    def _setting(self, step: int) -> str:
+        """The setting by which the file of ``step`` is due."""
         every = self._section.save_every
-        return every > 0 and step % every == 0 and 0 < step < self._plan.config.train.steps
+        if every and step % every == 0:
+            return f"output.save_every = {every}"
+        return f"output.save_every_epochs = {self._section.save_every_epochs}"
 
     def _name(self, step: int) -> Path:
         return self._output.with_name(f"{self._output.stem}-{step:06}.safetensors")

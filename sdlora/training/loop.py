@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 
 from ..base.base import Base
 from ..base.device import device_facts
@@ -21,51 +21,28 @@ from ..errors import DeviceMemoryError, Interrupted, TargetError, TrainingError
 from ..families import WORDS_IN_CHUNK
 from ..lora.change import Change
 from ..progress import Progress
-from .checkpoint import RUN_KEY, Checkpoint, RunFolder, finished, forget_run, record_run
+from .between_steps import BetweenSteps
+from .checkpoint import RUN_KEY, Checkpoint, finished, forget_run, record_run
 from .course import own_losses, relative_change, run_warning, tail_length
-from .exports import Exports, write_run_file
+from .exports import write_run_file
 from .fitted_steps import FittedSteps, fitted
 from .interruption import InterruptFlag, interrupt_flag
 from .plan import RunPlan
-from .records import Records, StepRecord
+from .records import StepRecord
+from .report import TrainReport, TrainResult, complete_already
 from .sample_sheet import draw_samples, lacks_samples
-from .saving import RunFiles, save_state
+from .samples import check_samples
+from .saving import RunFiles
 from .session import TrainingSession, open_session
 from .shortage import CLOSE_OTHERS, explained
-from .texts import changed_metadata, write_texts
+from .tracker import check_tracker
 from .validation import validation_loss
+from .validation_course import check_validation
+from .validation_record import ValidationRecord
 
 REPORT_EVERY = 10
 """Steps between readings of the loss: each reading waits for the device."""
 MAX_SKIPPED_SHARE = 0.5
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainResult:
-    """What a call of ``train`` did, and where its file is."""
-
-    output: Path
-    steps: int
-    seconds: float
-    """Time that this call spent on loading, encoding and training."""
-    loss: float | None
-    """Mean over the last 10 % of the steps; None where this call did no step."""
-    validation_loss: float | None
-    """Mean over the validation images after the last step; None without such images, or where the run was complete."""
-    resumed_from: int
-    """Steps that an earlier, interrupted call had done."""
-    warning: str | None = None
-    """That the run learned nothing or diverged, and the likely cause; None where nothing is known against it."""
-    texts_written: bool = False
-    """Whether the run was complete already, and new texts of ``[output]`` were written into its file."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainReport:
-    """What ``train`` made: the run's result, and the sample sheet, or None where none was made."""
-
-    result: TrainResult
-    samples: Path | None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -78,6 +55,10 @@ class TrainedLora:
     started_at: float
     """Seconds since 1970 when the first of all calls started."""
     resumed_from: int
+    steps: int
+    """Steps that were done in all calls."""
+    step: int
+    """Steps after which the weights were ``weights``."""
     loss: float | None
     warning: str | None
     validation_loss: float | None
@@ -92,6 +73,7 @@ def run_training(
     allow_device_change: bool = False,
     say: Callable[[str], None] = lambda line: None,
     on_step: Callable[[StepRecord], None] | None = None,
+    on_validation: Callable[[ValidationRecord], None] | None = None,
 ) -> TrainReport:
     """Train as planned, resuming from the newest checkpoint, and write the LoRA file and its samples.
 
@@ -109,21 +91,21 @@ def run_training(
     facts = device_facts(accelerator.device)
     chosen = explain_precision(config.train.precision, facts, unet_parameters=plan.base.unet_parameters)
     plan = replace(plan, identity=plan.identity.on(facts.kind, chosen.dtype))
-    folder = RunFolder(output, plan.identity)
-    exports = Exports(plan, folder)
+    files = RunFiles.of(plan, on_step, on_validation, main=accelerator.is_main_process)
+    folder = files.folder
+    check_samples(plan)
+    check_validation(plan)
+    check_tracker(config.output)
     loaded = partial(load_base, plan.base, device=accelerator.device, dtype=chosen.dtype)
     if restart:
-        folder.remove()
-        exports.remove()
+        files.remove()
     elif finished(output, plan.identity):
-        result = _complete_already(plan, folder)
+        result = complete_already(plan, folder)
         wanted = accelerator.is_main_process and lacks_samples(plan)
         drawn = draw_samples(plan, loaded, progress=progress, stop=stop) if wanted else None
         return TrainReport(result=result, samples=drawn)
     start = folder.newest(allow_device_change=allow_device_change) or Checkpoint.none(began)
-    files = RunFiles(folder=folder, exports=exports, records=Records(plan, on_step, main=accelerator.is_main_process))
-    exports.check()
-    files.records.open(start.step)
+    files.open(start)
     say(describe_precision(facts, chosen))
     with explained("loading the base", CLOSE_OTHERS):
         # Its parts are in main memory until they work, and its VAE encodes in float32.
@@ -140,19 +122,24 @@ def run_training(
             ) from None
         folder.remove()
     accelerator.wait_for_everyone()
-    result = TrainResult(
+    result = _result(output, trained, seconds=time.time() - began)
+    if not accelerator.is_main_process:
+        return TrainReport(result=result, samples=None)
+    drawn = draw_samples(plan, lambda: _complete(base), progress=progress, stop=stop)
+    return TrainReport(result=result, samples=drawn)
+
+
+def _result(output: Path, trained: TrainedLora, *, seconds: float) -> TrainResult:
+    return TrainResult(
         output=output,
-        steps=config.train.steps,
-        seconds=time.time() - began,
+        steps=trained.steps,
+        file_step=trained.step,
+        seconds=seconds,
         loss=trained.loss,
         validation_loss=trained.validation_loss,
         resumed_from=trained.resumed_from,
         warning=trained.warning,
     )
-    if not accelerator.is_main_process:
-        return TrainReport(result=result, samples=None)
-    drawn = draw_samples(plan, lambda: _complete(base), progress=progress, stop=stop)
-    return TrainReport(result=result, samples=drawn)
 
 
 def _complete(base: Base) -> Base:
@@ -182,21 +169,25 @@ def train_lora(
     try:
         with fitted(session) as fitting:
             losses = train_steps(fitting, start, files, progress, stop)
-            with explained("measuring losses after the last step", CLOSE_OTHERS), session.averaged():
-                held_out = validation_loss(session, progress)
+            measuring = explained("measuring losses after the last step", CLOSE_OTHERS)
+            with measuring, files.validation.resulting(session) as measured:
+                held_out = validation_loss(session, progress) if measured is None else measured.loss
                 own = own_losses(session, progress)
                 weights = session.adapter.changes()
         with explained("measuring losses after the last step", CLOSE_OTHERS):
             alone = own_losses(session, progress)
     finally:
         session.embeddings.close()
-    steps = plan.config.train.steps
+        files.records.close()
+    done = start.step + len(losses)
     return TrainedLora(
         weights=weights,
         caption_tokens=WORDS_IN_CHUNK * session.embeddings.chunks,
         started_at=start.started_at,
         resumed_from=start.step,
-        loss=losses[-tail_length(steps) :].mean().item() if len(losses) else None,
+        steps=done,
+        step=done if measured is None else measured.step,
+        loss=losses[-tail_length(done) :].mean().item() if len(losses) else None,
         warning=run_warning(trained=own, alone=alone, change=relative_change(weights, base)) if own and alone else None,
         validation_loss=held_out,
     )
@@ -209,7 +200,9 @@ def train_steps(
     progress: Progress,
     stop: threading.Event | None = None,
 ) -> torch.Tensor:
-    """Do every step after ``start``; returns the loss of each, (steps done here,) float32 on the device.
+    """Do every step after ``start``, or those until ``validation.stop`` ends the run.
+
+    Returns the loss of each, (steps done here,) float32 on the device.
 
     The state after the last step is saved too, so nothing is lost if the file cannot be written. A checkpoint that cannot
     be written is a warning. Before a step for which there is not enough memory, the state is saved.
@@ -217,76 +210,39 @@ def train_steps(
     Raises:
         DeviceMemoryError: not enough memory for a step, or, with ``train.fit``, for one image at once.
     """
-    session, first = fitted.session, start.step
-    train, accelerator = session.plan.config.train, session.accelerator
-    steps = train.steps
-    losses = torch.zeros(steps - first, device=session.base.device)
-    progress.start("Training", steps, first)
-    reported = first
-
-    def read(done: int) -> None:
-        nonlocal reported
-        recent = losses[reported - first : done - first]
-        if accelerator.num_processes > 1:  # Each has its share of every loss.
-            torch.distributed.all_reduce(recent)
-        if files.records.wanted:
-            files.records.add(reported, recent.tolist())
-        progress.advance(done - reported, f"loss {recent.mean().item():.4f}")
-        reported = done
-
-    def save(done: int) -> str:
-        """What to say of the step when stopping there."""
-        if files.records.wanted and done > reported and accelerator.num_processes == 1:
-            read(done)
-        files.records.draw()
-        return save_state(files.folder, start, done, fitted.session) if accelerator.is_main_process else ""
-
+    train, accelerator = fitted.session.plan.config.train, fitted.session.accelerator
+    steps, first, done = train.steps, start.step, start.step
+    between = BetweenSteps(fitted, start, files, progress)
     with interrupt_flag(stop) as interrupted:
-        for step in range(first, steps):
+        between.look(first, interrupted)
+        while done < steps and not files.validation.over:
+            step = done
             try:
-                loss, done = fitted.step(step), step + 1
+                loss = fitted.step(step)
             except DeviceMemoryError:
                 if step > first:
-                    save(step)
+                    between.save(step)
                 raise
-            losses[step - first] = loss
+            done += 1
+            between.losses[step - first] = loss
             if done % REPORT_EVERY == 0 or done == steps:
-                read(done)
+                between.read(done)
             if accelerator.is_main_process:
                 files.exports.write(done, fitted.session, started_at=start.started_at)
             if done % train.save_every == 0 and done < steps:
-                _check_skipped(session, done)
-                save(done)
+                _check_skipped(fitted.session, done)
+                between.save(done)
+            between.look(done, interrupted)
             if done < steps and _all_stop(accelerator, interrupted, done):
-                unsaved = save(done)
+                unsaved = between.save(done)
                 accelerator.wait_for_everyone()
                 text = f"stopped after step {done} of {steps}{unsaved}; run the same command to resume"
                 raise Interrupted(text, terminated=interrupted.terminated)
-    _check_skipped(session, steps)
-    if first < steps:
-        save(steps)
-    return losses
-
-
-def _complete_already(plan: RunPlan, folder: RunFolder) -> TrainResult:
-    """The result of a run whose file exists; new texts are written into it."""
-    output, processes = Path(plan.config.output.path), PartialState()
-    metadata = changed_metadata(output, plan.config)
-    # Every process has read the file before one changes it.
-    processes.wait_for_everyone()
-    if processes.is_main_process:
-        folder.remove()
-        if metadata is not None:
-            write_texts(output, metadata, plan.identity)
-    return TrainResult(
-        output=output,
-        steps=plan.config.train.steps,
-        seconds=0.0,
-        loss=None,
-        validation_loss=None,
-        resumed_from=0,
-        texts_written=metadata is not None,
-    )
+    between.read(done)
+    _check_skipped(fitted.session, done)
+    if first < done:
+        between.save(done)
+    return between.losses[: done - first]
 
 
 def _all_stop(accelerator: Accelerator, interrupted: InterruptFlag, done: int) -> bool:
@@ -311,7 +267,7 @@ def _write_output(plan: RunPlan, base: Base, trained: TrainedLora, progress: Pro
         plan,
         base,
         trained.weights,
-        step=plan.config.train.steps,
+        step=trained.step,
         tokens=trained.caption_tokens,
         started_at=trained.started_at,
         validation_loss=trained.validation_loss,

@@ -13,13 +13,16 @@ from ..config.loading import as_config
 from ..config.sections import Config
 from ..data.findings import raise_errors
 from ..files import check_target
+from ..lint.dataset import ExaminedDataset
 from ..lint.report import LintReport, summary_lines
 from ..lint.run import examine_dataset
 from ..progress import Progress, Silence, progress_or_bar, raise_if_stopped
 
 if TYPE_CHECKING:
-    from .loop import TrainReport
+    from .plan import RunPlan
     from .records import StepRecord
+    from .report import TrainReport
+    from .validation_record import ValidationRecord
 
 
 def train(
@@ -31,6 +34,7 @@ def train(
     stop: threading.Event | None = None,
     say: Callable[[str], None] = lambda line: None,
     on_step: Callable[[StepRecord], None] | None = None,
+    on_validation: Callable[[ValidationRecord], None] | None = None,
 ) -> TrainReport:
     """Train a LoRA, or resume its training, and write the file ``config.output.path``.
 
@@ -46,6 +50,7 @@ def train(
             with a warning of an NVIDIA card that cannot be used, and with the device, the precision and the free memory,
             before a model is loaded; and after the training with a warning where the losses say that it failed.
         on_step: called with each step's loss and learning rates, in order; every few steps, when the losses are read.
+        on_validation: called with each measurement of the validation loss; see ``validation.every``.
 
     Raises:
         SdloraError: a fault of the input, found before a model is loaded wherever that is possible.
@@ -68,10 +73,8 @@ def train(
 
         plan = plan_run(config, dataset)
         if is_main:
-            planned = plan.findings[len(dataset.findings) :]
             length = length_in_words(images=plan.images, steps=plan.config.train.steps, epochs=plan.epochs)
-            start = plan.start_in_words
-            for line in (*summary_lines(LintReport(dataset=dataset)), *map(str, planned), *start, length):
+            for line in (*_known(dataset, plan), length):
                 say(line)
             if unused := why_not_cuda():
                 say(f"warning: {unused}")
@@ -86,7 +89,14 @@ def train(
                 allow_device_change=allow_device_change,
                 say=say if is_main else lambda line: None,
                 on_step=on_step,
+                on_validation=on_validation,
             )
         if is_main and report.result.warning:
             say(f"warning: {report.result.warning}")
         return report
+
+
+def _known(dataset: ExaminedDataset, plan: RunPlan) -> list[str]:
+    """What is worth knowing about the images and captions, and about what training starts from."""
+    planned = plan.findings[len(dataset.findings) :]
+    return [*summary_lines(LintReport(dataset=dataset)), *map(str, planned), *plan.start_in_words]

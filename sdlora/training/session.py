@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
@@ -71,6 +71,22 @@ class TrainingSession:
         with self.optimizer.averaged():
             self.adapter.begin_step()
             yield
+
+    @contextmanager
+    def holding(self, values: Sequence[Tensor]) -> Generator[None]:
+        """Within the block, between steps, the layers have ``values``, one for each of the adapter's ``parameters``.
+
+        After it the parameters have their own again, to the bit.
+        """
+        parameters = [parameter.detach() for parameter in self.adapter.parameters]
+        own = [parameter.clone() for parameter in parameters]
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.copy_(value)
+        self.adapter.begin_step()
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(parameters, own)
 
     def step(self, step: int) -> Tensor:
         """Do step ``step`` (from 0); returns this process's share of its mean loss, () float32 on the device.

@@ -17,9 +17,22 @@ TIMESTEPS = 4
 """Noise levels at which each image is measured: the middles of this many equal parts of those that are trained."""
 
 
-@torch.no_grad()
 def validation_loss(session: TrainingSession, progress: Progress) -> float | None:
-    """Mean loss of the validation images, measured and weighted as in training; None if there are none.
+    """Mean of the ``validation_losses``; None if there are no validation images."""
+    losses = validation_losses(session, progress)
+    return None if losses is None else mean_loss(losses)
+
+
+def mean_loss(losses: np.ndarray) -> float:
+    """Mean of ``losses``, float32, added up in their order and in their precision."""
+    return float(np.add.accumulate(losses.ravel())[-1]) / losses.size
+
+
+@torch.no_grad()
+def validation_losses(session: TrainingSession, progress: Progress) -> np.ndarray | None:
+    """Losses of the validation images, (images, noise levels) float32, measured and weighted as in training.
+
+    None if there are no such images.
 
     Noise depends only on the seed, the image and the noise level, without what ``[objective]`` adds to it in training,
     and the latent is the encoder's mean. They are the same in every measurement, so a difference shows what was learned.
@@ -32,7 +45,7 @@ def validation_loss(session: TrainingSession, progress: Progress) -> float | Non
     levels = trained_levels(plan.config.objective, len(base.schedule.alphas_cumprod))
     timesteps = [levels[(2 * k + 1) * len(levels) // (2 * TIMESTEPS)] for k in range(TIMESTEPS)]
     on_device = torch.tensor(timesteps, device=base.device)
-    total = torch.zeros((), device=base.device)
+    losses = torch.zeros(len(views), TIMESTEPS, device=base.device)
     numbers = share(len(views), process=accelerator.process_index, processes=accelerator.num_processes)
     progress.start("Validation", len(numbers))
     for number in numbers:
@@ -44,7 +57,7 @@ def validation_loss(session: TrainingSession, progress: Progress) -> float | Non
         for level, timestep in enumerate(timesteps):
             rng = generator(plan.config.train.seed, Stream.VALIDATION_NOISE, timestep, view.item)
             noise = rng.standard_normal(tuple(image.mean.shape), dtype=np.float32)
-            total += denoising_loss(
+            losses[number, level] = denoising_loss(
                 base,
                 mean,
                 torch.from_numpy(noise)[None].to(base.device),
@@ -56,5 +69,5 @@ def validation_loss(session: TrainingSession, progress: Progress) -> float | Non
             )[0]
         progress.advance()
     if accelerator.num_processes > 1:
-        total = accelerator.reduce(total, "sum")
-    return total.item() / (len(views) * TIMESTEPS)
+        losses = accelerator.reduce(losses, "sum")
+    return losses.cpu().numpy()

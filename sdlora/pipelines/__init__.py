@@ -1,0 +1,1 @@
+"""LoRAs on pipelines of diffusers that the user made."""
