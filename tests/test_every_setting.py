@@ -35,6 +35,7 @@ RESTARTS, POLYNOMIAL = "optimizer.schedule=cosine_with_restarts", "optimizer.sch
 NORMAL, SHIFTED = "objective.timestep_sampling=logit_normal", "objective.timestep_sampling=shifted"
 
 VALUES: dict[str, tuple[str, ...]] = {
+    "preset": ("style",),
     "base.prediction": ("sample",),
     "base.zero_terminal_snr": ("true", "base.prediction=v_prediction"),
     "base.clip_skip": ("2",),
@@ -180,8 +181,16 @@ ELSEWHERE = {
     "train.deterministic": "test_device_change.py",
     "train.save_every": "training_runs.py",
     "samples.prompts": "test_samples.py",
+    **{
+        f"samples.{key}": "test_samples_on_the_way.py"
+        for key in ("every", "every_epochs", "at_first", "negative", "seed", "steps", "guidance", "size", "sampler")
+    },
+    "validation.every": "test_validation_course.py",
+    "validation.stop": "test_validation_course.py",
     "output.path": "training_runs.py",
     "output.save_every": "test_exports.py",
+    "output.save_every_epochs": "test_samples_on_the_way.py",
+    "output.tracker": "test_tracker.py",
     "output.keep": "test_exports.py",
     "output.log": "test_loss_log.py",
     "output.thumbnail": "test_samples.py",
