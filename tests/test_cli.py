@@ -25,6 +25,7 @@ SURFACE = {
     "train": {
         *("arguments", "images", "trigger", "base", "out", "restart", "allow_device_change", "as_json"),
         *("steps", "epochs", "rank", "batch_size", "learning_rate", "resolution", "preset", "explain"),
+        "from_kohya",
     },
     "generate": {
         *("prompt", "base", "lora", "negative", "seed", "steps", "cfg", "size", "count", "sampler", "strip"),

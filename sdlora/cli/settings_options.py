@@ -19,19 +19,25 @@ FIRST_PRESET = "style"
 """The preset of a run on mini without a configuration file: someone tries things out, and must see a style."""
 
 
-def run_config(arguments: Sequence[str], options: Mapping[tuple[str, str], object]) -> LoadedConfig:
+def run_config(
+    arguments: Sequence[str], options: Mapping[tuple[str, str], object], from_kohya: str | None = None
+) -> LoadedConfig:
     """The configuration of a run: a file, if ``arguments`` begin with one, under settings and ``options``.
 
     Without a file the preset of a run on mini is ``FIRST_PRESET``, and the output of a folder of images is
-    ``out/FOLDER.safetensors``.
+    ``out/FOLDER.safetensors``. With ``from_kohya`` a configuration of kohya's trainer is in place of the file.
 
     Raises:
         ConfigError: a file, key or value that is wrong.
-        typer.BadParameter: nothing is given.
+        typer.BadParameter: nothing is given, or two configurations.
     """
     given = list(arguments)
     file = given.pop(0) if given and ("=" not in given[0] or Path(given[0]).is_file()) else None
     given = merged(options, given)
+    if from_kohya is not None:
+        if file is not None:
+            raise typer.BadParameter(f"{file}: a second configuration beside --from-kohya; give one of them")
+        return _from_kohya(from_kohya, given)
     if file is None and not given:
         raise typer.BadParameter("name a CONFIG.toml, or give --images DIR and --trigger WORD")
     from ..config.loading import load_stated
@@ -41,6 +47,16 @@ def run_config(arguments: Sequence[str], options: Mapping[tuple[str, str], objec
     implied = _implied(given, options.get(("--images", "data.images")))
     settings = (f"{name}={json.dumps(value, ensure_ascii=False)}" for name, (value, _) in implied.items())
     return load_stated(None, [*given, *settings], {name: why for name, (_, why) in implied.items()})
+
+
+def _from_kohya(source: str, given: Sequence[str]) -> LoadedConfig:
+    from ..config.kohya_training import read_kohya
+    from ..config.loading import load_stated
+
+    kohya = read_kohya(source, {setting.partition("=")[0].strip() for setting in given})
+    for line in kohya.left_out:
+        typer.echo(line, err=True)
+    return load_stated(kohya.written, given)
 
 
 def _implied(given: Sequence[str], images: object) -> dict[str, tuple[str, str]]:

@@ -14,6 +14,7 @@ from .train_options import (
     DeviceChangeOption,
     EpochsOption,
     ExplainOption,
+    FromKohyaOption,
     ImagesOption,
     LearningRateOption,
     OutOption,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
         "sdlora train --images my-images --trigger zorb --base my-checkpoint.safetensors --steps 1500 --rank 32",
         "sdlora train run.toml train.seed=1",
         "sdlora train run.toml --explain",
+        "sdlora train --from-kohya kohya.toml --trigger zorb",
         more="All settings, for a TOML file or as section.key=value: sdlora settings",
     )
 )
@@ -57,6 +59,7 @@ def train(
     restart: RestartOption = False,
     allow_device_change: DeviceChangeOption = False,
     out: OutOption = None,
+    from_kohya: FromKohyaOption = None,
     explain: ExplainOption = False,
     as_json: TrainJsonOption = False,
 ) -> None:
@@ -74,7 +77,7 @@ def train(
         ("--learning-rate", "optimizer.learning_rate"): learning_rate,
         ("--out", "output.path"): out,
     }
-    loaded = run_config(arguments or (), options)
+    loaded = run_config(arguments or (), options, from_kohya)
     if explain:
         _explain(loaded, as_json=as_json)
         return

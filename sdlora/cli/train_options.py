@@ -27,6 +27,14 @@ PresetOption = Annotated[
         rich_help_panel=TRAINING,
     ),
 ]
+FromKohyaOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE|COMMAND",
+        help="Configuration of kohya's trainer (TOML, or JSON of kohya_ss), or its command line.",
+        rich_help_panel=TRAINING,
+    ),
+]
 TrainBaseOption = Annotated[
     str | None,
     typer.Option(

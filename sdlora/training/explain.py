@@ -85,7 +85,7 @@ class _Sources:
         return cls(loaded=loaded, plan=plan, dataset=dataset, preset=values)
 
     def origin(self, setting: SettingFacts, value: Any) -> tuple[Origin, str]:
-        """Of ``value``, the effective one of ``setting``."""
+        """What ``value``, the effective one of ``setting``, comes from."""
         name = setting.name
         config, base = self.loaded.config, self.plan.base
         if where := self.loaded.stated.get(name):
