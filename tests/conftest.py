@@ -17,12 +17,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from PIL import Image
 
 if TYPE_CHECKING:
     from sdlora.cache.store import EncodedCache
 
 ROOT = Path(__file__).parent.parent
+
+# A busy machine makes any example slow; what must be fast has a benchmark.
+settings.register_profile("any-machine", deadline=None)
+settings.load_profile("any-machine")
 
 
 @pytest.fixture(autouse=True)

@@ -26,13 +26,15 @@ class LoraFolder:
     def find(self, name: str) -> Path:
         """The file that ``<lora:NAME:1>`` means: of that name, else of that ``ss_output_name``, else of that hash.
 
-        A name may also have the folders above the file in it, and its ending. Capital letters count only where two names
+        A name may also have the folders above the file in it, and its ending. Without folders, a file in the folder itself
+        goes before those further down. Capital letters count only where two names
         differ by nothing else.
 
         Raises:
             LoraFileError: there is no such folder or file, or there are several.
         """
         for found in (
+            [file for file in self._files if name in self._paths_of(file)][:1],
             [file for file in self._files if name in self._names_of(file)],
             [file for file in self._files if name.casefold() in map(str.casefold, self._names_of(file))],
             [file for file in self._files if self._alias(file) == name],
@@ -56,9 +58,12 @@ class LoraFolder:
             raise LoraFileError(f"{self.folder}: no such folder of LoRAs")
         return sorted(file for file in self.folder.rglob("*") if file.suffix in _ENDINGS and file.is_file())
 
-    def _names_of(self, file: Path) -> tuple[str, ...]:
+    def _paths_of(self, file: Path) -> tuple[str, ...]:
         path = file.relative_to(self.folder)
-        return (file.stem, file.name, path.as_posix(), path.with_suffix("").as_posix())
+        return (path.as_posix(), path.with_suffix("").as_posix())
+
+    def _names_of(self, file: Path) -> tuple[str, ...]:
+        return (file.stem, file.name, *self._paths_of(file))
 
     @cached_property
     def _metadata(self) -> dict[Path, dict[str, str]]:
