@@ -10,12 +10,17 @@ from .app import app, emit, examples, guard
 from .settings_options import run_config
 
 if TYPE_CHECKING:
-    from ..training.loop import TrainResult
+    from ..config.sections import Config
+    from ..training.loop import TrainReport, TrainResult
 
 
 DATA, LORA, TRAINING, OUTPUT = "Data", "LoRA", "Training", "Output"
 RestartOption = Annotated[
     bool, typer.Option("--restart", help="Start over, whatever an earlier run left.", rich_help_panel=TRAINING)
+]
+ExtendOption = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="N steps more for a finished or half-done run.", rich_help_panel=TRAINING),
 ]
 OutOption = Annotated[str | None, typer.Option(metavar="FILE", help="The LoRA file to write.", rich_help_panel=OUTPUT)]
 DeviceChangeOption = Annotated[
@@ -33,6 +38,7 @@ DeviceChangeOption = Annotated[
         "sdlora train --images my-images --trigger zorb --out out/zorb.safetensors",
         "sdlora train --images my-images --trigger zorb --base my-checkpoint.safetensors --steps 1500 --rank 32",
         "sdlora train run.toml train.seed=1",
+        "sdlora train run.toml --extend 500",
         more="All settings, for a TOML file or as section.key=value: sdlora settings",
     )
 )
@@ -66,6 +72,7 @@ def train(
     learning_rate: Annotated[
         float | None, typer.Option(help="Peak for the UNet; optimizer.learning_rate.", rich_help_panel=TRAINING)
     ] = None,
+    extend: ExtendOption = None,
     restart: RestartOption = False,
     allow_device_change: DeviceChangeOption = False,
     out: OutOption = None,
@@ -87,13 +94,7 @@ def train(
         ("--out", "output.path"): out,
     }
     config = run_config(arguments or (), options)
-    from ..progress import progress_bar
-    from ..training.run import train as train_lora
-
-    with progress_bar() as progress:
-        report = train_lora(
-            config, restart=restart, allow_device_change=allow_device_change, progress=progress, say=progress.say
-        )
+    report = _trained(config, restart=restart, extend=extend, allow_device_change=allow_device_change)
     from accelerate import PartialState
 
     if not PartialState().is_main_process:
@@ -105,6 +106,21 @@ def train(
     typer.echo(f"{report.result.output}: {_summary(report.result)}")
     if report.samples:
         typer.echo(f"{report.samples}: samples")
+
+
+def _trained(config: Config, *, restart: bool, extend: int | None, allow_device_change: bool) -> TrainReport:
+    from ..progress import progress_bar
+    from ..training.run import train as train_lora
+
+    with progress_bar() as progress:
+        return train_lora(
+            config,
+            restart=restart,
+            extend=extend,
+            allow_device_change=allow_device_change,
+            progress=progress,
+            say=progress.say,
+        )
 
 
 def _summary(result: TrainResult) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -145,7 +144,7 @@ class Exports:
 
     def _due(self, step: int) -> bool:
         every = self._section.save_every
-        return every > 0 and step % every == 0 and 0 < step < self._plan.config.train.steps
+        return every > 0 and step % every == 0 and 0 < step < self._plan.steps
 
     def _name(self, step: int) -> Path:
         return self._output.with_name(f"{self._output.stem}-{step:06}.safetensors")
@@ -161,7 +160,7 @@ class Exports:
     def _own(self, file: Path) -> bool:
         """Whether this run wrote ``file``, on whatever device."""
         writer, identity = _writer(file), self._plan.identity
-        return writer is not None and not identity.differences(replace(writer, device=None, precision=None))
+        return writer is not None and not identity.differences(writer.anywhere())
 
 
 def _writer(file: Path) -> RunIdentity | None:

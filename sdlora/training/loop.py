@@ -138,11 +138,11 @@ def run_training(
                 f"{output}: cannot be written ({error.strerror or error}); the newest checkpoint is kept: "
                 f"{folder.place()}; make space, then run the same command to resume from it"
             ) from None
-        folder.remove()
+        folder.close(plan.steps, keep=config.train.keep_state)
     accelerator.wait_for_everyone()
     result = TrainResult(
         output=output,
-        steps=config.train.steps,
+        steps=plan.steps,
         seconds=time.time() - began,
         loss=trained.loss,
         validation_loss=trained.validation_loss,
@@ -190,7 +190,7 @@ def train_lora(
             alone = own_losses(session, progress)
     finally:
         session.embeddings.close()
-    steps = plan.config.train.steps
+    steps = plan.steps
     return TrainedLora(
         weights=weights,
         caption_tokens=WORDS_IN_CHUNK * session.embeddings.chunks,
@@ -219,7 +219,7 @@ def train_steps(
     """
     session, first = fitted.session, start.step
     train, accelerator = session.plan.config.train, session.accelerator
-    steps = train.steps
+    steps = session.plan.steps
     losses = torch.zeros(steps - first, device=session.base.device)
     progress.start("Training", steps, first)
     reported = first
@@ -275,12 +275,12 @@ def _complete_already(plan: RunPlan, folder: RunFolder) -> TrainResult:
     # Every process has read the file before one changes it.
     processes.wait_for_everyone()
     if processes.is_main_process:
-        folder.remove()
+        folder.close(plan.steps, keep=plan.config.train.keep_state)
         if metadata is not None:
             write_texts(output, metadata, plan.identity)
     return TrainResult(
         output=output,
-        steps=plan.config.train.steps,
+        steps=plan.steps,
         seconds=0.0,
         loss=None,
         validation_loss=None,
@@ -311,7 +311,7 @@ def _write_output(plan: RunPlan, base: Base, trained: TrainedLora, progress: Pro
         plan,
         base,
         trained.weights,
-        step=plan.config.train.steps,
+        step=plan.steps,
         tokens=trained.caption_tokens,
         started_at=trained.started_at,
         validation_loss=trained.validation_loss,
@@ -327,7 +327,7 @@ def _write_output(plan: RunPlan, base: Base, trained: TrainedLora, progress: Pro
 def _check_skipped(session: TrainingSession, done: int) -> None:
     """Steps that only lowered the loss scale count where the run ends without any other."""
     skipped, settling = session.optimizer.skipped_steps(), session.optimizer.settling_steps()
-    nothing_learned = skipped == done == session.plan.config.train.steps
+    nothing_learned = skipped == done == session.plan.steps
     if nothing_learned or skipped - settling > MAX_SKIPPED_SHARE * done:
         raise TrainingError(
             f"{skipped} of {done} steps produced gradients with NaN or Inf and were skipped; lower "
