@@ -180,6 +180,7 @@ ELSEWHERE = {
     "train.fit": "test_fit.py",
     "train.deterministic": "test_device_change.py",
     "train.save_every": "training_runs.py",
+    "train.keep_state": "test_extension.py",
     "samples.prompts": "test_samples.py",
     **{
         f"samples.{key}": "test_samples_on_the_way.py"

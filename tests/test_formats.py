@@ -287,6 +287,7 @@ def facts(**changes: object) -> tuple[RunFacts, DatasetFacts]:
         title="x", base_name="b.safetensors", family=SD1, vae_name=None, vae_hashes=None,
         base_hashes=FileHashes(sha256="0" * 64, autov1="12345678", payload_sha256="1" * 64),
         prediction="epsilon", resolution=128, modules=92, rank=16, alpha=8.0, step=25, epoch=3, epochs=3,
+        warmup_steps=20,
         batches_per_epoch=9, precision="bfloat16", session=5, started_at=1.0, finished_at=100.0, clip_skip=None,
         token_length=75, zero_terminal_snr=False,
     )  # fmt: skip

@@ -13,6 +13,10 @@ import sdlora
 from sdlora.cli.app import app
 from sdlora.errors import ConfigError
 from sdlora.formats.metadata_file import read_metadata
+from sdlora.training.batches import BatchPlan
+from sdlora.training.checkpoint import Checkpoint, RunFolder
+from sdlora.training.extension import continued
+from sdlora.training.length import Length, length_in_words, planned_steps
 from sdlora.training.plan import RunPlan, plan_config
 from tests.conftest import write_images
 from tests.training_runs import overrides, same_but_for_times
@@ -62,7 +66,55 @@ def test_a_run_in_epochs_is_the_run_of_as_many_steps(tiny_base: Path, images: Pa
     assert identity.differences(earlier) == []
     other = planned(tiny_base, images, "train.epochs=5").identity
     assert other.differences(identity) == ["train.steps was 12, is now 15"]
-    assert planned(tiny_base, images).config.train.steps == 600
+
+
+@pytest.mark.parametrize(
+    ("number", "batch", "steps", "passes"),
+    # Notebook: 2000 to 4000 showings; OneTrainer: 100 epochs; Civitai's trainer: 10 epochs. All by hand.
+    [(5, 2, 1200, 400), (24, 4, 600, 100), (24, 5, 500, 100), (60, 4, 1005, 67), (500, 4, 1250, 10)],
+)
+def test_a_length_that_is_not_stated_comes_from_the_number_of_images(
+    number: int, batch: int, steps: int, passes: int, tiny_base: Path, images: Path
+) -> None:
+    plan = planned(tiny_base, images, f"train.batch_size={batch}", "train.seed=7")
+    sizes = [(64, 64)] * number
+    training = replace(
+        plan.training,
+        items=plan.items[:1] * number,
+        shown=plan.training.shown[:1] * number,
+        batches=BatchPlan.of(sizes, batch_size=batch, seed=0),
+    )
+    unstated = sdlora.load_config(None, given(tiny_base, images, Path("x.safetensors"), f"train.batch_size={batch}"))
+    assert planned_steps(unstated, training) == steps
+    words = length_in_words(Length.of(steps), training, by_images=True)
+    assert words.startswith(f"{steps} steps: {number} images × {passes} passes in batches of {batch}, since neither")
+
+
+def test_repeats_make_fewer_epochs_where_no_length_is_stated(tiny_base: Path, images: Path) -> None:
+    """5 images × 8 repeats are 20 batches of 2 an epoch, and 50 epochs show 2000 images."""
+    settings = [each for each in given(tiny_base, images, Path("x.safetensors")) if not each.startswith("data.images=")]
+    plan = plan_config(sdlora.load_config(None, [*settings, f'data.sets=[{{images = "{images}", repeats = 8}}]']))
+    assert (plan.config.train.steps, plan.steps, plan.epochs) == (1000, 1000, 50)
+    assert plan.length_in_words.startswith("1000 steps: 5 images × 400 passes in batches of 2, since")
+
+
+def test_a_run_without_a_stated_length_keeps_that_with_which_it_started(
+    tiny_base: Path, images: Path, tmp_path: Path
+) -> None:
+    """As one of an earlier version does, in which the default was 600 steps whatever the images."""
+    output = tmp_path / "x.safetensors"
+    unstated = plan_config(sdlora.load_config(None, given(tiny_base, images, output)))
+    assert continued(unstated, extend=None).steps == 1200
+    earlier = unstated.with_length(600, ())
+    RunFolder(output, earlier.identity).save(Checkpoint(step=4, started_at=1.0, tensors={}, shape=None))
+    now = continued(unstated, extend=None)
+    assert (now.steps, now.length_in_words) == (600, "5 images, 600 steps, 200.0 epochs")
+    assert now.identity.differences(earlier.identity) == []
+    stated = continued(
+        plan_config(sdlora.load_config(None, given(tiny_base, images, output, "train.steps=9"))), extend=None
+    )
+    assert stated.steps == 9
+    assert stated.identity.differences(earlier.identity) == ["train.steps was 600, is now 9"]
 
 
 def test_training_says_the_length_and_the_file_states_it(tiny_base: Path, images: Path, tmp_path: Path) -> None:

@@ -13,10 +13,8 @@ from diffusers.optimization import get_polynomial_decay_schedule_with_warmup, ge
 from sdlora.config.loading import load_config
 from sdlora.config.optimizer_section import OptimizerSection, Schedule
 from sdlora.errors import ConfigError
-from sdlora.training.metadata import training_metadata
 from sdlora.training.optimizer import GuardedAdamW
 from sdlora.training.rates import SCHEDULES, rate_factor
-from tests.test_formats import facts
 
 STEPS, WARMUP = 97, 12
 NEEDED = ("data.images=images", "data.trigger=zorb", "output.path=x.safetensors")
@@ -86,12 +84,6 @@ def test_the_optimizer_steps_at_the_rates_of_its_schedule() -> None:
     expected = [0.2, 0.4, 0.6, 0.8, *cosines, *cosines]
     moved = [(before - after) / 1e-2 for before, after in pairwise(places)]
     assert moved == pytest.approx(expected, abs=1e-4)
-
-
-def test_the_file_states_schedule_and_warm_up_in_steps() -> None:
-    settings = ("optimizer.schedule=polynomial", "optimizer.warmup_steps=0.1", "train.steps=250")
-    metadata = training_metadata(load_config(None, (*NEEDED, *settings)), *facts())
-    assert (metadata["ss_lr_scheduler"], metadata["ss_lr_warmup_steps"]) == ("polynomial", "25")
 
 
 @pytest.mark.parametrize("value", ["1.5", "20.0", "-1", "-0.1", "0.0", "nan", "true", "some"])

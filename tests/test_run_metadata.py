@@ -54,9 +54,9 @@ def test_a_setting_that_an_earlier_version_did_not_know_had_its_default(
     del run["config"]["data.flip"]
     write_metadata(out, out, metadata | {"sdlora_run": json.dumps(run)})
     assert sdlora.train(config).result.loss is None
-    del run["config"]["train.steps"]
+    del run["config"]["data.resolution"]
     write_metadata(out, out, metadata | {"sdlora_run": json.dumps(run)})
-    with pytest.raises(ResumeError, match=r"train\.steps was 600, is now 2"):
+    with pytest.raises(ResumeError, match=r"data\.resolution was not set, is now 64"):
         sdlora.train(config)
 
 

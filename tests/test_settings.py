@@ -49,13 +49,14 @@ def test_the_settings_that_decide_resuming() -> None:
         *("train.gradient_checkpointing", "train.micro_batch", "train.fit", "train.deterministic"),
         *("cache.disk", "cache.folder", "cache.max_gigabytes", "output.path", "lora.start_from"),
         "validation.every",
+        "train.keep_state",
         *(f"samples.{key}" for key in SamplesSection.model_fields),
     }
     settings = config.flat()
     expected = {
         key for key in settings if key not in never and (not key.startswith("output.") or key == "output.precision")
     }
-    assert len(settings) == 126
+    assert len(settings) == 127
     assert set(config.flat(DECIDES_RESUMING)) == expected
     sets = {setting.key for setting in all_settings() if setting.section == "data.sets" and setting.affects == "place"}
     assert sets == {"images", "metadata", "masks"}
@@ -107,8 +108,8 @@ def test_only_a_run_needs_a_trigger_word_and_an_output(tmp_path: Path) -> None:
         ("train.warmup_stepz=3", "unknown key train.warmup_stepz; did you mean optimizer.warmup_steps?"),
         ("zzz.zzz=3", "unknown key zzz; the sections are base, data, cache, lora,"),
         ("model_arguments.vae=x", "unknown key model_arguments.vae: it is base.vae here"),
-        ("train.steps=3.5", "train.steps = 3.5: must be a whole number, for example 600"),
-        ("train.steps=many", "train.steps = 'many': must be a whole number, for example 600"),
+        ("train.steps=3.5", "train.steps = 3.5: must be a whole number, for example 300"),
+        ("train.steps=many", "train.steps = 'many': must be a whole number, for example 300"),
         ("lora.alpha=0", "lora.alpha = 0: must be more than 0"),
         ("data.flip=1", "data.flip = 1: must be true or false"),
         ("optimizer.learning_rate=fast", "optimizer.learning_rate = 'fast': must be a number, for example 0.5"),

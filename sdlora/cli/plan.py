@@ -65,13 +65,11 @@ def plan_(
 
 
 def _lines(forecast: Forecast) -> list[str]:
-    from ..training.length import length_in_words
-
     step, sampling = forecast.step, forecast.sampling
     cache, checkpoints = _gb(forecast.cache_bytes), _gb(forecast.checkpoint_bytes)
     encoding = [f"{PART_TITLES[part]} {_gb(size)}" for part, size in forecast.encoding.items()]
     lines = [
-        length_in_words(images=forecast.images, steps=forecast.steps, epochs=forecast.epochs),
+        forecast.length,
         f"time: {_time(forecast)}",
         f"step: {forecast.shape}, {forecast.precision}, {forecast.device}",
         f"memory while training: {_gb(step.total)} (weights {_gb(step.weights)}, LoRA {_gb(step.trainable)}, "

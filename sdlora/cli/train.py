@@ -14,6 +14,7 @@ from .train_options import (
     DeviceChangeOption,
     EpochsOption,
     ExplainOption,
+    ExtendOption,
     FromKohyaOption,
     ImagesOption,
     LearningRateOption,
@@ -29,8 +30,9 @@ from .train_options import (
 )
 
 if TYPE_CHECKING:
+    from ..config.sections import Config
     from ..config.written import LoadedConfig
-    from ..training.report import TrainResult
+    from ..training.report import TrainReport, TrainResult
 
 
 @app.command(
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
         "sdlora train --images my-images --trigger zorb --base my-checkpoint.safetensors --steps 1500 --rank 32",
         "sdlora train run.toml train.seed=1",
         "sdlora train run.toml --explain",
+        "sdlora train run.toml --extend 500",
         "sdlora train --from-kohya kohya.toml --trigger zorb",
         more="All settings, for a TOML file or as section.key=value: sdlora settings",
     )
@@ -56,6 +59,7 @@ def train(
     epochs: EpochsOption = None,
     batch_size: BatchSizeOption = None,
     learning_rate: LearningRateOption = None,
+    extend: ExtendOption = None,
     restart: RestartOption = False,
     allow_device_change: DeviceChangeOption = False,
     out: OutOption = None,
@@ -81,14 +85,7 @@ def train(
     if explain:
         _explain(loaded, as_json=as_json)
         return
-    config = loaded.config
-    from ..progress import progress_bar
-    from ..training.run import train as train_lora
-
-    with progress_bar() as progress:
-        report = train_lora(
-            config, restart=restart, allow_device_change=allow_device_change, progress=progress, say=progress.say
-        )
+    report = _trained(loaded.config, restart=restart, extend=extend, allow_device_change=allow_device_change)
     from accelerate import PartialState
 
     if not PartialState().is_main_process:
@@ -119,6 +116,21 @@ def _explain(loaded: LoadedConfig, *, as_json: bool) -> None:
         emit(explained_json(settings))
     else:
         typer.echo("\n".join(explained_lines(settings)))
+
+
+def _trained(config: Config, *, restart: bool, extend: int | None, allow_device_change: bool) -> TrainReport:
+    from ..progress import progress_bar
+    from ..training.run import train as train_lora
+
+    with progress_bar() as progress:
+        return train_lora(
+            config,
+            restart=restart,
+            extend=extend,
+            allow_device_change=allow_device_change,
+            progress=progress,
+            say=progress.say,
+        )
 
 
 def _summary(result: TrainResult) -> str:

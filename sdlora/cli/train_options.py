@@ -62,6 +62,10 @@ DeviceChangeOption = Annotated[
         rich_help_panel=TRAINING,
     ),
 ]
+ExtendOption = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="N steps more for a finished or half-done run.", rich_help_panel=TRAINING),
+]
 OutOption = Annotated[str | None, typer.Option(metavar="FILE", help="The LoRA file to write.", rich_help_panel=OUTPUT)]
 ExplainOption = Annotated[
     bool,

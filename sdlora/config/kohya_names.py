@@ -77,7 +77,7 @@ NOT_SUPPORTED = frozenset({
     "noise_offset_random_strength", "offload_optimizer_device",
     "offload_optimizer_nvme_path", "offload_param_device", "offload_param_nvme_path", "resize_interpolation",
     "resume_from_huggingface", "save_last_n_epochs_state",
-    "save_last_n_steps_state", "save_state_on_train_end", "save_state_to_huggingface",
+    "save_last_n_steps_state", "save_state_to_huggingface",
     "scale_v_pred_loss_like_noise_pred", "secondary_separator", "skip_image_resolution",
     "text_encoder_batch_size", "token_warmup_min", "token_warmup_step", "tokenizer_cache_dir", "torch_compile",
     "use_8bit_adam", "use_lion_optimizer", "v_pred_like_loss", "validate_every_n_epochs",

@@ -31,10 +31,8 @@ class PresetValue:
     """Who recommends it, or how it was measured."""
 
 
-_MEASURED = (
-    "measured on mini, benchmarks/recipes.py: 0.7 of the held-out loss of the defaults, and a clear style at weight 1.0"
-)
-_NO_TEXT = "measured on mini, benchmarks/recipes.py: the same held-out loss as 3e-4 to 2e-3, and a sixth faster"
+_MEASURED = "measured on mini, python -m benchmarks.recipes: 0.7 of the held-out loss of the defaults, and a clear style at weight 1.0"
+_NO_TEXT = "measured on mini, python -m benchmarks.recipes: the same held-out loss as 3e-4 to 2e-3, and a sixth faster"
 _SUBJECT = "as the style, which was measured; a smaller file for one subject"
 _COLAB = "hollowstrawberry/kohya-colab, Lora_Trainer.ipynb"
 _COLAB_XL = "hollowstrawberry/kohya-colab, Lora_Trainer_XL.ipynb"

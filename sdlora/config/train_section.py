@@ -14,8 +14,9 @@ from .setting import Section, Setting
 class TrainSection(Section):
     """Length, batch size, precision and checkpoints of a run."""
 
-    steps: Annotated[int, Field(ge=1), Setting(kohya="max_train_steps")] = 600
-    """Optimizer steps in all."""
+    steps: Annotated[int | None, Field(ge=1), Setting(kohya="max_train_steps")] = None
+    """Optimizer steps in all. By default each image is shown 100 times: 24 images in batches of 4 are 600 steps. Few images
+    are shown more often, 2000 images in all, and many less often, 4000 in all, but each at least 10 times."""
     epochs: Annotated[float | None, Field(gt=0, allow_inf_nan=False), Setting(kohya="max_train_epochs")] = None
     """Length of the run in epochs instead of ``train.steps``, rounded to whole steps. An epoch shows each image as often as
     its repeats say. A run with the same number of steps is the same run."""
@@ -48,11 +49,14 @@ class TrainSection(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32), Setting(kohya="seed")] = 0
     """Seed of everything that is drawn: order, captions, crops, flips, noise and timesteps."""
     save_every: Annotated[int, Field(ge=1), Setting(affects="nothing")] = 100
-    """Steps between checkpoints to resume from. They are removed when the run is complete."""
+    """Steps between checkpoints to resume from. They are removed when the run is complete, except the last."""
+    keep_state: Annotated[bool, Setting(kohya="save_state_on_train_end", affects="nothing")] = True
+    """Whether the last checkpoint is kept when the run is complete, so that ``--extend`` can go on from it: three times the
+    LoRA in float32 with ``adamw``, for a rank of 16 about 20 MB with SD 1.5."""
 
     @model_validator(mode="after")
     def _has_one_length(self) -> TrainSection:
-        if self.epochs is not None and "steps" in self.model_fields_set:
+        if self.epochs is not None and self.steps is not None:
             problem = f"epochs = {self.epochs:g}: train.steps = {self.steps} is given too; give one of them"
             raise PydanticCustomError("settings", "{problems}", {"problems": problem})
         return self

@@ -17,7 +17,7 @@ class BetweenSteps:
     def __init__(self, fitted: FittedSteps, start: Checkpoint, files: RunFiles, progress: Progress):
         self._fitted, self._start, self._files, self._progress = fitted, start, files, progress
         session = fitted.session
-        self._steps = session.plan.config.train.steps
+        self._steps = session.plan.steps
         self.losses = torch.zeros(self._steps - start.step, device=session.base.device)
         """Loss of each step after ``start``, float32 on the device; filled by the loop."""
         self._reported = start.step

@@ -26,7 +26,7 @@ KEPT = 2
 """Checkpoints that are kept, the newest."""
 FORMAT = 2
 """Format number of ``RunIdentity.to_json``; raised when settings change their names or meaning. Format 1 has no number."""
-PRECISION_SETTING = "train.precision"
+PRECISION_SETTING, STEPS_SETTING = "train.precision", "train.steps"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,8 @@ class RunIdentity:
     """Type of the device as torch has it; None where it is not known, as in runs of earlier versions."""
     precision: str | None = None
     """Dtype that the base computes in, without ``torch.``; None where it is not known."""
+    extended: tuple[int, ...] = ()
+    """Steps of each extension, which ``config`` does not have."""
 
     @classmethod
     def of(cls, config: Config, *, dataset: str, base: BaseCheckpoint, start: str | None = None) -> RunIdentity:
@@ -65,20 +67,35 @@ class RunIdentity:
         config = {**self.config, PRECISION_SETTING: other.config[PRECISION_SETTING]}
         return replace(self, config=config, device=other.device, precision=other.precision)
 
+    def with_length(self, planned: int, extended: tuple[int, ...]) -> RunIdentity:
+        """This identity with ``planned`` steps, and ``extended`` by others."""
+        return replace(self, config={**self.config, STEPS_SETTING: json.dumps(planned)}, extended=extended)
+
+    @property
+    def planned(self) -> int:
+        """Steps without those of extensions. Raises ``ValueError`` or ``KeyError`` where they are not stated."""
+        return int(self.config[STEPS_SETTING])
+
+    def anywhere(self) -> RunIdentity:
+        """This identity on whatever device."""
+        return replace(self, device=None, precision=None)
+
     def differences(self, other: RunIdentity) -> list[str]:
         """One phrase for each difference between ``other``, the earlier run, and this one.
 
-        A setting that an earlier version did not have counts with its default; a device or precision that is not known
-        counts as the same.
+        That it was extended since then is none. A setting that an earlier version did not have counts with its default; a
+        device or precision that is not known counts as the same.
         """
         if self.format != other.format:
             return ["another version of sdlora, with other settings, made it"]
         earlier = {**default_settings(), **other.config}
         found = [
-            f"{key} was {earlier.get(key)}, is now {self.config.get(key)}"
+            f"{key} was {_shown(earlier.get(key))}, is now {_shown(self.config.get(key))}"
             for key in sorted(self.config.keys() | other.config.keys())
             if self.config.get(key) != earlier.get(key)
         ]
+        if self.extended[: len(other.extended)] != other.extended:
+            found.append(f"it was extended by {_listed(other.extended)} steps, is now by {_listed(self.extended)}")
         if self.dataset != other.dataset:
             found.append("the images or captions have changed")
         if self.base != other.base:
@@ -93,7 +110,10 @@ class RunIdentity:
 
     def to_json(self) -> str:
         """As text for the metadata of a file; equal identities give equal text."""
-        return json.dumps({**vars(self), "config": dict(self.config)}, sort_keys=True)
+        fields = {**vars(self), "config": dict(self.config)}
+        if not self.extended:  # Files of other runs stay as they were before there were extensions.
+            del fields["extended"]
+        return json.dumps(fields, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> RunIdentity:
@@ -106,7 +126,16 @@ class RunIdentity:
             format=fields.get("format", 1),
             device=fields.get("device"),
             precision=fields.get("precision"),
+            extended=tuple(fields.get("extended", ())),
         )
+
+
+def _shown(value: str | None) -> str:
+    return "not set" if value in (None, "null") else value
+
+
+def _listed(extended: tuple[int, ...]) -> str:
+    return " + ".join(map(str, extended)) or "none"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -131,25 +160,32 @@ RUN_KEY = "sdlora_run"
 
 
 def finished(output: Path, identity: RunIdentity) -> bool:
-    """Whether ``output`` exists, made by a run of this identity on whatever device.
+    """Whether ``output`` exists, made by a run of this identity on whatever device, with all its extensions.
 
     Raises:
         ResumeError: it exists, but another run made it; the message lists the differences.
     """
     if not output.exists():
         return False
-    try:
-        stated = read_header(output, ResumeError).metadata.get(RUN_KEY)
-        earlier = RunIdentity.from_json(stated or recorded_run(output))
-        differences = identity.differences(replace(earlier, device=None, precision=None))
-    except (ResumeError, OSError, ValueError, KeyError, TypeError):
+    earlier = run_of(output)
+    if earlier is None:
         differences = ["it is not the output of a training run of this program"]
+    else:
+        differences = identity.differences(earlier.anywhere())
     if differences:
         raise ResumeError(
             f"{output}: exists, and differs from what this run would make: {'; '.join(differences)}; "
             "choose another output.path, or replace it with --restart"
         )
-    return True
+    return earlier is not None and earlier.extended == identity.extended
+
+
+def run_of(output: Path) -> RunIdentity | None:
+    """The run that made ``output``; None where it does not exist or that is not known."""
+    try:
+        return RunIdentity.from_json(read_header(output, ResumeError).metadata.get(RUN_KEY) or recorded_run(output))
+    except (ResumeError, OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def record_run(output: Path, identity: RunIdentity, *, content: Path | None = None) -> None:
@@ -188,7 +224,7 @@ def _sha256(file: Path) -> str:
 
 
 class RunFolder:
-    """The folder ``NAME.resume`` beside ``NAME.safetensors``, with the newest checkpoints of the run."""
+    """The folder ``NAME.resume`` beside ``NAME.safetensors``: the newest checkpoints of the run, then its last state."""
 
     def __init__(self, output: Path, identity: RunIdentity):
         self._folder = output.with_suffix(".resume")
@@ -197,18 +233,21 @@ class RunFolder:
     def newest(self, *, allow_device_change: bool = False) -> Checkpoint | None:
         """The newest complete checkpoint, tensors on the CPU; None if there is none.
 
+        For a run that is being extended it may be the last state from before the extension.
+
         Raises:
             ResumeError: it belongs to a run with other settings, images or base, or, unless ``allow_device_change``, on
                 another type of device or in another precision; the message lists the differences.
         """
-        for file in reversed(self._files()):
+        last = [self._last] if self._identity.extended else []
+        for file in (*reversed(self._files()), *last):
             try:
                 metadata = read_header(file, ResumeError).metadata
                 earlier = RunIdentity.from_json(metadata["identity"])
                 tensors = load_file(file)
                 step, started_at = int(metadata["step"]), float(metadata["started_at"])
                 shape = StepShape.from_json(metadata["shape"]) if "shape" in metadata else None
-            except (ResumeError, ValueError, KeyError, TypeError):
+            except (ResumeError, OSError, ValueError, KeyError, TypeError):
                 continue
             moved = earlier.moved_to(self._identity)
             differences = self._identity.differences(moved if allow_device_change else earlier)
@@ -230,9 +269,31 @@ class RunFolder:
             **({} if checkpoint.shape is None else {"shape": checkpoint.shape.to_json()}),
         }
         header, payload = serialise(checkpoint.tensors, metadata)
-        write_whole(self._folder / f"step-{checkpoint.step:08}.safetensors", header, payload)
+        write_whole(self._checkpoint(checkpoint.step), header, payload)
         for old in self._files()[:-KEPT]:
             old.unlink(missing_ok=True)
+
+    def half_done(self) -> RunIdentity | None:
+        """The run that left the newest checkpoint of a run that is not complete; None if there is none."""
+        return next((run for file in reversed(self._files()) if (run := _writer(file)) is not None), None)
+
+    def last_state(self) -> RunIdentity | None:
+        """The complete run whose last state is kept; None if none is."""
+        return _writer(self._last)
+
+    def close(self, steps: int, *, keep: bool) -> None:
+        """Remove the checkpoints of a run that is complete after ``steps``; its last state stays if ``keep``."""
+        final = self._checkpoint(steps)
+        if not keep:
+            self.remove()
+        elif final.exists():
+            final.replace(self._last)
+        elif self._files():  # The state after the last step could not be saved; that of an earlier run is of no use.
+            self.remove()
+        for file in (*self._files(), self.unfinished_file()):
+            file.unlink(missing_ok=True)
+        if not self._last.exists():
+            self.remove()
 
     def unfinished_file(self) -> Path:
         """Where a file of the run is written that gets its place by a renaming; it is removed with the folder."""
@@ -247,7 +308,21 @@ class RunFolder:
         """Remove the folder with every checkpoint."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
+    @property
+    def _last(self) -> Path:
+        return self._folder / "last.safetensors"
+
+    def _checkpoint(self, step: int) -> Path:
+        return self._folder / f"step-{step:08}.safetensors"
+
     def _files(self) -> list[Path]:
         if not self._folder.is_dir():
             return []
         return sorted(file for file in self._folder.iterdir() if re.fullmatch(r"step-\d+\.safetensors", file.name))
+
+
+def _writer(checkpoint: Path) -> RunIdentity | None:
+    try:
+        return RunIdentity.from_json(read_header(checkpoint, ResumeError).metadata["identity"])
+    except (ResumeError, OSError, ValueError, KeyError, TypeError):
+        return None

@@ -52,7 +52,7 @@ def own_losses(session: TrainingSession, progress: Progress) -> OwnLosses | None
     They are squared errors whatever ``objective.loss`` says, weighted as in training: of those it is known what is usual.
     """
     plan, base = session.plan, session.base
-    training, steps = plan.training, plan.config.train.steps
+    training, steps = plan.training, plan.steps
     if steps < LEAST_STEPS:
         return None
     shown = (sample for step in reversed(range(steps)) for sample in training.batch(step))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -149,7 +148,7 @@ class Exports:
                 _remove(old)
 
     def _due(self, step: int) -> bool:
-        return self._moments.due(step) and step < self._plan.config.train.steps
+        return self._moments.due(step) and 0 < step < self._plan.steps
 
     def _setting(self, step: int) -> str:
         """The setting by which the file of ``step`` is due."""
@@ -172,7 +171,7 @@ class Exports:
     def _own(self, file: Path) -> bool:
         """Whether this run wrote ``file``, on whatever device."""
         writer, identity = _writer(file), self._plan.identity
-        return writer is not None and not identity.differences(replace(writer, device=None, precision=None))
+        return writer is not None and not identity.differences(writer.anywhere())
 
 
 def _writer(file: Path) -> RunIdentity | None:

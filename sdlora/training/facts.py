@@ -17,6 +17,7 @@ from ..lora.change import Change
 from ..progress import Progress
 from .metadata import DatasetFacts, FolderFacts, RunFacts, training_metadata
 from .plan import RunPlan
+from .rates import warmup_length
 
 V = TypeVar("V")
 
@@ -50,6 +51,7 @@ def describe_run(
         rank=_only(change.rank for change in weights.values()),
         alpha=_only(change.alpha for change in weights.values()),
         step=step,
+        warmup_steps=warmup_length(plan.config.optimizer, steps=plan.length.planned),
         epoch=math.ceil(step / batches.batches_per_epoch),
         epochs=math.ceil(plan.epochs),
         batches_per_epoch=batches.batches_per_epoch,

@@ -49,6 +49,8 @@ class Forecast:
     """Training images."""
     steps: int
     epochs: float
+    length: str
+    """Images, steps and epochs in words."""
     seconds: float | None
     """Time of the steps, as measured on two; None where they were not measured."""
     device: str
@@ -152,7 +154,7 @@ def plan(
         forecast = forecast_run(run, choose_device(), gpu=gpu)
         if probe and (gpu is None or choose_device().type != "cpu"):
             seconds = step_seconds(run, forecast.shape, progress=reports, stop=stop, say=say)
-            forecast = replace(forecast, seconds=seconds and round(seconds * run.config.train.steps, 1))
+            forecast = replace(forecast, seconds=seconds and round(seconds * run.steps, 1))
     return forecast
 
 
@@ -179,8 +181,9 @@ def forecast_run(run: RunPlan, device: torch.device, *, gpu: float | None) -> Fo
     changes = _changes(run, base)
     return Forecast(
         images=run.images,
-        steps=run.config.train.steps,
+        steps=run.steps,
         epochs=run.epochs,
+        length=run.length_in_words,
         seconds=None,
         device=kind,
         precision=str(dtype).removeprefix("torch."),
@@ -271,12 +274,12 @@ def _values(changes: Mapping[str, Change]) -> int:
 
 def _cache_bytes(run: RunPlan, base: Base, chunks: int) -> int:
     """Mean and standard deviation of each view, and the embedding of each caption where text encoders are frozen."""
-    views = (*run.training.views(run.config.train.steps), *run.training.validation)
+    views = (*run.training.views(run.steps), *run.training.validation)
     factor, channels = run.base.latent_factor, base.vae.config["latent_channels"]
     cells = sum(view.placement.width * view.placement.height // factor**2 for view in views)
     latents = 2 * channels * cells * torch.float32.itemsize
     if run.config.optimizer.text_encoder_rate(run.base.family):
         return latents
     width = base.unet.config["cross_attention_dim"]
-    captions = set(run.training.captions(range(run.config.train.steps)))
+    captions = set(run.training.captions(range(run.steps)))
     return latents + len(captions) * chunks * TOKENS_IN_CHUNK * width * base.dtype.itemsize

@@ -120,7 +120,7 @@ def run_training(
                 f"{output}: cannot be written ({error.strerror or error}); the newest checkpoint is kept: "
                 f"{folder.place()}; make space, then run the same command to resume from it"
             ) from None
-        folder.remove()
+        folder.close(plan.steps, keep=config.train.keep_state)
     accelerator.wait_for_everyone()
     result = _result(output, trained, seconds=time.time() - began)
     if not accelerator.is_main_process:
@@ -211,7 +211,7 @@ def train_steps(
         DeviceMemoryError: not enough memory for a step, or, with ``train.fit``, for one image at once.
     """
     train, accelerator = fitted.session.plan.config.train, fitted.session.accelerator
-    steps, first, done = train.steps, start.step, start.step
+    steps, first, done = fitted.session.plan.steps, start.step, start.step
     between = BetweenSteps(fitted, start, files, progress)
     with interrupt_flag(stop) as interrupted:
         between.look(first, interrupted)
@@ -283,7 +283,7 @@ def _write_output(plan: RunPlan, base: Base, trained: TrainedLora, progress: Pro
 def _check_skipped(session: TrainingSession, done: int) -> None:
     """Steps that only lowered the loss scale count where the run ends without any other."""
     skipped, settling = session.optimizer.skipped_steps(), session.optimizer.settling_steps()
-    nothing_learned = skipped == done == session.plan.config.train.steps
+    nothing_learned = skipped == done == session.plan.steps
     if nothing_learned or skipped - settling > MAX_SKIPPED_SHARE * done:
         raise TrainingError(
             f"{skipped} of {done} steps produced gradients with NaN or Inf and were skipped; lower "

@@ -14,7 +14,6 @@ from ..families import WORDS_IN_CHUNK, Family, Prediction
 from ..formats.hashes import FileHashes
 from ..formats.metadata import MODELSPEC_PREDICTIONS, family_metadata
 from .optimizers.choice import described
-from .rates import warmup_length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +70,7 @@ class RunFacts:
     """That of every module in the file; None where they differ."""
     step: int
     """Steps after which the file was written."""
+    warmup_steps: int
     epoch: int
     """Epochs that were started by then."""
     epochs: int
@@ -221,7 +221,7 @@ def _optimization(config: Config, run: RunFacts) -> dict[str, object]:
         "ss_text_encoder_lr": (rates[0] or None) if same else list(rates),
         "ss_optimizer": described(optimizer),
         "ss_lr_scheduler": optimizer.schedule,
-        "ss_lr_warmup_steps": warmup_length(optimizer, steps=train.steps),
+        "ss_lr_warmup_steps": run.warmup_steps,
         "ss_max_grad_norm": optimizer.max_grad_norm,
         "ss_max_train_steps": train.steps,
         "ss_validate_every_n_steps": config.validation.every or None,

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..config.sections import OptimizerSection
+from .length import Length
 from .loss_scale import LossScale
 from .optimizers.adamw import adamw
 from .optimizers.algorithm import Algorithm
@@ -32,13 +33,16 @@ class GuardedAdamW:
         section: OptimizerSection,
         *,
         steps: int,
+        earlier: Sequence[int] = (),
         lengths: Sequence[int] = (),
         shapes: Shapes | None = None,
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
         after_update: Callable[[], None] | None = None,
     ):
-        """``lengths`` are the numbers of steps in which each parameter is trained, by default in all ``steps``.
+        """``earlier`` are the lengths that the run had before each extension to ``steps``; see ``Length``.
+
+        ``lengths`` are the numbers of steps in which each parameter is trained, by default in all ``steps``.
 
         ``shapes`` are those of the tensors within each parameter, by default itself. ``dtype`` is that in which the
         gradients are computed; for float16 the loss is scaled. ``seed`` is that of optimizers that draw random numbers.
@@ -47,7 +51,8 @@ class GuardedAdamW:
         Raises:
             ConfigError: the optimizer cannot be used; see ``check_optimizer``.
         """
-        self._rates, self._section, self._steps = tuple(rates), section, steps
+        self._rates, self._section = tuple(rates), section
+        self._length = Length(ends=(*earlier, steps))
         self._parameters = list(parameters)
         self._algorithm: Algorithm = (
             adamw(parameters, section)
@@ -87,7 +92,7 @@ class GuardedAdamW:
         if self._scale is not None:
             factor = factor / self._scale.value
         torch._foreach_mul_(gradients, factor)
-        rate = rate_factor(step, self._section, steps=self._steps)
+        rate = rate_factor(step, self._section, steps=self._length.in_force(step))
         self._algorithm.update([each * rate for each in self._rates], finite)
         if self._after_update is not None:
             self._after_update()

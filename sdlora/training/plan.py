@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..base.checkpoint import BaseCheckpoint
@@ -18,7 +18,7 @@ from ..lint.run import examine_dataset
 from ..progress import Progress, Silence
 from .batches import BatchPlan
 from .checkpoint import RunIdentity
-from .length import in_steps
+from .length import Length, length_in_words, planned_steps
 from .module_choice import choice_problems, choose_modules, with_unchosen_frozen
 from .objective import range_problem
 from .optimizers.trial import check_optimizer
@@ -44,6 +44,9 @@ class RunPlan:
     start: StartValues | None
     """What training starts from, where that is a file."""
     identity: RunIdentity
+    length: Length
+    length_by_images: bool
+    """Whether nothing but the number of images decided the length, so that a run that is there already keeps its own."""
 
     @property
     def resolution(self) -> int:
@@ -76,9 +79,30 @@ class RunPlan:
         return () if self.start is None else (self.start.in_words(choose_modules(self.base, self.config)),)
 
     @property
+    def steps(self) -> int:
+        """Steps in all, those of extensions too."""
+        return self.length.steps
+
+    @property
     def epochs(self) -> float:
         """Length of the run in epochs."""
-        return self.config.train.steps / self.batches.batches_per_epoch
+        return self.steps / self.batches.batches_per_epoch
+
+    @property
+    def length_in_words(self) -> str:
+        """How long the run is."""
+        return length_in_words(self.length, self.training, by_images=self.length_by_images)
+
+    def with_length(self, planned: int, extensions: tuple[int, ...]) -> RunPlan:
+        """The same run of ``planned`` steps, extended by each of ``extensions``."""
+        length = Length.of(planned, extensions)
+        return replace(
+            self,
+            config=_in_steps(self.config, length.steps),
+            identity=self.identity.with_length(planned, extensions),
+            length=length,
+            length_by_images=self.length_by_images and planned == self.length.planned,
+        )
 
 
 def plan_run(config: Config, dataset: ExaminedDataset) -> RunPlan:
@@ -112,7 +136,8 @@ def plan_run(config: Config, dataset: ExaminedDataset) -> RunPlan:
         seed=config.train.seed,
         prior_loss_weight=config.objective.prior_loss_weight,
     )
-    config = in_steps(config, batches_per_epoch=training.batches.batches_per_epoch)
+    steps, by_images = planned_steps(config, training), config.train.steps is None and config.train.epochs is None
+    config = _in_steps(config, steps)
     return RunPlan(
         config=config,
         base=dataset.base,
@@ -127,7 +152,14 @@ def plan_run(config: Config, dataset: ExaminedDataset) -> RunPlan:
             base=dataset.base,
             start=None if start is None else start.digest,
         ),
+        length=Length.of(steps),
+        length_by_images=by_images,
     )
+
+
+def _in_steps(config: Config, steps: int) -> Config:
+    """``config`` with its length in ``train.steps`` alone, so that the same length is the same run."""
+    return config.model_copy(update={"train": config.train.model_copy(update={"steps": steps, "epochs": None})})
 
 
 def _start_values(config: Config, base: BaseCheckpoint) -> StartValues | None:

@@ -63,7 +63,7 @@ def _measured(
     adapter = new_adapter(base, config)
     rates = [group.rate for group in adapter.groups]
     optimizer = GuardedAdamW(
-        adapter.parameters, rates, config.optimizer, steps=config.train.steps, shapes=adapter.shapes, dtype=dtype
+        adapter.parameters, rates, config.optimizer, steps=plan.steps, shapes=adapter.shapes, dtype=dtype
     )
     adapter.attach(base.modules())
     if shape.checkpointing:

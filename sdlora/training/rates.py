@@ -21,10 +21,13 @@ def warmup_length(section: OptimizerSection, *, steps: int) -> int:
     return _whole_steps(section.warmup_steps, steps)
 
 
-def steps_of(part: str, section: OptimizerSection, *, steps: int) -> int:
-    """Number of steps in which ``part``, ``unet`` or a text encoder, is trained."""
+def steps_of(part: str, section: OptimizerSection, *, steps: int, planned: int | None = None) -> int:
+    """Number of steps in which ``part``, ``unet`` or a text encoder, is trained.
+
+    A share of the steps is one of the ``planned`` steps where the run was extended: what has stopped stays as it is.
+    """
     stop = section.text_encoder_stop
-    return steps if part == "unet" or stop is None else min(steps, _whole_steps(stop, steps))
+    return steps if part == "unet" or stop is None else min(steps, _whole_steps(stop, planned or steps))
 
 
 def _whole_steps(stated: float, steps: int) -> int:

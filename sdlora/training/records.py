@@ -113,15 +113,15 @@ class Records:
             self._log.draw()
 
     def _record(self, step: int, loss: float) -> StepRecord:
-        config, steps = self._plan.config, self._plan.config.train.steps
-        factor = rate_factor(step, config.optimizer, steps=steps)
+        config, length = self._plan.config, self._plan.length
+        factor = rate_factor(step, config.optimizer, steps=length.in_force(step))
         encoders = config.optimizer.text_encoder_rate(self._plan.base.family) * factor
         return StepRecord(
             step=step + 1,
             loss=loss,
             learning_rate=config.optimizer.learning_rate * factor,
             text_encoder_learning_rate=encoders
-            if step < steps_of("text_encoder", config.optimizer, steps=steps)
+            if step < steps_of("text_encoder", config.optimizer, steps=length.steps, planned=length.planned)
             else 0.0,
         )
 

@@ -51,13 +51,13 @@ def complete_already(plan: RunPlan, folder: RunFolder) -> TrainResult:
     # Every process has read the file before one changes it.
     processes.wait_for_everyone()
     if processes.is_main_process:
-        folder.remove()
+        folder.close(plan.steps, keep=plan.config.train.keep_state)
         if metadata is not None:
             write_texts(output, metadata, plan.identity)
     return TrainResult(
         output=output,
-        steps=plan.config.train.steps,
-        file_step=plan.config.train.steps,
+        steps=plan.steps,
+        file_step=plan.steps,
         seconds=0.0,
         loss=None,
         validation_loss=None,

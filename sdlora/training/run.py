@@ -12,6 +12,7 @@ from ..base.gpu_build import why_not_cuda
 from ..config.loading import as_config
 from ..config.sections import Config
 from ..data.findings import raise_errors
+from ..errors import ConfigError
 from ..files import check_target
 from ..lint.dataset import ExaminedDataset
 from ..lint.report import LintReport, summary_lines
@@ -29,6 +30,7 @@ def train(
     config: Config | str | Path,
     *,
     restart: bool = False,
+    extend: int | None = None,
     allow_device_change: bool = False,
     progress: Progress | None = None,
     stop: threading.Event | None = None,
@@ -43,6 +45,7 @@ def train(
     Args:
         config: a configuration, or the path of its TOML file.
         restart: start over, whatever an earlier run left.
+        extend: go on with a finished or half-done run for as many steps more; see ``sdlora.training.extension``.
         allow_device_change: resume a half-done run on another type of device or in another precision too.
         progress: receives reports; by default a bar in a terminal.
         stop: set it, from any thread, to save and stop after the current step, as Ctrl-C does in the main thread.
@@ -57,6 +60,7 @@ def train(
         Interrupted: Ctrl-C or ``stop``; the state is saved, and the same call resumes from it.
     """
     config = as_config(config, "train")
+    _check_extension(extend, restart=restart)
     from accelerate import Accelerator
 
     check_target(Path(config.output.path))
@@ -66,18 +70,15 @@ def train(
         raise_errors(dataset.findings)
         # Imported late since they bring diffusers: faults of the input are reported before.
         from .determinism import deterministic_algorithms
-        from .length import length_in_words
+        from .extension import continued
         from .lock import locked
         from .loop import run_training
         from .plan import plan_run
 
-        plan = plan_run(config, dataset)
+        plan = plan_run(config, dataset) if restart else continued(plan_run(config, dataset), extend=extend)
         if is_main:
-            length = length_in_words(images=plan.images, steps=plan.config.train.steps, epochs=plan.epochs)
-            for line in (*_known(dataset, plan), length):
+            for line in _known(dataset, plan):
                 say(line)
-            if unused := why_not_cuda():
-                say(f"warning: {unused}")
         raise_if_stopped(stop, "stopped before the first step; run the same command to start")
         lock = locked(Path(config.output.path)) if is_main else nullcontext()
         with lock, deterministic_algorithms(plan.config.train.deterministic):
@@ -97,6 +98,27 @@ def train(
 
 
 def _known(dataset: ExaminedDataset, plan: RunPlan) -> list[str]:
-    """What is worth knowing about the images and captions, and about what training starts from."""
+    """What is worth knowing before a model is loaded: of the images and captions, the start, the length and the device."""
     planned = plan.findings[len(dataset.findings) :]
-    return [*summary_lines(LintReport(dataset=dataset)), *map(str, planned), *plan.start_in_words]
+    known = [
+        *summary_lines(LintReport(dataset=dataset)),
+        *map(str, planned),
+        *plan.start_in_words,
+        plan.length_in_words,
+    ]
+    unused = why_not_cuda()
+    return [*known, f"warning: {unused}"] if unused else known
+
+
+def _check_extension(extend: int | None, *, restart: bool) -> None:
+    """Whether ``--extend`` can be followed.
+
+    Raises:
+        ConfigError: it is less than one step, or the run is to start over.
+    """
+    if extend is None:
+        return
+    if type(extend) is not int or extend < 1:
+        raise ConfigError(f"--extend {extend}: expected a whole number of steps, at least 1, for example 500")
+    if restart:
+        raise ConfigError("--extend goes on with a run, --restart starts over; give one of them")

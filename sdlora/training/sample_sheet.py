@@ -94,7 +94,7 @@ class SamplesOnTheWay:
 
     def due(self, done: int) -> bool:
         """Whether a row of ``done`` steps belongs to the sheet."""
-        if not self._requests or done >= self._plan.config.train.steps:
+        if not self._requests or done >= self._plan.steps:
             return False
         return self._moments.due(done) or (done == 0 and self._plan.config.samples.at_first)
 

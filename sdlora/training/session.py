@@ -138,7 +138,7 @@ class TrainingSession:
             process=self.accelerator.process_index,
             processes=self.accelerator.num_processes,
         )
-        return StepsAhead(preparation, steps=self.plan.config.train.steps)
+        return StepsAhead(preparation, steps=self.plan.steps)
 
 
 def open_session(
@@ -163,7 +163,7 @@ def open_session(
         DeviceMemoryError: the device has too little memory for a part.
     """
     config, training = plan.config, plan.training
-    views = (*training.views(config.train.steps), *training.validation)
+    views = (*training.views(plan.steps), *training.validation)
     cache = open_cache(config.cache)
     fit = fit_run(plan, base, processes=accelerator.num_processes, recorded=recorded)
     if fit.line:
@@ -184,14 +184,18 @@ def open_session(
         )
     with explained("placing the UNet and the LoRA", f"lower lora.rank, or {CLOSE_OTHERS}"):
         move_to(base.device, base.unet)
-        steps, limit = config.train.steps, config.lora.max_norm
+        limit = config.lora.max_norm
         adapter = new_adapter(base, config, {} if plan.start is None else plan.start.changes)
         optimizer = GuardedAdamW(
             adapter.parameters,
             [group.rate for group in adapter.groups],
             config.optimizer,
-            steps=steps,
-            lengths=[steps_of(group.part, config.optimizer, steps=steps) for group in adapter.groups],
+            steps=plan.steps,
+            earlier=plan.length.ends[:-1],
+            lengths=[
+                steps_of(group.part, config.optimizer, steps=plan.steps, planned=plan.length.planned)
+                for group in adapter.groups
+            ],
             shapes=adapter.shapes,
             dtype=base.dtype,
             seed=config.train.seed,
@@ -228,4 +232,4 @@ def _captions(plan: RunPlan, first: int) -> Iterator[str]:
     """Everything that is encoded from step ``first`` on."""
     if plan.config.data.caption_dropout:
         yield ""
-    yield from plan.training.captions(range(first, plan.config.train.steps))
+    yield from plan.training.captions(range(first, plan.steps))

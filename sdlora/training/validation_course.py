@@ -41,7 +41,7 @@ class ValidationCourse:
 
     def __init__(self, plan: RunPlan, records: Records):
         """``records`` receives each measurement."""
-        self._section, self._last = plan.config.validation, plan.config.train.steps
+        self._section, self._last = plan.config.validation, plan.steps
         self._receiver = records
         self._steps: list[int] = []
         self._losses: list[np.ndarray] = []
