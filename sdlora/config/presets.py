@@ -31,7 +31,7 @@ class PresetValue:
     """Who recommends it, or how it was measured."""
 
 
-_MEASURED = "measured on mini, python -m benchmarks.recipes: 0.7 of the held-out loss of the defaults, and a clear style at weight 1.0"
+_MEASURED = "measured on mini, python -m benchmarks.recipes: 0.7 of the defaults' held-out loss, a clear style at 1.0"
 _NO_TEXT = "measured on mini, python -m benchmarks.recipes: the same held-out loss as 3e-4 to 2e-3, and a sixth faster"
 _SUBJECT = "as the style, which was measured; a smaller file for one subject"
 _COLAB = "hollowstrawberry/kohya-colab, Lora_Trainer.ipynb"
