@@ -171,7 +171,7 @@ def test_a_run_of_nothing_is_refused(tiny_base: Path, images: Path) -> None:
         (rules({"pattern": "unet", "dim": 4}), "unknown key lora.rules.dim"),
         ("optimizer.text_encoder_learning_rate=[1e-4, 2]", "must be a number from 0 to 1, or one for each"),
         ("optimizer.lora_plus_ratio=0", "optimizer.lora_plus_ratio = 0: must be more than 0"),
-        ("lora.init=svd", "lora.init = 'svd': must be 'default', 'pissa' or 'orthogonal'"),
+        ("lora.init=svd", "lora.init = 'svd': must be 'default', 'gaussian', 'pissa' or 'orthogonal'"),
     ],
 )
 def test_wrong_values_are_answered(setting: str, said: str) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sdlora.lora.adapter import Adapter
 from sdlora.lora.low_rank import LowRank
+from sdlora.lora.low_rank_trainable import TrainableLowRank
 from sdlora.lora.quantized import QUANTIZED, FrozenLinear
 from sdlora.lora.relative_layer import RelativeLinear
 from sdlora.lora.relative_trainable import Init, TrainableRelative, orthonormal, principal_factors
@@ -211,10 +212,21 @@ def test_the_file_in_half_precision_loses_only_the_rounding_of_its_factors() -> 
     assert (half - delta).norm() < 1e-3 * delta.norm()
 
 
-@pytest.mark.parametrize(("init", "rank"), [("default", 4), ("pissa", 8), ("orthogonal", 8)])
+@pytest.mark.parametrize(("init", "rank"), [("default", 4), ("gaussian", 4), ("pissa", 8), ("orthogonal", 8)])
 def test_the_setting_decides_the_start(init: str, rank: int, tiny_base: Path, images: Path, tmp_path: Path) -> None:
     plan = plan_config(config_for(tiny_base, images, tmp_path / "x.safetensors", f"lora.init={init}"))
     changes = new_adapter(opened(tiny_base), plan.config).changes()
     assert {change.rank for change in changes.values()} == {rank}
     assert {change.alpha for change in changes.values()} == {8.0 * rank / 4}
     assert all(change.norm() == 0 for change in changes.values())
+
+
+def test_the_gaussian_start_is_spread_as_pefts() -> None:
+    linear = nn.Linear(2000, 4)
+    start = TrainableLowRank(module=linear, rank=RANK, alpha=ALPHA, gaussian=True).start("unet.0", seed=0)
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["0"], init_lora_weights="gaussian")
+    theirs = get_peft_model(nn.Sequential(linear), config).get_submodule("base_model.model.0.lora_A.default").weight
+    assert list(start) == ["down"]
+    assert start["down"].shape == theirs.shape
+    assert start["down"].std().item() == pytest.approx(theirs.std().item(), rel=0.05)
+    assert start["down"].mean().abs() < 0.02

@@ -45,7 +45,7 @@ EXAMPLE = (
     "lora.targets=attention", "lora.alpha={rank}", "optimizer.text_encoder_learning_rate=0", "objective.min_snr_gamma=0",
     "optimizer.schedule=constant", "optimizer.warmup_steps=0", "optimizer.betas=[0.9, 0.999]",
 )  # fmt: skip
-"""The diffusers example's, but for the learning rate, the start values and the order of the images."""
+"""The diffusers example's, but for the learning rate and the random numbers."""
 
 
 def quickstart(name: str, *settings: str, averaged: int = 0) -> Variant:
@@ -83,6 +83,7 @@ PRESET = (
     quickstart("LoRA+ 4", "optimizer.lora_plus_ratio=4", "optimizer.learning_rate=1e-3"),
     quickstart("rsLoRA", "lora.rslora=true"),
     quickstart("PiSSA", "lora.init=pissa", "optimizer.learning_rate=1e-3"),
+    quickstart("gaussian start", "lora.init=gaussian"),
     quickstart("orthogonal start", "lora.init=orthogonal"),
     quickstart("DoRA", "lora.kind=dora"),
     quickstart("LoHa", "lora.kind=loha"),
@@ -105,7 +106,9 @@ PRESET = (
 
 def _same(rate: str) -> tuple[Variant, Variant]:
     plain = Variant(name=f"diffusers example {rate}", how="peft", learning_rate=float(rate))
-    return plain, Variant(name=f"ours as example {rate}", settings=(*EXAMPLE, f"optimizer.learning_rate={rate}"))
+    return plain, Variant(
+        name=f"ours as example {rate}", settings=(*EXAMPLE, "lora.init=gaussian", f"optimizer.learning_rate={rate}")
+    )
 
 
 SAME = (*_same("1e-4"), *_same("1e-3"))

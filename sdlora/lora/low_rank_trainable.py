@@ -12,7 +12,7 @@ from .dropout import ModuleDropout
 from .layers import LoraLinear
 from .low_rank import LowRank
 from .low_rank_layer import LowRankLayer
-from .start_values import kaiming_uniform
+from .start_values import kaiming_uniform, normal
 from .trainable import like_of
 
 
@@ -24,6 +24,8 @@ class TrainableLowRank:
     rank: int
     alpha: float
     dropout: ModuleDropout | None = None
+    gaussian: bool = False
+    """Whether ``down`` starts from N(0, 1 / rank²), as peft's ``gaussian``."""
 
     @property
     def like(self) -> Tensor:
@@ -38,7 +40,8 @@ class TrainableLowRank:
 
     def start(self, name: str, seed: int) -> dict[str, Tensor]:
         """See ``Trainable``."""
-        return {"down": kaiming_uniform(self.shapes["down"], seed, name)}
+        shape = self.shapes["down"]
+        return {"down": normal(shape, seed, name) / self.rank if self.gaussian else kaiming_uniform(shape, seed, name)}
 
     def layer(self, leaves: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> nn.Module:
         """See ``Trainable``."""

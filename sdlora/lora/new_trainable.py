@@ -24,6 +24,8 @@ class KindSettings:
     factor: int = -1
     """For LoKr; see ``kronecker_trainable.divided``."""
     dropout: AdapterDropout | None = None
+    gaussian: bool = False
+    """See ``TrainableLowRank``."""
 
 
 def trainable_for(name: str, module: nn.Module, settings: KindSettings, *, rank: int, alpha: float) -> Trainable:
@@ -39,5 +41,5 @@ def trainable_for(name: str, module: nn.Module, settings: KindSettings, *, rank:
         return TrainableHadamard(module=module, rank=rank, alpha=alpha, dropout=dropout)
     if settings.kind == "lokr":
         return TrainableKronecker(module=module, rank=rank, alpha=alpha, factor=settings.factor, dropout=dropout)
-    low_rank = TrainableLowRank(module=module, rank=rank, alpha=alpha, dropout=dropout)
+    low_rank = TrainableLowRank(module=module, rank=rank, alpha=alpha, dropout=dropout, gaussian=settings.gaussian)
     return TrainableDecomposed(direction=low_rank) if settings.kind == "dora" else low_rank

@@ -72,7 +72,7 @@ def _trainable(
     dropout: AdapterDropout | None,
 ) -> Trainable:
     init, rank, alpha = config.lora.init, choice.rank, choice.alpha
-    if init != "default" and isinstance(module, FrozenLinear):
+    if init in ("pissa", "orthogonal") and isinstance(module, FrozenLinear):
         return TrainableRelative(
             module=module,
             rank=rank,
@@ -83,7 +83,7 @@ def _trainable(
             dropout=None if dropout is None else dropout.of(name),
         )
     lora = config.lora
-    kind = KindSettings(kind=lora.kind, factor=lora.factor, dropout=dropout)
+    kind = KindSettings(kind=lora.kind, factor=lora.factor, dropout=dropout, gaussian=init == "gaussian")
     fresh = trainable_for(name, module, kind, rank=rank, alpha=alpha)
     if start is None or not isinstance(fresh, TrainableLowRank):
         return fresh
