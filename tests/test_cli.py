@@ -23,7 +23,7 @@ from tests.conftest import write_images
 
 SURFACE = {
     "train": {
-        *("arguments", "images", "trigger", "base", "out", "restart", "allow_device_change", "as_json"),
+        *("arguments", "images", "trigger", "base", "out", "restart", "extend", "allow_device_change", "as_json"),
         *("steps", "epochs", "rank", "batch_size", "learning_rate", "resolution", "preset", "explain"),
         "from_kohya",
     },
