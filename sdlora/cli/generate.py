@@ -59,11 +59,11 @@ def generate(
     ] = None,
     strength: Annotated[
         float | None,
-        typer.Option(help=f"How much of --image is drawn anew, above 0 to 1 (all); default {STRENGTH}."),
+        typer.Option(help=f"How much of --image is repainted, above 0 to 1 (all); default {STRENGTH}."),
     ] = None,
     mask: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Inpainting: what is white here is drawn anew, what is black stays."),
+        typer.Option(metavar="FILE", help="Inpainting: what is white here is repainted, what is black stays."),
     ] = None,
     mask_blur: Annotated[
         int | None, typer.Option(help=f"Pixels over which the edge of --mask is mixed; default {MASK_BLUR}.")

@@ -22,9 +22,9 @@ class DrawingOptions(TypedDict, total=False):
     image: ImageArgument | None
     """The image that is drawn over: a file, or an image of Pillow."""
     strength: float | None
-    """How much of it is drawn anew: the share of the steps that are taken, above 0 and at most 1; 0.75 by default."""
+    """How much of it is repainted: the share of the steps that are taken, above 0 and at most 1; 0.75 by default."""
     mask: ImageArgument | None
-    """What of it is drawn anew: white is repainted, black stays."""
+    """What of it is repainted: white is repainted, black stays."""
     mask_blur: int | None
     """Radius in pixels over which the edge of the mask is mixed; 4 by default."""
 

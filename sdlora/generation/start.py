@@ -24,7 +24,7 @@ class Start:
     skipped: int
     """Steps at the beginning that are left out."""
     std: Tensor | None = None
-    """Of the VAE's posterior, from which latents are drawn; None where ``mean`` is exact."""
+    """Standard deviation of the VAE's posterior, from which latents are drawn; None where ``mean`` is exact."""
     mask: Tensor | None = None
     """(1, 1, h, w) float32: 1 is repainted, 0 stays."""
 

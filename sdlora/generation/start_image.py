@@ -30,7 +30,7 @@ class StartImage:
     image: Image.Image
     """RGB, at its own size."""
     strength: float = STRENGTH
-    """Share of the steps that are taken, above 0 and at most 1: how much of the image is drawn anew."""
+    """Share of the steps that are taken, above 0 and at most 1: how much of the image is repainted."""
     mask: Image.Image | None = None
     """Grey levels at the size of ``image``: white is repainted, black stays."""
     mask_blur: int = 0
@@ -140,7 +140,7 @@ def _mask_problems(image: Image.Image, mask: Image.Image, name: str) -> list[str
     if abs(across * height - down * width) > max(width, height):
         return [f"mask {name}: {across} x {down} pixels for an image of {width} x {height}; expected the same shape"]
     if np.asarray(mask.convert("L")).max() < 128:
-        return [f"mask {name}: nothing in it is white; paint white what is to be drawn anew"]
+        return [f"mask {name}: nothing in it is white; paint white what is to be repainted"]
     return []
 
 
