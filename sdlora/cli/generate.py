@@ -11,7 +11,7 @@ import typer
 from ..config.choices import PRECISIONS
 from ..errors import Interrupted
 from ..files import check_target
-from ..generation.request import MAX_SEED, RANDOM_SEED, ImageRequest, first_seed
+from ..generation.request import MASK_BLUR, MAX_SEED, RANDOM_SEED, STRENGTH, ImageRequest, first_seed
 from ..generation.samplers import SAMPLERS
 from ..generation.saving import FORMATS, ImageTarget
 from .app import BaseOption, JsonOption, app, emit, examples, guard, parse_size
@@ -25,6 +25,7 @@ _ANY_PRECISION = f"{', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}"
 @app.command(
     epilog=examples(
         "sdlora generate 'zorb, a fox' --lora zorb.safetensors:0.8 --seed 1",
+        "sdlora generate 'a fox in snow' --image fox.png --strength 0.6 --mask sky.png",
         "sdlora generate 'a fox' --base my-checkpoint.safetensors --size 512x768 --count 4 --out out/foxes",
     )
 )
@@ -52,6 +53,21 @@ def generate(
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels; default: the base's own.")] = None,
     count: Annotated[int, typer.Option(min=1, help="Images of each prompt, with the seeds N, N+1, ...")] = 1,
     sampler: Annotated[str, typer.Option(help=f"One of {', '.join(SAMPLERS)}.")] = ImageRequest.sampler,
+    image: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Image to image: draw over this one, by default at its own size."),
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(help=f"How much of --image is repainted, above 0 to 1 (all); default {STRENGTH}."),
+    ] = None,
+    mask: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Inpainting: what is white here is repainted, what is black stays."),
+    ] = None,
+    mask_blur: Annotated[
+        int | None, typer.Option(help=f"Pixels over which the edge of --mask is mixed; default {MASK_BLUR}.")
+    ] = None,
     strip: Annotated[
         bool,
         typer.Option(
@@ -92,6 +108,11 @@ def generate(
     first = first_seed(seed, count=count)
     options: dict[str, Any] = {"negative": negative, "seed": first, "steps": steps, "cfg": cfg}
     options |= {"size": shape, "sampler": sampler, "precision": precision, "base": section, "loras": lora or ()}
+    drawing = {"image": image, "strength": strength, "mask": mask, "mask_blur": mask_blur}
+    drawing = {name: value for name, value in drawing.items() if value is not None}
+    if strip and drawing:
+        raise typer.BadParameter(f"a strip is text to image; remove --{next(iter(drawing))}", param_hint="--strip")
+    options |= drawing
     options |= {"vae_tiling": vae_tiling} | ({} if strip else {"lora_dir": lora_dir})
     check_target(target.path, "folder" if target.is_folder else "file")
     files = _write_strip(prompt, target, options) if strip else _write_images(prompt, count, target, options)

@@ -4,15 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from ..config.sections import BaseSection
 from ..errors import BaseModelError, LoraFileError, SdloraError
 from .loras import LoraChoice
 from .request import ImageRequest, first_seed
+from .start_image import ImageArgument, start_image
 
 LoraArgument = str | Path | LoraChoice
 """``FILE[:UNET[:TE]]``, a path, or a choice."""
+
+
+class DrawingOptions(TypedDict, total=False):
+    """What else ``generate`` takes, to draw over an image."""
+
+    image: ImageArgument | None
+    """The image that is drawn over: a file, or an image of Pillow."""
+    strength: float | None
+    """How much of it is repainted: the share of the steps that are taken, above 0 and at most 1; 0.75 by default."""
+    mask: ImageArgument | None
+    """What of it is repainted: white is repainted, black stays."""
+    mask_blur: int | None
+    """Radius in pixels over which the edge of the mask is mixed; 4 by default."""
 
 
 def base_argument(base: object) -> str | BaseSection:
@@ -74,11 +88,15 @@ def image_requests(
     steps: int,
     cfg: float,
     sampler: str,
+    image: ImageArgument | None = None,
+    strength: float | None = None,
+    mask: ImageArgument | None = None,
+    mask_blur: int | None = None,
 ) -> list[ImageRequest]:
     """``count`` requests for each prompt, with seeds from ``seed`` on.
 
     Raises:
-        SdloraError: with one line for each argument of another type than expected.
+        SdloraError: with one line for each argument of another type than expected, and each file that cannot be read.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     problems = []
@@ -91,6 +109,11 @@ def image_requests(
         problems.append(f"size {size!r}: expected pixels, 512 or (512, 768) for width and height")
     if not _whole(steps):
         problems.append(f"steps {steps!r}: expected a whole number, at least 1")
+    start = None
+    try:
+        start = start_image(image, strength=strength, mask=mask, mask_blur=mask_blur)
+    except SdloraError as error:
+        problems += error.problems
     if problems:
         raise SdloraError(problems)
     first = first_seed(seed, count=count)
@@ -104,6 +127,7 @@ def image_requests(
             cfg=cfg,
             size=width_height,
             sampler=sampler,
+            start=start,
         )
         for text in texts
         for number in range(count)

@@ -26,6 +26,7 @@ from .infotext import infotext
 from .loras import WeightedLora, stacked
 from .request import ImageRequest
 from .saving import encoded
+from .start import Start, start_of
 
 IMAGES_AT_ONCE, PIXELS_AT_ONCE = 4, 1024 * 1024
 """Neighbouring images are generated together, as many as stay within both; at 1024 x 1024 one occupies any device."""
@@ -76,7 +77,7 @@ def generate_images(
     checkpoint = base.checkpoint
     base_autov2 = file_hashes(checkpoint.file, progress).autov2 if checkpoint.file else None
     images: list[GeneratedImage] = []
-    progress.start("Generating", sum(request.steps for request in requests))
+    progress.start("Generating", sum(request.steps_taken for request in requests))
     varying = [lora.choice for lora in loras if lora.choice.varies]
     decode = LatentDecoder(base, tiled=vae_tiling)
     batches = _batches(requests, checkpoint)
@@ -85,17 +86,19 @@ def generate_images(
         _conditionings(base, batches) as conditionings,
     ):
         for batch, conditioning in zip(batches, conditionings, strict=True):
-            steps = batch[0].steps
+            steps = batch[0].steps_taken
 
             def weigh(step: int, steps: int = steps) -> None:
                 own.vary([choice.factor(step, steps) for choice in varying])
 
-            latents = _denoised(base, batch, conditioning, progress, stop, weigh if varying else None)
+            start = start_of(base, batch)
+            latents = _denoised(base, batch, conditioning, progress, stop, weigh if varying else None, start)
             raise_if_stopped(stop, "stopped while generating")
             pixels = decode(latents).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
             for request, latent, array in zip(batch, latents, pixels, strict=True):
+                drawn = Image.fromarray(array)
                 image = GeneratedImage(
-                    image=Image.fromarray(array),
+                    image=drawn if request.start is None else request.start.pasted(drawn),
                     latents=latent.float().cpu(),
                     parameters=infotext(request, base=checkpoint, base_autov2=base_autov2, loras=loras),
                     request=request,
@@ -142,6 +145,7 @@ def _denoised(
     progress: Progress,
     stop: threading.Event | None,
     before_step: Callable[[int], None] | None,
+    start: Start | None,
 ) -> Tensor:
     """``denoise``, one image after another where memory does not suffice for all of ``batch``.
 
@@ -149,7 +153,7 @@ def _denoised(
         DeviceMemoryError: it does not suffice for one.
     """
     try:
-        return denoise(base, batch, conditioning, progress, stop, before_step)
+        return denoise(base, batch, conditioning, progress, stop, before_step, start)
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
@@ -170,8 +174,8 @@ def _denoised(
     alone = [Conditioning.stack([conditioning.row(row) for row in of_image]) for of_image in rows]
     return torch.cat(
         [
-            _denoised(base, [request], own, progress, stop, before_step)
-            for request, own in zip(batch, alone, strict=True)
+            _denoised(base, [request], own, progress, stop, before_step, None if start is None else start.row(number))
+            for number, (request, own) in enumerate(zip(batch, alone, strict=True))
         ]
     )
 

@@ -33,9 +33,15 @@ def infotext(
     if base_autov2:
         fields["Model hash"] = base_autov2
     fields["Model"] = re.sub(r"[\",:\s]+", " ", base.name).strip()
+    if request.start is not None:
+        fields["Denoising strength"] = f"{request.start.strength:g}"
     if base.clip_skip != base.family.clip_skip:
         fields["Clip skip"] = base.clip_skip
+    if request.start is not None:
+        fields["Init image hash"] = request.start.digest
     fields["RNG"] = "CPU"
+    if request.start is not None and request.start.mask_blur:
+        fields["Mask blur"] = request.start.mask_blur
     lora_hashes = {lora.tag_name: lora.fitted.autov3 for lora in loras if lora.fitted.autov3}
     if lora_hashes:
         fields["Lora hashes"] = ", ".join(f"{name}: {digest}" for name, digest in lora_hashes.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +13,17 @@ from .samplers import SAMPLERS
 
 if TYPE_CHECKING:
     from ..base.checkpoint import BaseCheckpoint
+    from .start_image import StartImage
 
 MAX_CFG = 100
 MAX_SEED = 2**32 - 1
 RANDOM_SEED = -1
 """As A1111 writes it; None means the same."""
+
+STRENGTH = 0.75
+"""Denoising strength of image to image, A1111's default."""
+MASK_BLUR = 4
+"""Pixels over which the edge of a mask is mixed, A1111's default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +37,23 @@ class ImageRequest:
     cfg: float = 5.0
     """Classifier-free guidance scale; 1 switches guidance off."""
     size: tuple[int, int] | None = None
-    """Width and height in pixels, multiples of the base's ``size_step``; None is the base's own square."""
+    """Width and height in pixels, multiples of the base's ``size_step``; None is that of ``start``, else the base's own
+    square."""
     sampler: str = "dpm++2m"
     """A name of ``samplers.SAMPLERS``."""
+    start: StartImage | None = None
+    """The image that is drawn over, in image to image and inpainting."""
 
     def size_on(self, base: BaseCheckpoint) -> tuple[int, int]:
         """Width and height in pixels when generated on ``base``."""
+        if self.size is None and self.start is not None:
+            return self.start.size_on(base)
         return self.size or (base.resolution, base.resolution)
+
+    @property
+    def steps_taken(self) -> int:
+        """Steps that are computed for it."""
+        return self.steps if self.start is None else self.start.steps_of(self.steps)
 
 
 def first_seed(seed: int | None, *, count: int) -> int:
@@ -75,4 +92,9 @@ def _problems(request: ImageRequest, base: BaseCheckpoint) -> list[str]:
         problems.append(f"cfg {request.cfg}: expected a number from 0 to {MAX_CFG}")
     if request.steps < 1:
         problems.append(f"steps {request.steps}: at least 1 is needed")
+    elif request.start is not None and request.steps_taken < 1:
+        strength, least = request.start.strength, math.ceil(1 / request.start.strength)
+        problems.append(
+            f"strength {strength:g} of {request.steps} steps is less than one step; use at least {least} steps"
+        )
     return problems
