@@ -4,22 +4,45 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from ..config.choices import PRECISIONS
 from ..errors import Interrupted
 from ..files import check_target
-from ..generation.request import MASK_BLUR, MAX_SEED, RANDOM_SEED, STRENGTH, ImageRequest, first_seed
-from ..generation.samplers import SAMPLERS
-from ..generation.saving import FORMATS, ImageTarget
+from ..generation.request import ImageRequest, first_seed
+from ..generation.saving import ImageTarget
 from .app import BaseOption, JsonOption, app, emit, examples, guard, parse_size
+from .generate_options import (
+    ANY_PRECISION,
+    AttentionOption,
+    CfgOption,
+    ClipSkipOption,
+    CountOption,
+    ImageOption,
+    LoraDirOption,
+    LoraOption,
+    MaskBlurOption,
+    MaskOption,
+    NegativeOption,
+    OutOption,
+    PrecisionOption,
+    PredictionOption,
+    PromptArgument,
+    SamplerOption,
+    SeedOption,
+    SizeOption,
+    StepsOption,
+    StrengthOption,
+    StripOption,
+    TextEncoderOption,
+    VaeOption,
+    VaeTilingOption,
+)
 
 if TYPE_CHECKING:
     from ..generation.images import GeneratedImage
-
-_ANY_PRECISION = f"{', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}"
 
 
 @app.command(
@@ -31,62 +54,30 @@ _ANY_PRECISION = f"{', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}"
 )
 @guard
 def generate(
-    prompt: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="Several prompts make several images.")],
+    prompt: PromptArgument,
     base: BaseOption = "mini",
-    lora: Annotated[
-        list[str] | None,
-        typer.Option(metavar="FILE[:UNET[:TE]]", help="A LoRA with its weight (default 1); may be repeated."),
-    ] = None,
-    lora_dir: Annotated[
-        str | None,
-        typer.Option(metavar="DIR", help="Folder in which tags of prompts, <lora:name:0.8>, find their files."),
-    ] = None,
-    negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
-    seed: Annotated[
-        int | None,
-        typer.Option(
-            min=RANDOM_SEED, max=MAX_SEED, help="Seed of the first image; by default, and by -1, a random one."
-        ),
-    ] = None,
-    steps: Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps.")] = ImageRequest.steps,
-    cfg: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is off.")] = ImageRequest.cfg,
-    size: Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels; default: the base's own.")] = None,
-    count: Annotated[int, typer.Option(min=1, help="Images of each prompt, with the seeds N, N+1, ...")] = 1,
-    sampler: Annotated[str, typer.Option(help=f"One of {', '.join(SAMPLERS)}.")] = ImageRequest.sampler,
-    image: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="Image to image: draw over this one, by default at its own size."),
-    ] = None,
-    strength: Annotated[
-        float | None,
-        typer.Option(help=f"How much of --image is repainted, above 0 to 1 (all); default {STRENGTH}."),
-    ] = None,
-    mask: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="Inpainting: what is white here is repainted, what is black stays."),
-    ] = None,
-    mask_blur: Annotated[
-        int | None, typer.Option(help=f"Pixels over which the edge of --mask is mixed; default {MASK_BLUR}.")
-    ] = None,
-    strip: Annotated[
-        bool,
-        typer.Option(
-            "--strip", help="One labelled image: without LoRA, each LoRA at half and full weight, all together."
-        ),
-    ] = False,
-    precision: Annotated[str, typer.Option(help=f"Precision of the base: {_ANY_PRECISION}.")] = "auto",
-    vae_tiling: Annotated[bool, typer.Option("--vae-tiling", help="Decode in strips: less memory, slower.")] = False,
-    clip_skip: Annotated[int | None, typer.Option(help="Layer of the text encoder, counted from the end.")] = None,
-    vae: Annotated[str | None, typer.Option(metavar="FILE", help="Replaces the base's own.")] = None,
-    text_encoder: Annotated[
-        list[str] | None, typer.Option(metavar="FILE", help="Replaces the base's own; repeat for SDXL's second.")
-    ] = None,
-    prediction: Annotated[str, typer.Option(help="The base's: auto, epsilon, v_prediction or sample.")] = "auto",
-    attention: Annotated[str, typer.Option(help="Implementation of attention: auto, sdpa or xformers.")] = "auto",
-    out: Annotated[
-        str,
-        typer.Option(metavar="PATH", help=f"File ({', '.join(FORMATS)}) to write, or folder, whose names count up."),
-    ] = "out/",
+    lora: LoraOption = None,
+    lora_dir: LoraDirOption = None,
+    negative: NegativeOption = "",
+    seed: SeedOption = None,
+    steps: StepsOption = ImageRequest.steps,
+    cfg: CfgOption = ImageRequest.cfg,
+    size: SizeOption = None,
+    count: CountOption = 1,
+    sampler: SamplerOption = ImageRequest.sampler,
+    image: ImageOption = None,
+    strength: StrengthOption = None,
+    mask: MaskOption = None,
+    mask_blur: MaskBlurOption = None,
+    strip: StripOption = False,
+    precision: PrecisionOption = "auto",
+    vae_tiling: VaeTilingOption = False,
+    clip_skip: ClipSkipOption = None,
+    vae: VaeOption = None,
+    text_encoder: TextEncoderOption = None,
+    prediction: PredictionOption = "auto",
+    attention: AttentionOption = "auto",
+    out: OutOption = "out/",
     as_json: JsonOption = False,
 ) -> None:
     """Generate images with any number of weighted LoRAs; each file contains its recipe."""
@@ -96,7 +87,7 @@ def generate(
     if strip and lora_dir is not None:
         raise typer.BadParameter("a strip shows the LoRAs of --lora; remove --lora-dir", param_hint="--strip")
     if precision not in PRECISIONS:
-        raise typer.BadParameter(f"{precision!r} is not {_ANY_PRECISION}", param_hint="--precision")
+        raise typer.BadParameter(f"{precision!r} is not {ANY_PRECISION}", param_hint="--precision")
     encoders = [*(text_encoder or ()), None, None]
     from ..config.loading import base_section
 
