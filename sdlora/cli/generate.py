@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,37 +12,27 @@ from ..config.choices import PRECISIONS
 from ..errors import Interrupted
 from ..files import check_target
 from ..generation.request import ImageRequest, first_seed
+from ..generation.samplers import SAMPLERS
 from ..generation.saving import ImageTarget
 from .app import BaseOption, JsonOption, app, emit, examples, guard, parse_size
 from .generate_options import (
-    ANY_PRECISION,
-    AttentionOption,
-    CfgOption,
-    ClipSkipOption,
-    CountOption,
     ImageOption,
     LoraDirOption,
     LoraOption,
     MaskBlurOption,
     MaskOption,
-    NegativeOption,
     OutOption,
-    PrecisionOption,
-    PredictionOption,
-    PromptArgument,
-    SamplerOption,
     SeedOption,
-    SizeOption,
-    StepsOption,
     StrengthOption,
     StripOption,
     TextEncoderOption,
-    VaeOption,
-    VaeTilingOption,
+    stated,
 )
 
 if TYPE_CHECKING:
     from ..generation.images import GeneratedImage
+
+_ANY_PRECISION = f"{', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}"
 
 
 @app.command(
@@ -54,29 +44,29 @@ if TYPE_CHECKING:
 )
 @guard
 def generate(
-    prompt: PromptArgument,
+    prompt: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="Several prompts make several images.")],
     base: BaseOption = "mini",
     lora: LoraOption = None,
     lora_dir: LoraDirOption = None,
-    negative: NegativeOption = "",
+    negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
     seed: SeedOption = None,
-    steps: StepsOption = ImageRequest.steps,
-    cfg: CfgOption = ImageRequest.cfg,
-    size: SizeOption = None,
-    count: CountOption = 1,
-    sampler: SamplerOption = ImageRequest.sampler,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps.")] = ImageRequest.steps,
+    cfg: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is off.")] = ImageRequest.cfg,
+    size: Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels; default: the base's own.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Images of each prompt, with the seeds N, N+1, ...")] = 1,
+    sampler: Annotated[str, typer.Option(help=f"One of {', '.join(SAMPLERS)}.")] = ImageRequest.sampler,
     image: ImageOption = None,
     strength: StrengthOption = None,
     mask: MaskOption = None,
     mask_blur: MaskBlurOption = None,
     strip: StripOption = False,
-    precision: PrecisionOption = "auto",
-    vae_tiling: VaeTilingOption = False,
-    clip_skip: ClipSkipOption = None,
-    vae: VaeOption = None,
+    precision: Annotated[str, typer.Option(help=f"Precision of the base: {_ANY_PRECISION}.")] = "auto",
+    vae_tiling: Annotated[bool, typer.Option("--vae-tiling", help="Decode in strips: less memory, slower.")] = False,
+    clip_skip: Annotated[int | None, typer.Option(help="Layer of the text encoder, counted from the end.")] = None,
+    vae: Annotated[str | None, typer.Option(metavar="FILE", help="Replaces the base's own.")] = None,
     text_encoder: TextEncoderOption = None,
-    prediction: PredictionOption = "auto",
-    attention: AttentionOption = "auto",
+    prediction: Annotated[str, typer.Option(help="The base's: auto, epsilon, v_prediction or sample.")] = "auto",
+    attention: Annotated[str, typer.Option(help="Implementation of attention: auto, sdpa or xformers.")] = "auto",
     out: OutOption = "out/",
     as_json: JsonOption = False,
 ) -> None:
@@ -87,7 +77,7 @@ def generate(
     if strip and lora_dir is not None:
         raise typer.BadParameter("a strip shows the LoRAs of --lora; remove --lora-dir", param_hint="--strip")
     if precision not in PRECISIONS:
-        raise typer.BadParameter(f"{precision!r} is not {ANY_PRECISION}", param_hint="--precision")
+        raise typer.BadParameter(f"{precision!r} is not {_ANY_PRECISION}", param_hint="--precision")
     encoders = [*(text_encoder or ()), None, None]
     from ..config.loading import base_section
 
@@ -99,8 +89,7 @@ def generate(
     first = first_seed(seed, count=count)
     options: dict[str, Any] = {"negative": negative, "seed": first, "steps": steps, "cfg": cfg}
     options |= {"size": shape, "sampler": sampler, "precision": precision, "base": section, "loras": lora or ()}
-    drawing = {"image": image, "strength": strength, "mask": mask, "mask_blur": mask_blur}
-    drawing = {name: value for name, value in drawing.items() if value is not None}
+    drawing = stated(image=image, strength=strength, mask=mask, mask_blur=mask_blur)
     if strip and drawing:
         raise typer.BadParameter(f"a strip is text to image; remove --{next(iter(drawing))}", param_hint="--strip")
     options |= drawing

@@ -40,7 +40,7 @@ def infotext(
     if request.start is not None:
         fields["Init image hash"] = request.start.digest
     fields["RNG"] = "CPU"
-    if request.start is not None and request.start.mask_blur:
+    if request.start is not None and request.start.mask is not None and request.start.mask_blur:
         fields["Mask blur"] = request.start.mask_blur
     lora_hashes = {lora.tag_name: lora.fitted.autov3 for lora in loras if lora.fitted.autov3}
     if lora_hashes:

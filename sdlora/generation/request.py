@@ -10,20 +10,15 @@ from typing import TYPE_CHECKING
 
 from ..errors import SdloraError
 from .samplers import SAMPLERS
+from .start_image import StartImage
 
 if TYPE_CHECKING:
     from ..base.checkpoint import BaseCheckpoint
-    from .start_image import StartImage
 
 MAX_CFG = 100
 MAX_SEED = 2**32 - 1
 RANDOM_SEED = -1
 """As A1111 writes it; None means the same."""
-
-STRENGTH = 0.75
-"""Denoising strength of image to image, A1111's default."""
-MASK_BLUR = 4
-"""Pixels over which the edge of a mask is mixed, A1111's default."""
 
 
 @dataclass(frozen=True, kw_only=True)

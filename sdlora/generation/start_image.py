@@ -1,4 +1,7 @@
-"""Image to image and inpainting: the image that is drawn over, and the mask of what is repainted. No tensors yet."""
+"""Image to image and inpainting: the image that is drawn over, and the mask of what is repainted.
+
+Importing this imports no package; numpy and Pillow are imported when an image is read.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +9,20 @@ import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import numpy as np
-from PIL import Image, ImageFilter
+from typing import TYPE_CHECKING, TypeAlias
 
 from ..errors import SdloraError
 from ..files import printable
-from .request import MASK_BLUR, STRENGTH
 
 if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
     from ..base.checkpoint import BaseCheckpoint
 
 MOST_SIDES = 2
 """An image of more pixels than a square of this many times the base's side is drawn smaller, unless a size is stated."""
-ImageArgument = str | Path | Image.Image
+ImageArgument: TypeAlias = "str | Path | Image.Image"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -29,12 +31,12 @@ class StartImage:
 
     image: Image.Image
     """RGB, at its own size."""
-    strength: float = STRENGTH
-    """Share of the steps that are taken, above 0 and at most 1: how much of the image is repainted."""
+    strength: float = 0.75
+    """Share of the steps that are taken, above 0 and at most 1: how much of the image is repainted. A1111's default."""
     mask: Image.Image | None = None
-    """Grey levels at the size of ``image``: white is repainted, black stays."""
-    mask_blur: int = 0
-    """Radius in pixels of the blur of the edge at which the old and the new pixels are mixed."""
+    """In the shape of ``image``, at any size: white is repainted, black stays."""
+    mask_blur: int = 4
+    """Radius in pixels of the blur of the edge at which the old and the new pixels are mixed. A1111's default."""
 
     def steps_of(self, steps: int) -> int:
         """How many of ``steps`` are taken, as diffusers' pipelines count them."""
@@ -51,6 +53,8 @@ class StartImage:
 
     def scaled(self, size: tuple[int, int]) -> Image.Image:
         """The image at ``size``, stretched where its aspect is another, as diffusers and A1111 ("Just resize") do."""
+        from PIL import Image
+
         return self.image if self.image.size == size else self.image.resize(size, Image.Resampling.LANCZOS)
 
     def cells(self, size: tuple[int, int], factor: int) -> np.ndarray | None:
@@ -60,8 +64,11 @@ class StartImage:
         """
         if self.mask is None:
             return None
+        import numpy as np
+        from PIL import Image
+
         width, height = size
-        white = np.asarray(self.mask.resize(size, Image.Resampling.BILINEAR)) >= 128
+        white = np.asarray(self.mask.convert("L").resize(size, Image.Resampling.BILINEAR)) >= 128
         in_cells = white.reshape(height // factor, factor, width // factor, factor)
         return in_cells.max((1, 3)).astype(np.float32)
 
@@ -69,7 +76,9 @@ class StartImage:
         """``drawn`` where the mask is white, the image's own pixels elsewhere, mixed over the blurred edge."""
         if self.mask is None:
             return drawn
-        mask = self.mask.resize(drawn.size, Image.Resampling.BILINEAR)
+        from PIL import Image, ImageFilter
+
+        mask = self.mask.convert("L").resize(drawn.size, Image.Resampling.BILINEAR)
         if self.mask_blur:
             mask = mask.filter(ImageFilter.GaussianBlur(self.mask_blur))
         return Image.composite(drawn, self.scaled(drawn.size), mask)
@@ -113,17 +122,17 @@ def start_image(
         raise SdloraError(problems)
     if image is None:
         return None
-    grey = opened["mask"].convert("L") if mask is not None else None
-    blur = MASK_BLUR if mask_blur is None else mask_blur
     return StartImage(
         image=opened["image"],
-        strength=STRENGTH if strength is None else strength,
-        mask=None if grey is None else grey.resize(opened["image"].size, Image.Resampling.BILINEAR),
-        mask_blur=blur if grey is not None else 0,
+        strength=StartImage.strength if strength is None else strength,
+        mask=opened.get("mask"),
+        mask_blur=StartImage.mask_blur if mask_blur is None else mask_blur,
     )
 
 
 def _opened(name: str, source: object) -> Image.Image:
+    from PIL import Image
+
     from ..data.images import flattened, open_image
 
     ground = "#000000" if name == "mask" else "#ffffff"
@@ -136,6 +145,8 @@ def _opened(name: str, source: object) -> Image.Image:
 
 def _mask_problems(image: Image.Image, mask: Image.Image, name: str) -> list[str]:
     """A mask may be smaller or larger than its image, but not of another shape."""
+    import numpy as np
+
     (width, height), (across, down) = image.size, mask.size
     if abs(across * height - down * width) > max(width, height):
         return [f"mask {name}: {across} x {down} pixels for an image of {width} x {height}; expected the same shape"]
@@ -147,7 +158,7 @@ def _mask_problems(image: Image.Image, mask: Image.Image, name: str) -> list[str
 def _shown(value: object) -> str:
     if isinstance(value, str | Path):
         return printable(Path(value))
-    return "an image" if isinstance(value, Image.Image) else repr(value)
+    return repr(value) if isinstance(value, int | float) else "an image"
 
 
 def _number(value: object) -> bool:
