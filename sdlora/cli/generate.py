@@ -16,6 +16,10 @@ from ..generation.samplers import SAMPLERS
 from ..generation.saving import ImageTarget
 from .app import BaseOption, JsonOption, app, emit, examples, guard, parse_size
 from .generate_options import (
+    HiresOption,
+    HiresStepsOption,
+    HiresStrengthOption,
+    HiresUpscalerOption,
     ImageOption,
     LoraDirOption,
     LoraOption,
@@ -39,6 +43,7 @@ _ANY_PRECISION = f"{', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}"
     epilog=examples(
         "sdlora generate 'zorb, a fox' --lora zorb.safetensors:0.8 --seed 1",
         "sdlora generate 'a fox in snow' --image fox.png --strength 0.6 --mask sky.png",
+        "sdlora generate 'a fox' --hires 2 --hires-steps 10",
         "sdlora generate 'a fox' --base my-checkpoint.safetensors --size 512x768 --count 4 --out out/foxes",
     )
 )
@@ -59,6 +64,10 @@ def generate(
     strength: StrengthOption = None,
     mask: MaskOption = None,
     mask_blur: MaskBlurOption = None,
+    hires: HiresOption = None,
+    hires_strength: HiresStrengthOption = None,
+    hires_steps: HiresStepsOption = None,
+    hires_upscaler: HiresUpscalerOption = None,
     strip: StripOption = False,
     precision: Annotated[str, typer.Option(help=f"Precision of the base: {_ANY_PRECISION}.")] = "auto",
     vae_tiling: Annotated[bool, typer.Option("--vae-tiling", help="Decode in strips: less memory, slower.")] = False,
@@ -89,9 +98,13 @@ def generate(
     first = first_seed(seed, count=count)
     options: dict[str, Any] = {"negative": negative, "seed": first, "steps": steps, "cfg": cfg}
     options |= {"size": shape, "sampler": sampler, "precision": precision, "base": section, "loras": lora or ()}
-    drawing = stated(image=image, strength=strength, mask=mask, mask_blur=mask_blur)
+    drawing = stated(
+        image=image, strength=strength, mask=mask, mask_blur=mask_blur, hires=hires, hires_strength=hires_strength,
+        hires_steps=hires_steps, hires_upscaler=hires_upscaler,
+    )  # fmt: skip
     if strip and drawing:
-        raise typer.BadParameter(f"a strip is text to image; remove --{next(iter(drawing))}", param_hint="--strip")
+        option = next(iter(drawing)).replace("_", "-")
+        raise typer.BadParameter(f"a strip is text to image in one pass; remove --{option}", param_hint="--strip")
     options |= drawing
     options |= {"vae_tiling": vae_tiling} | ({} if strip else {"lora_dir": lora_dir})
     check_target(target.path, "folder" if target.is_folder else "file")

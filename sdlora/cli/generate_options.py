@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..generation.hires import UPSCALERS, Hires
 from ..generation.request import MAX_SEED, RANDOM_SEED
 from ..generation.saving import FORMATS
 from ..generation.start_image import StartImage
@@ -36,6 +37,21 @@ MaskOption = Annotated[
 ]
 MaskBlurOption = Annotated[
     int | None, typer.Option(help=f"Pixels over which the edge of --mask is mixed; default {StartImage.mask_blur}.")
+]
+HiresOption = Annotated[
+    float | None,
+    typer.Option(metavar="FACTOR", help="Second pass: enlarge what was drawn by this, and draw over it (Hires. fix)."),
+]
+HiresStrengthOption = Annotated[
+    float | None,
+    typer.Option(help=f"How much of it the second pass repaints, above 0 to 1; default {Hires.strength}."),
+]
+HiresStepsOption = Annotated[
+    int | None, typer.Option(help="Steps that the second pass takes; default: as many as the first.")
+]
+HiresUpscalerOption = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help=f"One of {', '.join(UPSCALERS)}; default {Hires.upscaler}."),
 ]
 StripOption = Annotated[
     bool,
