@@ -40,7 +40,8 @@ def train(
 ) -> TrainReport:
     """Train a LoRA, or resume its training, and write the file ``config.output.path``.
 
-    With several processes, only the main one reports.
+    Processes that ``torchrun`` started share the batch of each step, and the result is that of one process up to rounding.
+    Only the first of them reports and writes; see ``docs/several-devices.md``.
 
     Args:
         config: a configuration, or the path of its TOML file.
@@ -57,14 +58,17 @@ def train(
 
     Raises:
         SdloraError: a fault of the input, found before a model is loaded wherever that is possible.
+        ProcessLostError: another process has ended; the first one has saved the state, if it is this one.
         Interrupted: Ctrl-C or ``stop``; the state is saved, and the same call resumes from it.
     """
     config = as_config(config, "train")
     _check_extension(extend, restart=restart)
-    from accelerate import Accelerator
+    from .processes import check_batch, join_processes
 
-    check_target(Path(config.output.path))
-    is_main = Accelerator().is_main_process  # Unlike PartialState, it makes a group of processes without GPU too.
+    group = join_processes()
+    is_main = group.is_main_process
+    if is_main:
+        check_target(Path(config.output.path))
     with progress_or_bar(progress if is_main else Silence()) as reports:
         dataset = examine_dataset(config, progress=reports)
         raise_errors(dataset.findings)
@@ -76,8 +80,9 @@ def train(
         from .plan import plan_run
 
         plan = plan_run(config, dataset) if restart else continued(plan_run(config, dataset), extend=extend)
+        uneven = check_batch(plan.batches.batch_size, group.num_processes)
         if is_main:
-            for line in _known(dataset, plan):
+            for line in [*_known(dataset, plan), *([uneven] if uneven else [])]:
                 say(line)
         raise_if_stopped(stop, "stopped before the first step; run the same command to start")
         lock = locked(Path(config.output.path)) if is_main else nullcontext()
