@@ -69,6 +69,8 @@ def train(
     is_main = group.is_main_process
     if is_main:
         check_target(Path(config.output.path))
+    else:
+        say = _nothing
     with progress_or_bar(progress if is_main else Silence()) as reports:
         dataset = examine_dataset(config, progress=reports)
         raise_errors(dataset.findings)
@@ -81,9 +83,8 @@ def train(
 
         plan = plan_run(config, dataset) if restart else continued(plan_run(config, dataset), extend=extend)
         uneven = check_batch(plan.batches.batch_size, group.num_processes)
-        if is_main:
-            for line in [*_known(dataset, plan), *([uneven] if uneven else [])]:
-                say(line)
+        for line in filter(None, [*_known(dataset, plan), uneven]):
+            say(line)
         raise_if_stopped(stop, "stopped before the first step; run the same command to start")
         lock = locked(Path(config.output.path)) if is_main else nullcontext()
         with lock, deterministic_algorithms(plan.config.train.deterministic):
@@ -93,13 +94,17 @@ def train(
                 progress=reports,
                 stop=stop,
                 allow_device_change=allow_device_change,
-                say=say if is_main else lambda line: None,
+                say=say,
                 on_step=on_step,
                 on_validation=on_validation,
             )
-        if is_main and report.result.warning:
+        if report.result.warning:
             say(f"warning: {report.result.warning}")
         return report
+
+
+def _nothing(line: str) -> None:
+    """What a process says that is not the first."""
 
 
 def _known(dataset: ExaminedDataset, plan: RunPlan) -> list[str]:
