@@ -110,8 +110,8 @@ def check_devices(environment: Mapping[str, str], *, devices: int) -> None:
         )
 
 
-def check_batch(batch_size: int, processes: int) -> str:
-    """What to say of a batch that ``processes`` share; "" where each has the same number of its images.
+def check_batch(batch_size: int, processes: int) -> list[str]:
+    """What to say of a batch that ``processes`` share: nothing where each has the same number of its images.
 
     Raises:
         ConfigError: there are more processes than images.
@@ -122,12 +122,12 @@ def check_batch(batch_size: int, processes: int) -> str:
             f"than its images; start at most {batch_size}, or set train.batch_size={processes}"
         )
     if batch_size % processes == 0:
-        return ""
+        return []
     even = batch_size // processes * processes
-    return (
+    return [
         f"train.batch_size = {batch_size} is shared by {processes} processes: some compute one image more in each step, and "
         f"the others wait; {even} and {even + processes} are shared evenly"
-    )
+    ]
 
 
 def add_up(tensor: Tensor) -> None:

@@ -20,6 +20,8 @@ from ..lint.run import examine_dataset
 from ..progress import Progress, Silence, progress_or_bar, raise_if_stopped
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from .plan import RunPlan
     from .records import StepRecord
     from .report import TrainReport
@@ -63,14 +65,8 @@ def train(
     """
     config = as_config(config, "train")
     _check_extension(extend, restart=restart)
-    from .processes import check_batch, join_processes
-
-    group = join_processes()
-    is_main = group.is_main_process
-    if is_main:
-        check_target(Path(config.output.path))
-    else:
-        say = _nothing
+    group, output = _joined(config), Path(config.output.path)
+    is_main, say = group.is_main_process, say if group.is_main_process else _nothing
     with progress_or_bar(progress if is_main else Silence()) as reports:
         dataset = examine_dataset(config, progress=reports)
         raise_errors(dataset.findings)
@@ -80,14 +76,14 @@ def train(
         from .lock import locked
         from .loop import run_training
         from .plan import plan_run
+        from .processes import check_batch
 
         plan = plan_run(config, dataset) if restart else continued(plan_run(config, dataset), extend=extend)
         uneven = check_batch(plan.batches.batch_size, group.num_processes)
-        for line in filter(None, [*_known(dataset, plan), uneven]):
+        for line in [*_known(dataset, plan), *uneven]:
             say(line)
         raise_if_stopped(stop, "stopped before the first step; run the same command to start")
-        lock = locked(Path(config.output.path)) if is_main else nullcontext()
-        with lock, deterministic_algorithms(plan.config.train.deterministic):
+        with locked(output) if is_main else nullcontext(), deterministic_algorithms(plan.config.train.deterministic):
             report = run_training(
                 plan,
                 restart=restart,
@@ -101,6 +97,16 @@ def train(
         if report.result.warning:
             say(f"warning: {report.result.warning}")
         return report
+
+
+def _joined(config: Config) -> Accelerator:
+    """The processes that share the run. The first of them finds out whether the output can be written."""
+    from .processes import join_processes
+
+    group = join_processes()
+    if group.is_main_process:
+        check_target(Path(config.output.path))
+    return group
 
 
 def _nothing(line: str) -> None:
