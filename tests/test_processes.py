@@ -20,9 +20,11 @@ import sdlora as package
 from sdlora.errors import ConfigError, ResumeError
 from sdlora.formats.safetensors_file import read_header
 from sdlora.training.processes import check_batch, check_devices, described_processes
+from tests.conftest import ROOT
 from tests.training_runs import config_for, everything, overrides, same_but_for_times
 
 STEPS = 20
+SCRIPT = ROOT / "configs" / "several-machines.sbatch"
 GUARD = """
 import os, sys
 
@@ -124,6 +126,42 @@ def test_a_killed_process_ends_the_run_which_resumes_to_the_same_bytes(
     same_but_for_times(pair[0], output)
 
 
+def test_the_script_for_slurm_starts_the_same_run_on_two_machines(
+    pair: tuple[Path, dict[str, object]], tiny_base: Path, folder: Path, tmp_path: Path
+) -> None:
+    """Two machines that are both this one: ``srun`` runs the task of each with what Slurm says in it."""
+    tools, output = tmp_path / "tools", tmp_path / "x.safetensors"
+    tools.mkdir()
+    task = 'SLURM_NODEID=$node SLURM_PROCID=$node SLURM_STEP_NUM_TASKS=2 SLURM_NNODES=2 "$@"'
+    write_tool(
+        tools / "srun",
+        f'shift\nfor node in 1 0; do {task} & tasks+=($!); done\nfor task in "${{tasks[@]}}"; do wait $task; done',
+    )
+    write_tool(tools / "scontrol", '[ "$*" = "show hostnames node[1-2]" ] && printf "127.0.0.1\\nnode2\\n"')
+    write_tool(tools / "torchrun", f'exec {sys.executable} -m torch.distributed.run "$@"')
+    slurm = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": str(os.getpid()), "SLURM_CPUS_PER_TASK": "1"}
+    environment = os.environ | slurm | {"PATH": f"{tools}:{os.environ['PATH']}"}
+    environment.pop("OMP_NUM_THREADS", None)
+    result = subprocess.run(
+        ["bash", SCRIPT, *settings(tiny_base, folder, output), "--json"],
+        env=environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["steps"] == STEPS  # Rank 0 alone prints its answer.
+    same_but_for_times(pair[0], output)
+
+
+def write_tool(file: Path, body: str) -> None:
+    file.write_text(f"#!/usr/bin/env bash\nset -e\n{body}\n")
+    file.chmod(0o755)
+
+
+def test_the_script_for_slurm_asks_for_one_task_on_each_machine() -> None:
+    subprocess.run(["bash", "-n", SCRIPT], check=True)
+    asked = re.findall(r"^#SBATCH --(\S+)", SCRIPT.read_text(), re.MULTILINE)
+    assert {"ntasks-per-node=1", "requeue"} <= set(asked)
+
+
 @pytest.mark.slow
 def test_ctrl_c_stops_all_processes_at_once_and_what_they_saved_is_enough_for_one(
     pair: tuple[Path, dict[str, object]], tiny_base: Path, folder: Path, tmp_path: Path
@@ -137,8 +175,10 @@ def test_ctrl_c_stops_all_processes_at_once_and_what_they_saved_is_enough_for_on
     assert stopped.returncode == 130
     done = re.findall(rf"stopped after step (\d+) of {STEPS}; run the same command to resume", said)
     assert len(done) == 1, said
-    result = package.train(config_for(tiny_base, None, output, *command)).result
+    said = list[str]()
+    result = package.train(config_for(tiny_base, None, output, *command), say=said.append).result
     assert result.resumed_from == int(done[0])
+    assert [line for line in said if line.startswith("resuming with 1 processes what 2 began")]
     one, two = load_file(output), load_file(pair[0])
     for key in one:
         torch.testing.assert_close(one[key], two[key], rtol=0, atol=1e-5)

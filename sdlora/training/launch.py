@@ -209,13 +209,20 @@ def _problems(process: _Process, count: int) -> list[str]:
 
 @contextmanager
 def _received_signals() -> Generator[list[int]]:
-    """Within the block, in the main thread, Ctrl-C, SIGTERM and SIGHUP are added to the list and do nothing else."""
+    """Within the block, in the main thread, Ctrl-C, SIGTERM and SIGHUP are added to the list and do nothing else.
+
+    Those that are ignored, as under nohup, stay so.
+    """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
     hang_up = getattr(signal, "SIGHUP", None)  # Windows has none.
-    numbers = [signal.SIGINT, signal.SIGTERM, *([] if hang_up is None else [hang_up])]
+    numbers = [
+        number
+        for number in (signal.SIGINT, signal.SIGTERM, hang_up)
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN
+    ]
 
     def on_signal(number: int, _: FrameType | None) -> None:
         received.append(number)

@@ -115,6 +115,12 @@ def run_training(
     check_agreement({**facts_seen, NEWEST: str(start.step)}, accelerator)
     files.open(start)
     say(describe_precision(facts, chosen))
+    if start.step and start.processes != accelerator.num_processes:
+        start = replace(start, shape=None)  # A process has another share of the batch now.
+        say(
+            f"resuming with {accelerator.num_processes} processes what {start.processes} began: the same images and noise, "
+            "and the result is equal up to rounding"
+        )
     with explained("loading the base", CLOSE_OTHERS):
         # Its parts are in main memory until they work, and its VAE encodes in float32.
         base = loaded(vae_dtype=torch.float32, home=torch.device("cpu"))
