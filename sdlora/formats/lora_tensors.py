@@ -38,6 +38,25 @@ def build_change(tensors: Mapping[str, Tensor], *, scale: Scale) -> Change:
     change = _kind(tensors, scale.alpha if stored is None else float(stored))
     if isinstance(change, Kronecker) and change.rank is None and scale.whole_factors and scale.alpha and scale.rank:
         change = replace(change, w1=_times(change.w1, scale.alpha / scale.rank))
+    return _decomposed(change, tensors)
+
+
+def empty_change(shapes: Mapping[str, tuple[int, ...]]) -> Change:
+    """The change that tensors of these roles and shapes make up, on the meta device: for what shapes alone decide.
+
+    An IA³ vector is taken as one of outputs; which it is of is a number in the file.
+
+    Raises:
+        ValueError: as ``build_change``.
+    """
+    meta = {role: torch.empty(shape, device="meta") for role, shape in shapes.items()}
+    if "on_input" in meta:
+        meta["on_input"] = torch.zeros(())
+    return _decomposed(_kind(meta, None), meta)
+
+
+def _decomposed(change: Change, tensors: Mapping[str, Tensor]) -> Change:
+    """``change``, or DoRA over it where a magnitude is among ``tensors``."""
     magnitude = tensors.get("magnitude")
     if "magnitude_vector" in tensors:
         magnitude = tensors["magnitude_vector"].reshape(-1, *[1] * (len(change.weight_shape or (0, 0)) - 1))
