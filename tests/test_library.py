@@ -239,7 +239,7 @@ def test_only_what_changed_is_read_again(tmp_path: Path, reads: list[str]) -> No
 
 def test_tables_of_one_layout_are_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(5):
-        write(tmp_path / f"{number}.safetensors", seed=number, ss_output_name=f"n{number}")
+        write(tmp_path / f"{number}.safetensors", seed=number, ss_output_name=f"n{number}", x="é" * number)
     write(tmp_path / "8.safetensors", rank=8, ss_output_name="n")
     parsed, parse = [], header.parse_header
     monkeypatch.setattr(header, "parse_header", lambda *given: (parsed.append(given[0].name), parse(*given))[1])

@@ -67,8 +67,8 @@ def split_header(raw: RawHeader) -> tuple[dict[str, str], bytes] | None:
 
     What follows is not parsed. Files with tensors of the same names, shapes and places have the same bytes there.
     """
-    text = raw.text
-    if not text.startswith(METADATA_FIRST) or text.count(b'"__metadata__"') != 1 or not text.rstrip().endswith(b"}"):
+    text = raw.text.rstrip()
+    if not text.startswith(METADATA_FIRST) or text.count(b'"__metadata__"') != 1 or not text.endswith(b"}"):
         return None
     try:
         after = text[len(METADATA_FIRST) :].decode("utf-8")
@@ -76,7 +76,9 @@ def split_header(raw: RawHeader) -> tuple[dict[str, str], bytes] | None:
     except (ValueError, RecursionError):
         return None
     if isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values()):
-        return metadata, after[end:].encode("utf-8")
+        # The place in bytes is further on than that in letters where some of these take several.
+        end = end if after.isascii() else len(after[:end].encode("utf-8"))
+        return metadata, text[len(METADATA_FIRST) + end :]
     return None
 
 
