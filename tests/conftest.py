@@ -7,6 +7,9 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # One thread for each of the processes that share the cores.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import subprocess
 import sys
@@ -21,6 +24,8 @@ from hypothesis import settings
 from PIL import Image
 
 if TYPE_CHECKING:
+    from xdist.scheduler import LoadFileScheduling
+
     from sdlora.cache.store import EncodedCache
 
 ROOT = Path(__file__).parent.parent
@@ -28,6 +33,31 @@ ROOT = Path(__file__).parent.parent
 # A busy machine makes any example slow; what must be fast has a benchmark.
 settings.register_profile("any-machine", deadline=None)
 settings.load_profile("any-machine")
+
+
+LONGEST_FIRST = (
+    "test_style",
+    "test_docs",
+    "test_memory_presets",
+    "test_recipes_benchmark",
+    "test_front_door",
+    "test_mini",
+)
+"""Files that start first where several processes share the tests, so that none is left alone with a long one."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {name: number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadFileScheduling:
+    """Whole files go to a process, in the order above: what a file's tests share is made once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    config.option.loadscopereorder = False
+    return LoadFileScheduling(config, log)
 
 
 @pytest.fixture(autouse=True)

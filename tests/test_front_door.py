@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from pathlib import Path
@@ -10,29 +9,10 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
-from PIL import Image
 from typer.main import get_command
 
 from sdlora.cli import app
 from tests.conftest import ROOT
-
-
-def test_quickstart_leaves_two_loras_and_the_strip(quickstart) -> None:
-    assert quickstart.returncode == 0, quickstart.stderr
-    report = json.loads(quickstart.stdout)
-    assert [Path(file).name for file in report["loras"]] == ["blueprint.safetensors", "pixel.safetensors"]
-    assert all(Path(file).stat().st_size > 500_000 for file in report["loras"])
-    with Image.open(report["strip"]) as strip:
-        assert strip.width > 6 * 256
-        assert strip.text["parameters"].count("Steps: ") == 18  # ty: ignore[unresolved-attribute]
-    assert [command.split()[1] for command in report["commands"]] == [
-        "train",
-        "train",
-        "generate",
-        "inspect",
-        "inspect",
-    ]
-    assert all(f"$ {command}" in quickstart.stderr for command in report["commands"])
 
 
 def test_quickstart_elsewhere_says_where_to_go(sdlora) -> None:
@@ -104,5 +84,5 @@ def test_the_readme_links_to_files_that_are_there(path: str) -> None:
 
 def test_the_readme_names_the_two_set_up_commands() -> None:
     assert "pip install -c constraints.txt . && sdlora quickstart" in README
-    assert "pip install -c constraints.txt -e '.[test]' && pytest" in README
-    assert "pip install --quiet -c constraints.txt -e '.[test]' && pytest" in (ROOT / ".ci" / "run").read_text()
+    assert "pip install -c constraints.txt -e '.[test]' && pytest -n 2" in README
+    assert "pip install --quiet -c constraints.txt -e '.[test]' && pytest -n 2" in (ROOT / ".ci" / "run").read_text()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 
 import sdlora
 from recipes.mini.art import article
@@ -31,6 +32,24 @@ def loras(quickstart) -> dict[str, Path]:
     """Both styles, as the quickstart trains them."""
     files = [Path(file) for file in json.loads(quickstart.stdout)["loras"]]
     return {file.stem: file for file in files}
+
+
+def test_quickstart_leaves_two_loras_and_the_strip(quickstart) -> None:
+    assert quickstart.returncode == 0, quickstart.stderr
+    report = json.loads(quickstart.stdout)
+    assert [Path(file).name for file in report["loras"]] == ["blueprint.safetensors", "pixel.safetensors"]
+    assert all(Path(file).stat().st_size > 500_000 for file in report["loras"])
+    with Image.open(report["strip"]) as strip:
+        assert strip.width > 6 * 256
+        assert strip.text["parameters"].count("Steps: ") == 18  # ty: ignore[unresolved-attribute]
+    assert [command.split()[1] for command in report["commands"]] == [
+        "train",
+        "train",
+        "generate",
+        "inspect",
+        "inspect",
+    ]
+    assert all(f"$ {command}" in quickstart.stderr for command in report["commands"])
 
 
 def draw(subjects: list[str], trigger: str, choices: list[str]) -> list[GeneratedImage]:
