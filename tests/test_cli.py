@@ -82,6 +82,7 @@ SURFACE = {
     "cache info": {"folder", "as_json"},
     "cache prune": {"max_gigabytes", "everything", "folder", "as_json"},
     "plan": {"arguments", "images", "trigger", "resolution", "base", "gpu", "probe", "as_json"},
+    "init": {"folder", "out", "base", "trigger", "preset", "as_json"},
     "quickstart": {"out", "as_json"},
     "settings": {"section", "as_json"},
     "lint": {
