@@ -34,6 +34,7 @@ from . import (
     quickstart,
     resize,
     settings,
+    sweep,
     train,
 )
 
@@ -61,6 +62,7 @@ __all__ = [
     "quickstart",
     "resize",
     "settings",
+    "sweep",
     "train",
 ]
 
