@@ -36,6 +36,7 @@ from . import (
     quickstart,
     resize,
     settings,
+    sweep,
     train,
 )
 
@@ -65,6 +66,7 @@ __all__ = [
     "quickstart",
     "resize",
     "settings",
+    "sweep",
     "train",
 ]
 
