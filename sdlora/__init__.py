@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .config.sections import BaseSection, Config
     from .errors import Interrupted, SdloraError
     from .generation.studio import generate, generate_strip, open
+    from .grids.grid import grid
     from .library.listing import list_loras
     from .lint.run import lint_dataset
     from .pipelines.applying import applied, apply, restore
@@ -50,6 +51,7 @@ _HOMES = {
     "export_civitai": "publish.civitai",
     "generate": "generation.studio",
     "generate_strip": "generation.studio",
+    "grid": "grids.grid",
     "inspect": "tools.inspect",
     "resize": "tools.resize",
     "merge": "tools.merge",
@@ -87,6 +89,7 @@ __all__ = [
     "extract",
     "generate",
     "generate_strip",
+    "grid",
     "inspect",
     "interference",
     "lint_dataset",
