@@ -40,6 +40,7 @@ SURFACE = {
             "attention",
             "vae_tiling",
             "lora_dir",
+            "wildcards",
         ),
     },
     "inspect": {"file", "with_hashes", "as_json"},

@@ -15,6 +15,7 @@ from ..generation.request import MAX_SEED, RANDOM_SEED, ImageRequest, first_seed
 from ..generation.samplers import SAMPLERS
 from ..generation.saving import FORMATS, ImageTarget
 from .app import BaseOption, JsonOption, app, emit, examples, guard, parse_size
+from .prompt_options import WildcardsOption
 
 if TYPE_CHECKING:
     from ..generation.images import GeneratedImage
@@ -40,6 +41,7 @@ def generate(
         str | None,
         typer.Option(metavar="DIR", help="Folder in which tags of prompts, <lora:name:0.8>, find their files."),
     ] = None,
+    wildcards: WildcardsOption = None,
     negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
     seed: Annotated[
         int | None,
@@ -75,10 +77,8 @@ def generate(
 ) -> None:
     """Generate images with any number of weighted LoRAs; each file contains its recipe."""
     shape = parse_size(size)
-    if strip and count > 1:
-        raise typer.BadParameter("a strip shows one seed; remove --count", param_hint="--strip")
-    if strip and lora_dir is not None:
-        raise typer.BadParameter("a strip shows the LoRAs of --lora; remove --lora-dir", param_hint="--strip")
+    if strip:
+        _check_strip(count, lora_dir, wildcards)
     if precision not in PRECISIONS:
         raise typer.BadParameter(f"{precision!r} is not {_ANY_PRECISION}", param_hint="--precision")
     encoders = [*(text_encoder or ()), None, None]
@@ -92,13 +92,23 @@ def generate(
     first = first_seed(seed, count=count)
     options: dict[str, Any] = {"negative": negative, "seed": first, "steps": steps, "cfg": cfg}
     options |= {"size": shape, "sampler": sampler, "precision": precision, "base": section, "loras": lora or ()}
-    options |= {"vae_tiling": vae_tiling} | ({} if strip else {"lora_dir": lora_dir})
+    options |= {"vae_tiling": vae_tiling} | ({} if strip else {"lora_dir": lora_dir, "wildcards": wildcards})
     check_target(target.path, "folder" if target.is_folder else "file")
     files = _write_strip(prompt, target, options) if strip else _write_images(prompt, count, target, options)
     if as_json:
         emit({"images": [str(file) for file in files], "seed": first, "prompts": prompt, "loras": list(lora or ())})
     else:
         _print_files(files, None if seed == first else first)
+
+
+def _check_strip(count: int, lora_dir: str | None, wildcards: str | None) -> None:
+    """Refuse what a strip does not follow."""
+    if count > 1:
+        raise typer.BadParameter("a strip shows one seed; remove --count", param_hint="--strip")
+    if lora_dir is not None:
+        raise typer.BadParameter("a strip shows the LoRAs of --lora; remove --lora-dir", param_hint="--strip")
+    if wildcards is not None:
+        raise typer.BadParameter("a strip shows prompts as written; remove --wildcards", param_hint="--strip")
 
 
 def _print_files(files: list[Path], random_seed: int | None) -> None:

@@ -187,4 +187,5 @@ def _batches(requests: Sequence[ImageRequest], checkpoint: BaseCheckpoint) -> li
 
 
 def _settings(request: ImageRequest) -> tuple[ImageRequest, bool]:
-    return replace(request, prompt="", negative="", seed=0), is_guided(request)
+    common = replace(request, prompt="", negative="", prompt_template="", negative_template="", seed=0)
+    return common, is_guided(request)

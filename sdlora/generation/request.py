@@ -33,6 +33,9 @@ class ImageRequest:
     """Width and height in pixels, multiples of the base's ``size_step``; None is the base's own square."""
     sampler: str = "dpm++2m"
     """A name of ``samplers.SAMPLERS``."""
+    prompt_template: str = ""
+    """The prompt as written, where wildcards in it were replaced by entries; else empty."""
+    negative_template: str = ""
 
     def size_on(self, base: BaseCheckpoint) -> tuple[int, int]:
         """Width and height in pixels when generated on ``base``."""
