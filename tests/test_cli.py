@@ -41,6 +41,7 @@ SURFACE = {
             "vae_tiling",
             "lora_dir",
             "wildcards",
+            "prompts",
         ),
     },
     "inspect": {"file", "with_hashes", "as_json"},

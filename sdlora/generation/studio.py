@@ -20,7 +20,7 @@ from ..config.sections import BaseSection
 from ..errors import SdloraError
 from ..lora.stack import Stack
 from ..progress import Progress, progress_or_bar
-from .arguments import LoraArgument, base_argument, image_requests, lora_choices
+from .arguments import LoraArgument, PromptArgument, base_argument, image_requests, lora_choices
 from .grid import labelled_grid
 from .loras import FittedLora, WeightedLora, fit_loras
 from .prompt_folders import PromptFolders
@@ -38,7 +38,7 @@ STRENGTHS = (0.0, 0.5, 1.0)
 
 
 def generate(
-    prompts: str | Sequence[str],
+    prompts: PromptArgument | Sequence[PromptArgument],
     *,
     base: str | Path | BaseSection = "mini",
     loras: LoraArgument | Sequence[LoraArgument] = (),
@@ -61,7 +61,8 @@ def generate(
     """Generate ``count`` images of each prompt, with seeds ``seed``, ``seed + 1`` …, under all ``loras`` at once.
 
     Args:
-        prompts: in A1111's syntax, ``(word:1.2)``, ``[word]``, ``BREAK``; of any length.
+        prompts: in A1111's syntax, ``(word:1.2)``, ``[a:b:0.5]``, ``AND``; of any length. Those of ``read_prompts`` have
+            values of their own.
         base: the value of ``base.path`` in a configuration, or a whole ``[base]`` section.
         loras: one or several, each ``FILE[:UNET[:TE]]``, a path or a ``LoraChoice``.
         lora_dir: where tags of prompts, ``<lora:name:0.8>``, find their files; they are added to ``loras``.
@@ -168,7 +169,7 @@ class OpenStudio:
 
     def generate(
         self,
-        prompts: str | Sequence[str],
+        prompts: PromptArgument | Sequence[PromptArgument],
         *,
         loras: LoraArgument | Sequence[LoraArgument] = (),
         negative: str = ImageRequest.negative,
