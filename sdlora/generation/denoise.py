@@ -13,6 +13,7 @@ from ..progress import Progress, Stop, raise_if_stopped
 from .request import ImageRequest
 from .samplers import SAMPLERS, make_scheduler
 from .scheduled_prompt import ScheduledConditioning
+from .start import Start, begin
 
 
 def denoise(
@@ -22,12 +23,13 @@ def denoise(
     progress: Progress,
     stop: Stop | None = None,
     before_step: Callable[[int], None] | None = None,
+    start: Start | None = None,
 ) -> Tensor:
     """Latents, (b, 4, h/8, w/8) float32, of b requests that differ in nothing but prompts and seeds.
 
-    ``conditioning`` is that of ``encode_requests``. ``before_step`` is called with the number of each step, from 0. A step
-    reads nothing back from the device, and copies nothing to it but the new noise of samplers that draw some: the schedule
-    stays in main memory, where samplers compute their factors.
+    ``conditioning`` is that of ``encode_requests``, ``start`` that of ``start_of``. ``before_step`` is called with the
+    number of each step, from 0. A step reads nothing back from the device, and copies nothing to it but the new noise of
+    samplers that draw some: the schedule stays in main memory, where samplers compute their factors.
 
     Guidance is ε = ε₀ + g (ε₁ - ε₀) (Ho & Salimans 2022, eq. 6, with g = 1 + w). Noise is drawn on the CPU, so a seed
     gives the same image on every device.
@@ -44,10 +46,10 @@ def denoise(
     factor = base.checkpoint.latent_factor
     shape = (1, base.unet.config["in_channels"], height // factor, width // factor)
     generators = [torch.Generator("cpu").manual_seed(request.seed) for request in requests]
-    noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
-    latents = noise.to(base.device) * scheduler.init_noise_sigma
+    beginning = begin(scheduler, generators, shape, base.device, start)
+    latents = beginning.latents
     extra = {"generator": generators} if sampler.adds_noise else {}
-    timesteps = zip(scheduler.timesteps, scheduler.timesteps.to(base.device), strict=True)
+    timesteps = zip(beginning.timesteps, beginning.timesteps.to(base.device), strict=True)
     for step, (timestep, on_device) in enumerate(timesteps):
         raise_if_stopped(stop, "stopped while generating")
         if before_step is not None:
@@ -58,5 +60,7 @@ def denoise(
             unconditional, conditional = conditioning.split(predicted)
             predicted = unconditional + first.cfg * (conditional - unconditional)
         latents = scheduler.step(predicted, timestep, latents, return_dict=False, **extra)[0]
+        if beginning.after_step is not None:
+            latents = beginning.after_step(latents, step)
         progress.advance(len(requests))
     return latents

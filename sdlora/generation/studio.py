@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 from PIL import Image
 
@@ -20,7 +20,7 @@ from ..config.sections import BaseSection
 from ..errors import SdloraError
 from ..lora.stack import Stack
 from ..progress import Progress, progress_or_bar
-from .arguments import LoraArgument, PromptArgument, base_argument, image_requests, lora_choices
+from .arguments import DrawingOptions, LoraArgument, PromptArgument, base_argument, image_requests, lora_choices
 from .grid import labelled_grid
 from .loras import FittedLora, WeightedLora, fit_loras
 from .prompt_folders import PromptFolders
@@ -57,6 +57,7 @@ def generate(
     stop: threading.Event | None = None,
     on_image: Callable[[GeneratedImage], None] | None = None,
     say: Callable[[str], None] = lambda line: None,
+    **drawing: Unpack[DrawingOptions],
 ) -> list[GeneratedImage]:
     """Generate ``count`` images of each prompt, with seeds ``seed``, ``seed + 1`` …, under all ``loras`` at once.
 
@@ -78,6 +79,7 @@ def generate(
         on_image: called with each image as soon as it is done.
         say: called with the device, the precision and the free memory, before the base is loaded, and with trigger words
             that a prompt lacks.
+        drawing: image to image and inpainting, see ``DrawingOptions``.
 
     Raises:
         SdloraError: a base, LoRA, size, sampler or precision that cannot be used, found before anything is generated.
@@ -86,7 +88,7 @@ def generate(
     with open(base, precision=precision, vae_tiling=vae_tiling, lora_dir=lora_dir, wildcards=wildcards) as studio:
         return studio.generate(
             prompts, loras=loras, negative=negative, seed=seed, count=count, steps=steps, cfg=cfg, size=size,
-            sampler=sampler, progress=progress, stop=stop, on_image=on_image, say=say,
+            sampler=sampler, progress=progress, stop=stop, on_image=on_image, say=say, **drawing,
         )  # fmt: skip
 
 
@@ -183,6 +185,7 @@ class OpenStudio:
         stop: threading.Event | None = None,
         on_image: Callable[[GeneratedImage], None] | None = None,
         say: Callable[[str], None] = lambda line: None,
+        **drawing: Unpack[DrawingOptions],
     ) -> list[GeneratedImage]:
         """As the function ``generate``, on this base.
 
@@ -191,8 +194,9 @@ class OpenStudio:
             Interrupted: ``stop`` was set.
         """
         requests = image_requests(
-            prompts, seed=seed, count=count, size=size, negative=negative, steps=steps, cfg=cfg, sampler=sampler
-        )
+            prompts, seed=seed, count=count, size=size, negative=negative, steps=steps, cfg=cfg, sampler=sampler,
+            **drawing,
+        )  # fmt: skip
         tagged = self._folders.read(requests)
         requests = [entry.request for entry in tagged]
         check_syntax((request.prompt for request in requests), (request.negative for request in requests))
