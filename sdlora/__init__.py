@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .config.loading import load_config
     from .config.sections import BaseSection, Config
     from .errors import Interrupted, SdloraError
+    from .generation.prompt_file import read_prompts
     from .generation.studio import generate, generate_strip, open
     from .grids.grid import grid
     from .library.listing import list_loras
@@ -46,6 +47,7 @@ _HOMES = {
     "applied": "pipelines.applying",
     "apply": "pipelines.applying",
     "restore": "pipelines.applying",
+    "read_prompts": "generation.prompt_file",
     "caption_folder": "captioning.folder",
     "convert": "tools.convert",
     "export_civitai": "publish.civitai",
@@ -98,6 +100,7 @@ __all__ = [
     "merge",
     "open",
     "plan",
+    "read_prompts",
     "resize",
     "restore",
     "sweep",

@@ -40,6 +40,8 @@ SURFACE = {
             "attention",
             "vae_tiling",
             "lora_dir",
+            "wildcards",
+            "prompts",
             "image",
             "strength",
             "mask",
