@@ -14,12 +14,23 @@ from ..files import check_target
 from ..generation.request import MAX_SEED, RANDOM_SEED, ImageRequest, first_seed
 from ..generation.samplers import SAMPLERS
 from ..generation.saving import FORMATS, ImageTarget
+from ..generation.schedules import SCHEDULES
 from .app import BaseOption, JsonOption, app, emit, examples, guard, parse_size
 
 if TYPE_CHECKING:
     from ..generation.images import GeneratedImage
 
 _ANY_PRECISION = f"{', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}"
+
+SamplerOption = Annotated[str, typer.Option(help=f"One of {', '.join(SAMPLERS)}, or as A1111 names it.")]
+SeedOption = Annotated[
+    int | None,
+    typer.Option(min=RANDOM_SEED, max=MAX_SEED, help="Seed of the first image; by default, and by -1, a random one."),
+]
+PrecisionOption = Annotated[str, typer.Option(help=f"Precision of the base: {_ANY_PRECISION}.")]
+ScheduleOption = Annotated[
+    str | None, typer.Option(help=f"Spread of the steps: {', '.join(SCHEDULES)}. By default the sampler's own.")
+]
 
 
 @app.command(
@@ -41,24 +52,20 @@ def generate(
         typer.Option(metavar="DIR", help="Folder in which tags of prompts, <lora:name:0.8>, find their files."),
     ] = None,
     negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
-    seed: Annotated[
-        int | None,
-        typer.Option(
-            min=RANDOM_SEED, max=MAX_SEED, help="Seed of the first image; by default, and by -1, a random one."
-        ),
-    ] = None,
+    seed: SeedOption = None,
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps.")] = ImageRequest.steps,
     cfg: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is off.")] = ImageRequest.cfg,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels; default: the base's own.")] = None,
     count: Annotated[int, typer.Option(min=1, help="Images of each prompt, with the seeds N, N+1, ...")] = 1,
-    sampler: Annotated[str, typer.Option(help=f"One of {', '.join(SAMPLERS)}.")] = ImageRequest.sampler,
+    sampler: SamplerOption = ImageRequest.sampler,
+    schedule: ScheduleOption = ImageRequest.schedule,
     strip: Annotated[
         bool,
         typer.Option(
             "--strip", help="One labelled image: without LoRA, each LoRA at half and full weight, all together."
         ),
     ] = False,
-    precision: Annotated[str, typer.Option(help=f"Precision of the base: {_ANY_PRECISION}.")] = "auto",
+    precision: PrecisionOption = "auto",
     vae_tiling: Annotated[bool, typer.Option("--vae-tiling", help="Decode in strips: less memory, slower.")] = False,
     clip_skip: Annotated[int | None, typer.Option(help="Layer of the text encoder, counted from the end.")] = None,
     vae: Annotated[str | None, typer.Option(metavar="FILE", help="Replaces the base's own.")] = None,
@@ -91,7 +98,14 @@ def generate(
     target = ImageTarget.parse(out)
     first = first_seed(seed, count=count)
     options: dict[str, Any] = {"negative": negative, "seed": first, "steps": steps, "cfg": cfg}
-    options |= {"size": shape, "sampler": sampler, "precision": precision, "base": section, "loras": lora or ()}
+    options |= {
+        "size": shape,
+        "sampler": sampler,
+        "schedule": schedule,
+        "precision": precision,
+        "base": section,
+        "loras": lora or (),
+    }
     options |= {"vae_tiling": vae_tiling} | ({} if strip else {"lora_dir": lora_dir})
     check_target(target.path, "folder" if target.is_folder else "file")
     files = _write_strip(prompt, target, options) if strip else _write_images(prompt, count, target, options)

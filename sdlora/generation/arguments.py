@@ -10,6 +10,7 @@ from ..config.sections import BaseSection
 from ..errors import BaseModelError, LoraFileError, SdloraError
 from .loras import LoraChoice
 from .request import ImageRequest, first_seed
+from .samplers import read_sampler
 
 LoraArgument = str | Path | LoraChoice
 """``FILE[:UNET[:TE]]``, a path, or a choice."""
@@ -56,6 +57,7 @@ def image_requests(
     steps: int,
     cfg: float,
     sampler: str,
+    schedule: str | None,
 ) -> list[ImageRequest]:
     """``count`` requests for each prompt, with seeds from ``seed`` on.
 
@@ -75,6 +77,7 @@ def image_requests(
         problems.append(f"steps {steps!r}: expected a whole number, at least 1")
     if problems:
         raise SdloraError(problems)
+    named, spread = read_sampler(sampler, schedule)
     first = first_seed(seed, count=count)
     width_height = None if sides is None else (sides[0], sides[1])
     return [
@@ -85,7 +88,8 @@ def image_requests(
             steps=steps,
             cfg=cfg,
             size=width_height,
-            sampler=sampler,
+            sampler=named,
+            schedule=spread,
         )
         for text in texts
         for number in range(count)

@@ -14,7 +14,8 @@ from ..base.tokens import padded, tokenize
 from ..progress import Progress, Stop, raise_if_stopped
 from .prompts import parse_prompt
 from .request import ImageRequest
-from .samplers import SAMPLERS, make_scheduler
+from .samplers import SAMPLERS
+from .schedulers import make_scheduler
 
 
 def denoise(
@@ -39,8 +40,7 @@ def denoise(
     """
     first = requests[0]
     sampler = SAMPLERS[first.sampler]
-    scheduler = make_scheduler(sampler, base.checkpoint.schedule)
-    scheduler.set_timesteps(first.steps, device="cpu")
+    scheduler = make_scheduler(sampler, base.checkpoint.schedule, first.steps, first.schedule)
     guided = _is_guided(first)
     width, height = first.size_on(base.checkpoint)
     sizes = time_ids([Framing.whole(width, height)] * conditioning.context.shape[0]).to(base.device)
@@ -49,11 +49,13 @@ def denoise(
     generators = [torch.Generator("cpu").manual_seed(request.seed) for request in requests]
     noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
     latents = noise.to(base.device) * scheduler.init_noise_sigma
-    extra = {"generator": generators} if sampler.adds_noise else {}
-    timesteps = zip(scheduler.timesteps, scheduler.timesteps.to(base.device), strict=True)
-    for step, (timestep, on_device) in enumerate(timesteps):
+    extra = {**sampler.step_options, **({"generator": generators} if sampler.adds_noise else {})}
+    calls, timesteps = len(scheduler.timesteps), scheduler.timesteps.to(base.device)
+    for call, (timestep, on_device) in enumerate(zip(scheduler.timesteps, timesteps, strict=True)):
         raise_if_stopped(stop, "stopped while generating")
-        if before_step is not None:
+        # Samplers of second order call the UNet twice for a step, except for the last.
+        step, part = divmod(call, scheduler.order)
+        if before_step is not None and part == 0:
             before_step(step)
         noisy = scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, timestep)
         predicted = base.predict(noisy, on_device, conditioning, sizes)
@@ -61,7 +63,8 @@ def denoise(
             unconditional, conditional = predicted.chunk(2)
             predicted = unconditional + first.cfg * (conditional - unconditional)
         latents = scheduler.step(predicted, timestep, latents, return_dict=False, **extra)[0]
-        progress.advance(len(requests))
+        if part == scheduler.order - 1 or call == calls - 1:
+            progress.advance(len(requests))
     return latents
 
 

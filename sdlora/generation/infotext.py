@@ -12,6 +12,9 @@ from .loras import WeightedLora
 from .request import ImageRequest
 from .samplers import SAMPLERS, a1111_schedule
 
+OWN_SCHEDULE = "Timestep spacing"
+"""The field of a schedule that A1111 has no name for."""
+
 
 def infotext(
     request: ImageRequest, *, base: BaseCheckpoint, base_autov2: str | None, loras: Sequence[WeightedLora]
@@ -22,10 +25,12 @@ def infotext(
     ``Model hash``, ``Lora hashes`` and ``Hashes``.
     """
     width, height = request.size_on(base)
+    schedule_type = a1111_schedule(SAMPLERS[request.sampler], base.schedule, request.steps, request.schedule)
     fields = {
         "Steps": request.steps,
         "Sampler": SAMPLERS[request.sampler].a1111_name,
-        "Schedule type": a1111_schedule(SAMPLERS[request.sampler], base.schedule, request.steps),
+        "Schedule type": schedule_type,
+        OWN_SCHEDULE: request.schedule if schedule_type is None else None,
         "CFG scale": f"{request.cfg:g}",
         "Seed": request.seed,
         "Size": f"{width}x{height}",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import SdloraError
-from .samplers import SAMPLERS
+from .samplers import sampler_problems
 
 if TYPE_CHECKING:
     from ..base.checkpoint import BaseCheckpoint
@@ -33,6 +33,8 @@ class ImageRequest:
     """Width and height in pixels, multiples of the base's ``size_step``; None is the base's own square."""
     sampler: str = "dpm++2m"
     """A name of ``samplers.SAMPLERS``."""
+    schedule: str | None = None
+    """A name of ``schedules.SCHEDULES``; None is the base's own spacing of timesteps, or else the sampler's."""
 
     def size_on(self, base: BaseCheckpoint) -> tuple[int, int]:
         """Width and height in pixels when generated on ``base``."""
@@ -64,13 +66,7 @@ def _problems(request: ImageRequest, base: BaseCheckpoint) -> list[str]:
     width, height = request.size_on(base)
     if width % step or height % step or min(width, height) <= 0:
         problems.append(f"size {width}x{height}: width and height must be multiples of {step} pixels on {base.name}")
-    if request.sampler not in SAMPLERS:
-        problems.append(f"sampler {request.sampler!r} is unknown; choose one of {', '.join(SAMPLERS)}")
-    elif base.schedule.prediction == "sample" and not SAMPLERS[request.sampler].reads_sample:
-        able = ", ".join(name for name, sampler in SAMPLERS.items() if sampler.reads_sample)
-        problems.append(
-            f"sampler {request.sampler!r} does not work on a base that predicts the image; choose one of {able}"
-        )
+    problems += sampler_problems(request.sampler, request.schedule, request.steps, base.schedule.prediction)
     if not isinstance(request.cfg, int | float) or not 0 <= request.cfg <= MAX_CFG:
         problems.append(f"cfg {request.cfg}: expected a number from 0 to {MAX_CFG}")
     if request.steps < 1:

@@ -49,6 +49,7 @@ def generate(
     cfg: float = ImageRequest.cfg,
     size: int | tuple[int, int] | None = ImageRequest.size,
     sampler: str = ImageRequest.sampler,
+    schedule: str | None = ImageRequest.schedule,
     precision: str = "auto",
     vae_tiling: bool = False,
     lora_dir: str | Path | None = None,
@@ -67,6 +68,7 @@ def generate(
         seed: seed of the first image of each prompt, 0 to 2**32 - 1; None or -1 for a random one.
         cfg: classifier-free guidance scale; 1 switches guidance off.
         size: (width, height) in pixels, or the side of a square; by default the base's own square.
+        sampler, schedule: names of ``sdlora generate``, of A1111 (``DPM++ 2M Karras``), k-diffusion or diffusers.
         precision: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
         vae_tiling: decode in strips, in a fraction of the memory: the same image, later. It is done anyway where memory
             runs out.
@@ -83,7 +85,7 @@ def generate(
     with open(base, precision=precision, vae_tiling=vae_tiling, lora_dir=lora_dir) as studio:
         return studio.generate(
             prompts, loras=loras, negative=negative, seed=seed, count=count, steps=steps, cfg=cfg, size=size,
-            sampler=sampler, progress=progress, stop=stop, on_image=on_image, say=say,
+            sampler=sampler, schedule=schedule, progress=progress, stop=stop, on_image=on_image, say=say,
         )  # fmt: skip
 
 
@@ -100,6 +102,7 @@ def generate_strip(
     cfg: float = ImageRequest.cfg,
     size: int | tuple[int, int] | None = ImageRequest.size,
     sampler: str = ImageRequest.sampler,
+    schedule: str | None = ImageRequest.schedule,
     precision: str = "auto",
     vae_tiling: bool = False,
     progress: Progress | None = None,
@@ -114,7 +117,7 @@ def generate_strip(
     with open(base, precision=precision, vae_tiling=vae_tiling) as studio:
         return studio.generate_strip(
             prompts, loras=loras, strengths=strengths, scale=scale, negative=negative, seed=seed, steps=steps, cfg=cfg,
-            size=size, sampler=sampler, progress=progress, stop=stop, say=say,
+            size=size, sampler=sampler, schedule=schedule, progress=progress, stop=stop, say=say,
         )  # fmt: skip
 
 
@@ -175,6 +178,7 @@ class OpenStudio:
         cfg: float = ImageRequest.cfg,
         size: int | tuple[int, int] | None = ImageRequest.size,
         sampler: str = ImageRequest.sampler,
+        schedule: str | None = ImageRequest.schedule,
         progress: Progress | None = None,
         stop: threading.Event | None = None,
         on_image: Callable[[GeneratedImage], None] | None = None,
@@ -187,8 +191,9 @@ class OpenStudio:
             Interrupted: ``stop`` was set.
         """
         requests = image_requests(
-            prompts, seed=seed, count=count, size=size, negative=negative, steps=steps, cfg=cfg, sampler=sampler
-        )
+            prompts, seed=seed, count=count, size=size, negative=negative, steps=steps, cfg=cfg, sampler=sampler,
+            schedule=schedule,
+        )  # fmt: skip
         tagged = read_tags(requests, self._folder)
         requests = [entry.request for entry in tagged]
         check_syntax(text for request in requests for text in (request.prompt, request.negative))
@@ -224,14 +229,16 @@ class OpenStudio:
         cfg: float = ImageRequest.cfg,
         size: int | tuple[int, int] | None = ImageRequest.size,
         sampler: str = ImageRequest.sampler,
+        schedule: str | None = ImageRequest.schedule,
         progress: Progress | None = None,
         stop: threading.Event | None = None,
         say: Callable[[str], None] = lambda line: None,
     ) -> tuple[Image.Image, str]:
         """As the function ``generate_strip``, on this base. Raises as ``generate``."""
         requests = image_requests(
-            prompts, seed=seed, count=1, size=size, negative=negative, steps=steps, cfg=cfg, sampler=sampler
-        )
+            prompts, seed=seed, count=1, size=size, negative=negative, steps=steps, cfg=cfg, sampler=sampler,
+            schedule=schedule,
+        )  # fmt: skip
         check_syntax(text for request in requests for text in (request.prompt, request.negative))
         studio = self.prepared(requests, loras, say)
         columns = _columns(studio.loras, strengths)
