@@ -118,7 +118,15 @@ def assert_same_weights(found: Mapping[str, Tensor], expected: Mapping[str, Tens
 
 @pytest.mark.parametrize(
     "names",
-    [("a:0.8", "b:0.5:1.5"), ("a", "loha:0.7"), ("lokr", "b"), ("a:-1", "dora:0.5"), ("norm:0.5", "a"), ("a", "a")],
+    [
+        ("a:0.8", "b:0.5:1.5"),
+        ("a", "loha:0.7"),
+        ("lokr", "b"),
+        ("a:-1", "dora:0.5"),
+        ("norm:0.5", "a"),
+        ("a", "a"),
+        ("a:0.8:lbw=OUTALL", "b:lbw=INALL"),
+    ],
 )
 def test_concatenated_files_do_what_stacked_files_do(
     names: tuple[str, ...], base: Path, loras: dict[str, Path], tmp_path: Path
@@ -329,6 +337,10 @@ def test_the_command_line_answers_in_words_and_json(base: Path, loras: dict[str,
             "rank 0: expected a whole number, at least 1\nenergy 1.5: expected",
         ),
         ({"method": "ties", "density": 0.0}, "density 0: expected a share above 0"),
+        (
+            {"loras": ["a.safetensors:1@0,0@1", "b.safetensors:1:stop=3"]},
+            "b.safetensors: a start, a stop or a curve needs",
+        ),
         (
             {"loras": ["missing.safetensors", "other.safetensors"]},
             "missing.safetensors: no such file\nother.safetensors",

@@ -6,14 +6,18 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import sdlora
 from sdlora.errors import SdloraError
 from sdlora.families import FAMILIES
 from sdlora.formats.hashes import file_hashes
+from sdlora.formats.weight_curve import WeightCurve
 from sdlora.generation.blocks import LISTS, PRESETS, BlockWeights, blocks_of
 from sdlora.generation.denoise import denoise, encode_requests
 from sdlora.generation.lora_choice import LoraChoice
@@ -51,6 +55,11 @@ def folder(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("x.safetensors:unet=0.5", {"unet": 0.5, "text_encoder": 1.0}),
         ("x.safetensors:start=5:stop=0.75", {"start": 5, "stop": 0.75}),
         ("x.safetensors:1:0:step=2-8", {"unet": 1.0, "text_encoder": 0.0, "start": 2, "stop": 8}),
+        (
+            "x.safetensors:0.5@0.25,1@1,-0.2@0:stop=9",
+            {"text_encoder": -0.2, "stop": 9, "curve": WeightCurve(points=((0, -0.2), (0.25, 0.5), (1, 1)))},
+        ),
+        ("x.safetensors:te=0:unet=0@3;1@6", {"text_encoder": 0.0, "curve": WeightCurve(points=((3, 0), (6, 1)))}),
     ],
 )
 def test_what_follows_the_file_is_read(text: str, expected: dict[str, Any]) -> None:
@@ -71,6 +80,9 @@ def test_what_follows_the_file_is_read(text: str, expected: dict[str, Any]) -> N
         ("1:start=late", "'late' is no step"),
         ("1:start=1.5", "start and stop are steps"),
         ("1:start=8:stop=3", "start 8 is not before stop 3"),
+        ("1@0,11@1", "expected weights between -10 and 10"),
+        ("1@0,x@1", "'x@1' is no weight at a step"),
+        ("1@0,2@0", "1@0,2@0: expected different steps"),
         ("1:strength=3", "'strength=3' is unknown; expected weights, unet="),
     ],
 )
@@ -169,11 +181,35 @@ def test_start_and_stop_are_merging_between_the_steps(tiny_base: Path, folder: P
         base, [request], encode_requests(base, [request]), Silence(),
         before_step=lambda step: stack.set([lora.changes()] if 2 <= step < 5 else []),
     )  # fmt: skip
-    for window in ("start=2:stop=5", "step=2-5", "start=0.34:stop=0.84"):
-        (image,) = sdlora.generate("a fox", base=tiny_base, loras=f"{file}:0.7:0:{window}", steps=steps, seed=0)
+    for window in (
+        "0.7:0:start=2:stop=5",
+        "0.7:0:step=2-5",
+        "0.7:0:start=0.34:stop=0.84",
+        "te=0:unet=0@1,0.7@2,0.7@4,0@5",
+    ):
+        (image,) = sdlora.generate("a fox", base=tiny_base, loras=f"{file}:{window}", steps=steps, seed=0)
         torch.testing.assert_close(image.latents, expected[0], rtol=1e-3, atol=1e-4)
     (whole,) = sdlora.generate("a fox", base=tiny_base, loras=f"{file}:0.7:0", steps=steps, seed=0)
     assert (whole.latents - expected[0]).abs().max() > 1e-2
+
+
+@given(
+    points=st.dictionaries(st.sampled_from([0, 0.25, 0.5, 1]), st.floats(-10, 10), min_size=1),
+    step=st.integers(0, 29),
+)
+def test_a_curve_is_linear_between_its_moments(points: dict[float, float], step: int) -> None:
+    """As the extension interpolates, by numpy; its last step is at 1."""
+    text = ",".join(f"{weight!r}@{moment}" for moment, weight in points.items())
+    moments = sorted(points)
+    expected = np.interp(step / 29, moments, [points[moment] for moment in moments])
+    assert WeightCurve.parse(text).at(step, 30) == pytest.approx(expected, abs=1e-9)
+
+
+def test_a_curve_counts_steps_where_a_moment_is_above_1() -> None:
+    """The extension's own example values."""
+    curve = WeightCurve.parse("0.75@0;0.5@3;1@6")
+    assert [curve.at(step, 30) for step in (0, 3, 6, 9)] == [0.75, 0.5, 1.0, 1.0]
+    assert WeightCurve.parse("0.5@5,1.0@10").at(8, 30) == pytest.approx(0.8)
 
 
 def test_tags_find_files_and_leave_the_prompt(tiny_base: Path, folder: Path) -> None:
@@ -184,6 +220,7 @@ def test_tags_find_files_and_leave_the_prompt(tiny_base: Path, folder: Path) -> 
         "<lora:by-alias:te=0.5:unet=0.9>": "old.safetensors:0.9:0.5",
         "<lora:a/twin:1:0.5>": "a/twin.safetensors:0.5:1",
         "<lora:STYLE:-0.5:lbw=INALL>": "style.safetensors:-0.5:lbw=INALL",
+        "<lora:style:te=0.5:unet=0@0,1@1>": "style.safetensors:te=0.5:unet=0@0,1@1",
     }
     with sdlora.open(tiny_base, lora_dir=folder) as studio:
         made = studio.generate([f"a fox {tag} at night" for tag in tags], **SMALL)

@@ -151,7 +151,7 @@ def test_blocks_nest_and_faults_leave_the_pipeline_as_it_was(tmp_path: Path) -> 
             (f"{files[1]}:abc", "not a number"),
             (tmp_path / "none.safetensors", "no such file"),
             ([files[1], files[1]], "named more than once"),
-            (f"{files[1]}:1:stop=3", "start and stop need the steps"),
+            (f"{files[1]}:1:stop=3", "a start, a stop or a curve needs the steps"),
         ):
             with pytest.raises(SdloraError, match=said) as caught:
                 sdlora.apply(pipe, [files[0], faulty] if isinstance(faulty, Path) else faulty)

@@ -90,10 +90,14 @@ def train(
 
     if not PartialState().is_main_process:
         return
+    check = report.result.check
     if as_json:
-        emit({**{key: getattr(report.result, key) for key in ANSWER}, "samples": report.samples})
+        answer = {key: getattr(report.result, key) for key in ANSWER}
+        emit({**answer, "check": check and check.to_json(), "samples": report.samples})
         return
     typer.echo(f"{report.result.output}: {_summary(report.result)}")
+    if check:
+        typer.echo(f"{report.result.output}: {check.in_words}")
     if report.samples:
         typer.echo(f"{report.samples}: samples")
 

@@ -90,7 +90,7 @@ def build_change(tensors: Mapping[str, Tensor], *, scale: Scale) -> Change:
     for role in tensors.keys() & _NO_CHANGES.keys():
         raise ValueError(_NO_CHANGES[role])
     for role, tensor in tensors.items():
-        if tensor.is_floating_point() and not _is_finite(tensor):
+        if tensor.is_floating_point() and not is_finite(tensor):
             raise ValueError(f"holds NaN or infinity ({role})")
     stored = tensors.get("alpha")
     if stored is not None and stored.numel() != 1:
@@ -114,7 +114,7 @@ def _infinity(dtype: torch.dtype) -> int:
     return int(torch.tensor(math.inf, dtype=dtype).view(_WHOLE[dtype.itemsize]))
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
     """By bits: read as integers, infinity and NaN are above the finite numbers of their sign.
 
     Several times as fast as ``torch.isfinite``, and without a second tensor.

@@ -8,6 +8,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from .weight_curve import WeightCurve
+
 TAG = re.compile(r"<(lora|lyco|hypernet):([^<>]*)>")
 """A tag in a prompt that loads a network: its kind, and its name with the weights."""
 _MORE = ("lbw=", "start=", "stop=", "step=")
@@ -27,12 +29,15 @@ class LoraTag:
     text_encoder: float
     more: tuple[str, ...] = ()
     """Weights of blocks and over the steps, as written: ``lbw=…``, ``start=…``, ``stop=…``, ``step=…``."""
+    curve: WeightCurve | None = None
+    """The UNet's weight where it changes with the steps; ``unet`` is its first weight then."""
 
     @classmethod
     def parse(cls, text: str) -> LoraTag:
         """Read ``name``, ``name:1``, ``name:TE:UNET`` or ``name:te=TE:unet=UNET``, as A1111 and Forge do.
 
-        A single weight is that of both parts, ``te`` alone too. What follows (``dyn``) changes no weight and is left out.
+        A single weight is that of both parts, ``te`` alone too; each may be a curve, ``0@0,1@0.5``. What
+        follows (``dyn``) changes no weight and is left out.
 
         Raises:
             ValueError: there is no name, or a weight is not a finite number; the message says which.
@@ -42,20 +47,23 @@ class LoraTag:
             raise ValueError("it names no LoRA")
         named = dict(item.split("=", 1) for item in items if "=" in item)
         positional = [item for item in items if "=" not in item]
-        text_encoder = _number(named.get("te", positional[0] if positional else "1"))
-        unet = named.get("unet", positional[1] if len(positional) > 1 else None)
+        written = named.get("te", positional[0] if positional else "1")
+        unet = named.get("unet", positional[1] if len(positional) > 1 else written)
         return cls(
             name=name,
-            unet=text_encoder if unet is None else _number(unet),
-            text_encoder=text_encoder,
+            unet=_number(unet),
+            text_encoder=_number(written),
             more=tuple(item for item in items if item.startswith(_MORE)),
+            curve=WeightCurve.parse(unet) if "@" in unet else None,
         )
 
     @property
     def option(self) -> str:
         """What follows ``--lora``: the file with its weights, UNet first."""
-        weights = [self.unet] if self.unet == self.text_encoder else [self.unet, self.text_encoder]
-        return ":".join([f"{self.name}.safetensors", *(f"{weight:.12g}" for weight in weights), *self.more])
+        unet = f"{self.unet:.12g}" if self.curve is None else self.curve.text
+        text_encoder = f"{self.text_encoder:.12g}"
+        weights = [unet] if unet == text_encoder else [unet, text_encoder]
+        return ":".join([f"{self.name}.safetensors", *weights, *self.more])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +106,9 @@ def parse_recipe(text: str) -> Recipe:
 
 
 def _number(text: str) -> float:
+    """A weight, or the first one of a curve."""
+    if "@" in text:
+        return WeightCurve.parse(text).weights[0]
     try:
         value = float(text)
     except ValueError:

@@ -47,6 +47,24 @@ def lora_choices(loras: LoraArgument | Sequence[LoraArgument]) -> list[LoraChoic
     return [lora if isinstance(lora, LoraChoice) else LoraChoice.parse(str(lora)) for lora in several]
 
 
+def constant_choices(loras: LoraArgument | Sequence[LoraArgument]) -> list[LoraChoice]:
+    """As ``lora_choices``, for work that has no steps.
+
+    Raises:
+        LoraFileError: as ``lora_choices``; also one line for each whose weight changes with the steps.
+    """
+    choices = lora_choices(loras)
+    varying = [choice for choice in choices if choice.varies]
+    if varying:
+        raise LoraFileError(
+            [
+                f"{choice.file}: a start, a stop or a curve needs the steps of sdlora.generate; remove it here"
+                for choice in varying
+            ]
+        )
+    return choices
+
+
 def image_requests(
     prompts: str | Sequence[str],
     *,

@@ -40,7 +40,9 @@ def read_tags(requests: Sequence[ImageRequest], folder: LoraFolder | None) -> li
             continue
         try:
             tag = LoraTag.parse(match[2])
-            choice = LoraChoice(file=folder.find(tag.name), unet=tag.unet, text_encoder=tag.text_encoder)
+            unet = 1.0 if tag.curve else tag.unet
+            file = folder.find(tag.name)
+            choice = LoraChoice(file=file, unet=unet, text_encoder=tag.text_encoder, curve=tag.curve)
             choices[match[0]] = choice.with_options(tag.more, match[0])
         except (ValueError, LoraFileError) as error:
             text = str(error)

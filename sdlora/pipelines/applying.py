@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import BaseModelError, LoraFileError
+from ..errors import BaseModelError
 from ..families import Family, family_of_text_width, family_of_unet
-from ..generation.arguments import LoraArgument, lora_choices
+from ..generation.arguments import LoraArgument, constant_choices
 from ..generation.loras import WeightedLora, fit_loras
 from ..generation.tags import check_named_once
 from ..lora.stack import Stack
@@ -35,11 +35,8 @@ def apply(pipe: Any, loras: LoraArgument | Sequence[LoraArgument]) -> None:
         SdloraError: with one line for each LoRA that cannot be used; the pipeline is as it was.
     """
     state = _state(pipe)
-    choices = lora_choices(loras)
+    choices = constant_choices(loras)
     check_named_once(choices)
-    varying = [choice for choice in choices if choice.varies]
-    if varying:
-        raise LoraFileError(f"{varying[0].file}: start and stop need the steps of sdlora.generate; remove them here")
     fitted = fit_loras(state.base, choices, known=[lora.fitted for lora in state.loras])
     state.put(fitted)
 

@@ -18,7 +18,7 @@ from ..errors import BaseModelError, LoraFileError
 from ..files import check_target, whole_file, whole_folder
 from ..formats.safetensors_file import encode_header
 from ..formats.tensor_files import TensorFile, Wanted, mapped_tensors
-from ..generation.arguments import LoraArgument, lora_choices
+from ..generation.arguments import LoraArgument, constant_choices
 from ..generation.loras import WeightedLora, fit_loras
 from ..lora.change import Change
 from ..lora.merging import merged_weight
@@ -66,7 +66,7 @@ def bake(
         BaseModelError, LoraFileError, CompatibilityError: the base or a LoRA cannot be used, or the target exists. Nothing
             is written then.
     """
-    target, choices = Path(target), lora_choices(loras)
+    target, choices = Path(target), constant_choices(loras)
     if not choices:
         raise LoraFileError("no LoRA file is named")
     with progress_or_bar(progress) as shown:

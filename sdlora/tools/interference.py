@@ -10,11 +10,11 @@ from itertools import combinations
 from typing import Any
 
 from ..errors import LoraFileError
-from ..generation.arguments import LoraArgument, lora_choices
+from ..generation.arguments import LoraArgument, constant_choices
 from ..lora.combining import Spectrum, overlap, plain
 from ..progress import Progress, progress_or_bar
 from .measuring import cosine, grouped, part_of, without_nan
-from .named_lora import Modules, WeightedFile, read_named
+from .named_lora import Modules, WeightedFile, read_named, weighted_files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +56,12 @@ def interference(
     Raises:
         LoraFileError, BaseModelError: fewer than two files, or one that cannot be used.
     """
-    choices = lora_choices(loras)
+    choices = constant_choices(loras)
     if len(choices) < 2:
         raise LoraFileError("name at least two LoRA files")
     with progress_or_bar(progress) as shown:
         modules, named = read_named([choice.file for choice in choices], base)
-        sources = [WeightedFile(choice=choice, lora=lora) for choice, lora in zip(choices, named, strict=True)]
+        sources = weighted_files(modules, choices, named)
         names = sorted({name for lora in named for name in lora.changes if len(modules.shapes[name]) > 1})
         shown.start("Comparing", len(names))
         measured = {}

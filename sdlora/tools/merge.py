@@ -14,7 +14,7 @@ from ..errors import LoraFileError
 from ..formats.hashes import file_hashes
 from ..formats.lora_writer import write_lora
 from ..formats.metadata import family_metadata, safe_title, stated_prediction, trigger_words
-from ..generation.arguments import LoraArgument, lora_choices
+from ..generation.arguments import LoraArgument, constant_choices
 from ..lora.change import Change
 from ..lora.combining import EXACT, Cut, Spectrum, joined, plain, summed
 from ..lora.kinds import Full
@@ -22,7 +22,7 @@ from ..lora.low_rank import LowRank
 from ..lora.task_arithmetic import dare, mean, ties
 from ..progress import Progress, progress_or_bar
 from ..randomness import Stream, generator
-from .named_lora import Modules, WeightedFile, check_new_lora, output_dtype, read_named
+from .named_lora import Modules, WeightedFile, check_new_lora, output_dtype, read_named, weighted_files
 
 Method = Literal["concat", "svd", "linear", "ties", "dare"]
 
@@ -86,12 +86,12 @@ def merge(
     Raises:
         LoraFileError, BaseModelError: a source cannot be used, or the target exists. Nothing is written then.
     """
-    target, choices = Path(target), lora_choices(loras)
+    target, choices = Path(target), constant_choices(loras)
     check_new_lora(target)
     _check(choices, method, rank, energy, density)
     with progress_or_bar(progress) as shown:
         modules, named = read_named([choice.file for choice in choices], base)
-        sources = [WeightedFile(choice=choice, lora=lora) for choice, lora in zip(choices, named, strict=True)]
+        sources = weighted_files(modules, choices, named)
         if method != "concat" and rank is None and energy is None:
             rank = max((change.rank or 0 for lora in named for change in lora.changes.values()), default=0) or None
         settings = _Settings(method=method, cut=Cut(rank=rank, energy=energy), density=density, seed=seed)
@@ -247,6 +247,7 @@ def _metadata(target: Path, sources: Sequence[WeightedFile], modules: Modules, s
             "name": source.choice.name,
             "unet": source.choice.unet,
             "text_encoder": source.choice.text_encoder,
+            **({"blocks": source.choice.blocks.text} if source.choice.blocks else {}),
             "autov3": file_hashes(source.lora.file.weights).autov3,
         }
         for source in sources

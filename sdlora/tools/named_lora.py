@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from ..base.checkpoint import BaseCheckpoint, find_base
-from ..errors import LoraFileError
+from ..errors import CompatibilityError, LoraFileError
 from ..families import Family
 from ..files import check_target
 from ..formats.keys import resolve
 from ..formats.lora_file import LoraFile, read_lora
 from ..formats.published import published_modules
 from ..formats.tensor_files import read_tensors
+from ..generation.blocks import block_factors
 from ..generation.loras import LoraChoice
 from ..lora.change import Change
 
@@ -101,10 +102,29 @@ class WeightedFile:
 
     choice: LoraChoice
     lora: NamedLora
+    factors: Mapping[str, float] | None
+    """Canonical name -> factor of its block, where the choice has weights of blocks."""
 
     def strength(self, name: str) -> float:
         """Weight of the module with this canonical name."""
-        return self.choice.unet if name.startswith("unet.") else self.choice.text_encoder
+        weight = self.choice.unet if name.startswith("unet.") else self.choice.text_encoder
+        return weight if self.factors is None else weight * self.factors[name]
+
+
+def weighted_files(modules: Modules, choices: Sequence[LoraChoice], loras: Sequence[NamedLora]) -> list[WeightedFile]:
+    """Each of ``loras`` at the weights of its choice.
+
+    Raises:
+        CompatibilityError: weights of blocks that are for another family.
+    """
+    found = []
+    for choice, lora in zip(choices, loras, strict=True):
+        try:
+            factors = None if choice.blocks is None else block_factors(choice.blocks, modules.shapes, modules.family)
+        except CompatibilityError as error:
+            raise CompatibilityError(f"{choice.file}: {error}") from None
+        found.append(WeightedFile(choice=choice, lora=lora, factors=factors))
+    return found
 
 
 def read_named(paths: list[Path], base: str | None) -> tuple[Modules, list[NamedLora]]:

@@ -17,14 +17,15 @@ from ..base.device import device_facts
 from ..base.device_memory import cast, move_to
 from ..base.load import decoding_dtype, load_base
 from ..base.precision import describe_precision, explain_precision
-from ..errors import DeviceMemoryError, Interrupted, TargetError, TrainingError
+from ..errors import CompatibilityError, DeviceMemoryError, Interrupted, LoraFileError, TargetError, TrainingError
 from ..families import WORDS_IN_CHUNK
 from ..lora.change import Change
 from ..progress import Progress
 from .between_steps import BetweenSteps
-from .checkpoint import RUN_KEY, Checkpoint, finished, forget_run, record_run
-from .course import own_losses, relative_change, run_warning, tail_length
+from .checkpoint import RUN_KEY, Checkpoint, RunFolder, finished, forget_run, record_run
+from .course import own_losses, run_warning, tail_length
 from .exports import write_run_file
+from .file_check import FileCheck, check_file
 from .fitted_steps import FittedSteps, fitted
 from .interruption import InterruptFlag, interrupt_flag
 from .plan import RunPlan
@@ -111,25 +112,40 @@ def run_training(
         # Its parts are in main memory until they work, and its VAE encodes in float32.
         base = loaded(vae_dtype=torch.float32, home=torch.device("cpu"))
     trained = train_lora(plan, base, accelerator, files, start, progress, stop, say)
+    check = None
     if accelerator.is_main_process:
-        try:
-            with explained(f"writing {output}", f"its weights are kept: {folder.place()}; {CLOSE_OTHERS}"):
-                _write_output(plan, base, trained, progress)
-        except OSError as error:
-            raise TargetError(
-                f"{output}: cannot be written ({error.strerror or error}); the newest checkpoint is kept: "
-                f"{folder.place()}; make space, then run the same command to resume from it"
-            ) from None
+        check = _written_and_checked(plan, base, trained, folder, progress)
         folder.close(plan.steps, keep=config.train.keep_state)
     accelerator.wait_for_everyone()
-    result = _result(output, trained, seconds=time.time() - began)
+    result = _result(output, trained, check, seconds=time.time() - began)
     if not accelerator.is_main_process:
         return TrainReport(result=result, samples=None)
     drawn = draw_samples(plan, lambda: _complete(base), progress=progress, stop=stop)
     return TrainReport(result=result, samples=drawn)
 
 
-def _result(output: Path, trained: TrainedLora, *, seconds: float) -> TrainResult:
+def _written_and_checked(
+    plan: RunPlan, base: Base, trained: TrainedLora, folder: RunFolder, progress: Progress
+) -> FileCheck:
+    """Write the output and read it back; where that fails there is no output, and the state of the run is kept."""
+    output = Path(plan.config.output.path)
+    try:
+        with explained(f"writing {output}", f"its weights are kept: {folder.place()}; {CLOSE_OTHERS}"):
+            _write_output(plan, base, trained, progress)
+            return check_file(output, plan, base, trained.weights, progress)
+    except OSError as error:
+        raise TargetError(
+            f"{output}: cannot be written ({error.strerror or error}); the newest checkpoint is kept: "
+            f"{folder.place()}; make space, then run the same command to resume from it"
+        ) from None
+    except (LoraFileError, CompatibilityError) as error:
+        output.unlink(missing_ok=True)
+        forget_run(output)
+        kept = f"it was removed, the newest checkpoint is kept: {folder.place()}"
+        raise TrainingError([*error.problems, kept]) from None
+
+
+def _result(output: Path, trained: TrainedLora, check: FileCheck | None, *, seconds: float) -> TrainResult:
     return TrainResult(
         output=output,
         steps=trained.steps,
@@ -138,7 +154,8 @@ def _result(output: Path, trained: TrainedLora, *, seconds: float) -> TrainResul
         loss=trained.loss,
         validation_loss=trained.validation_loss,
         resumed_from=trained.resumed_from,
-        warning=trained.warning,
+        check=check,
+        warning=trained.warning or (check.warning(trained.step) if check else None),
     )
 
 
@@ -188,7 +205,7 @@ def train_lora(
         steps=done,
         step=done if measured is None else measured.step,
         loss=losses[-tail_length(done) :].mean().item() if len(losses) else None,
-        warning=run_warning(trained=own, alone=alone, change=relative_change(weights, base)) if own and alone else None,
+        warning=run_warning(trained=own, alone=alone) if own and alone else None,
         validation_loss=held_out,
     )
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from accelerate import PartialState
 
 from .checkpoint import RunFolder
+from .file_check import FileCheck
 from .plan import RunPlan
 from .texts import changed_metadata, write_texts
 
@@ -32,6 +33,8 @@ class TrainResult:
     """Steps that an earlier, interrupted call had done."""
     warning: str | None = None
     """That the run learned nothing or diverged, and the likely cause; None where nothing is known against it."""
+    check: FileCheck | None = None
+    """What the file changes in the base, found by reading it back; None where this call wrote none."""
     texts_written: bool = False
     """Whether the run was complete already, and new texts of ``[output]`` were written into its file."""
 
