@@ -28,7 +28,8 @@ SURFACE = {
         "from_kohya",
     },
     "generate": {
-        *("prompt", "base", "lora", "negative", "seed", "steps", "cfg", "size", "count", "sampler", "strip"),
+        *("prompt", "base", "lora", "negative", "seed", "steps", "cfg", "size", "count", "sampler", "schedule"),
+        "strip",
         *(
             "precision",
             "out",

@@ -22,6 +22,14 @@ if TYPE_CHECKING:
 
 _ANY_PRECISION = f"{', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}"
 
+LoraOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="FILE[:UNET[:TE]]", help="A LoRA with its weight (default 1); may be repeated."),
+]
+LoraDirOption = Annotated[
+    str | None,
+    typer.Option(metavar="DIR", help="Folder in which tags of prompts, <lora:name:0.8>, find their files."),
+]
 SamplerOption = Annotated[str, typer.Option(help=f"One of {', '.join(SAMPLERS)}, or as A1111 names it.")]
 SeedOption = Annotated[
     int | None,
@@ -43,14 +51,8 @@ ScheduleOption = Annotated[
 def generate(
     prompt: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="Several prompts make several images.")],
     base: BaseOption = "mini",
-    lora: Annotated[
-        list[str] | None,
-        typer.Option(metavar="FILE[:UNET[:TE]]", help="A LoRA with its weight (default 1); may be repeated."),
-    ] = None,
-    lora_dir: Annotated[
-        str | None,
-        typer.Option(metavar="DIR", help="Folder in which tags of prompts, <lora:name:0.8>, find their files."),
-    ] = None,
+    lora: LoraOption = None,
+    lora_dir: LoraDirOption = None,
     negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
     seed: SeedOption = None,
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps.")] = ImageRequest.steps,
