@@ -29,6 +29,7 @@ SURFACE = {
     },
     "generate": {
         *("prompt", "base", "lora", "negative", "seed", "steps", "cfg", "size", "count", "sampler", "schedule"),
+        "guidance_rescale",
         "strip",
         *(
             "precision",
@@ -41,6 +42,14 @@ SURFACE = {
             "attention",
             "vae_tiling",
             "lora_dir",
+            "image",
+            "strength",
+            "mask",
+            "mask_blur",
+            "hires",
+            "hires_strength",
+            "hires_steps",
+            "hires_upscaler",
         ),
     },
     "inspect": {"file", "with_hashes", "as_json"},

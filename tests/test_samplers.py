@@ -11,7 +11,8 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from PIL import Image
 from torch import Tensor
 
 import sdlora
@@ -57,7 +58,8 @@ PIPELINES: list[tuple[str, str | None, str, dict[str, Any]]] = [
 
 def ours(base: Path, sampler: str, schedule: str | None = None, **options: Any) -> Tensor:
     settings = {"seed": 7, "steps": STEPS, "cfg": 4.0, "negative": "blue", "precision": "float32"} | options
-    return sdlora.generate("a red fox", base=str(base), sampler=sampler, schedule=schedule, **settings)[0].latents
+    prompt = settings.pop("prompt", "a red fox")
+    return sdlora.generate(prompt, base=str(base), sampler=sampler, schedule=schedule, **settings)[0].latents
 
 
 @pytest.fixture(scope="module")
@@ -293,3 +295,63 @@ def test_progress_counts_steps_whatever_a_step_takes(tiny_base: Path) -> None:
         counting = Counting()
         sdlora.generate(["a", "b"], base=str(tiny_base), sampler=sampler, steps=3, seed=1, progress=counting)
         assert (counting.done, counting.total) == (6, 6)
+
+
+@pytest.mark.parametrize("phi", [0.7, 1.0])
+def test_guidance_rescale_equals_the_diffusers_pipeline(
+    pipe: StableDiffusionPipeline, tiny_base: Path, phi: float
+) -> None:
+    pipe.scheduler = scheduler_of("EulerDiscreteScheduler", {})
+    theirs = pipe(
+        "a red fox", negative_prompt="blue", num_inference_steps=STEPS, guidance_scale=4.0, output_type="latent",
+        generator=torch.Generator("cpu").manual_seed(7), guidance_rescale=phi,
+    ).images[0]  # fmt: skip
+    found = ours(tiny_base, "euler", guidance_rescale=phi)
+    assert (found - theirs).abs().max() < 1e-4
+    assert (found - ours(tiny_base, "euler")).abs().max() > 1e-3
+
+
+def test_guidance_rescale_is_in_the_recipe_and_within_bounds(tiny_base: Path) -> None:
+    image = sdlora.generate("a", base=str(tiny_base), steps=1, guidance_rescale=0.7)[0]
+    assert ", CFG scale: 5, CFG Rescale: 0.7, Seed: " in image.parameters
+    with pytest.raises(SdloraError, match="guidance_rescale 2: expected a number from 0 to 1"):
+        sdlora.generate("a", base=str(tiny_base), guidance_rescale=2)
+
+
+@pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")  # diffusers' own DPM2, here
+@pytest.mark.parametrize(
+    ("sampler", "name", "options"),
+    [
+        ("heun", "HeunDiscreteScheduler", KARRAS),
+        ("dpm2", "KDPM2DiscreteScheduler", KARRAS),
+        ("unipc", "UniPCMultistepScheduler", KARRAS),
+        ("dpm++2m-sde", "DPMSolverMultistepScheduler", SDE | KARRAS),
+    ],
+)
+def test_image_to_image_with_each_kind_of_sampler(
+    pipe: StableDiffusionPipeline, tiny_base: Path, sampler: str, name: str, options: dict[str, Any]
+) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    theirs = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+    theirs.set_progress_bar_config(disable=True)
+    theirs.scheduler = scheduler_of(name, options)
+    expected = theirs(
+        "a red fox", image=image, strength=0.5, negative_prompt="blue", num_inference_steps=STEPS, guidance_scale=4.0,
+        output_type="latent", generator=torch.Generator("cpu").manual_seed(7),
+    ).images[0]  # fmt: skip
+    found = ours(tiny_base, sampler, "karras", image=image, strength=0.5)
+    assert (found - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("sampler", ["heun", "dpm2", "dpm++sde", "lcm", "lms"])
+def test_what_a_mask_keeps_stays(tiny_base: Path, sampler: str) -> None:
+    image = Image.new("RGB", (64, 64), (90, 160, 30))
+    mask = Image.new("L", (64, 64), 0)
+    mask.paste(255, (32, 0, 64, 64))
+    latents = [
+        ours(tiny_base, sampler, image=image, mask=mask, mask_blur=0, strength=0.7, prompt=prompt)
+        for prompt in ("a red fox", "snow")
+    ]
+    kept, painted = ((latents[0] - latents[1]).abs()[..., columns].max() for columns in (slice(0, 3), slice(5, 8)))
+    assert kept == 0
+    assert painted > 0

@@ -4,16 +4,48 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from ..config.sections import BaseSection
 from ..errors import BaseModelError, LoraFileError, SdloraError
+from .hires import hires_pass
 from .loras import LoraChoice
 from .request import ImageRequest, first_seed
 from .samplers import read_sampler
+from .start_image import ImageArgument, start_image
 
 LoraArgument = str | Path | LoraChoice
 """``FILE[:UNET[:TE]]``, a path, or a choice."""
+
+
+class SamplingOptions(TypedDict, total=False):
+    """How ``generate`` samples, besides the sampler."""
+
+    schedule: str | None
+    """Spread of the steps over the noise levels, a name of ``schedules.SCHEDULES`` or A1111's; by default the sampler's."""
+    guidance_rescale: float
+    """How far guided predictions get the contrast of unguided ones back, from 0 (not at all, the default) to 1."""
+
+
+class DrawingOptions(SamplingOptions, total=False):
+    """What else ``generate`` takes: an image to draw over, or a second pass."""
+
+    image: ImageArgument | None
+    """The image that is drawn over: a file, or an image of Pillow."""
+    strength: float | None
+    """How much of it is repainted: the share of the steps that are taken, above 0 and at most 1; 0.75 by default."""
+    mask: ImageArgument | None
+    """What of it is repainted: white is repainted, black stays."""
+    mask_blur: int | None
+    """Radius in pixels over which the edge of the mask is mixed; 4 by default."""
+    hires: float | None
+    """Factor of a second pass at a higher resolution, above 1."""
+    hires_strength: float | None
+    """How much the second pass repaints, above 0 and at most 1; 0.7 by default."""
+    hires_steps: int | None
+    """Steps that the second pass takes; by default as many as the first."""
+    hires_upscaler: str | None
+    """How the first image is enlarged, a name of ``hires.UPSCALERS``; ``latent`` by default."""
 
 
 def base_argument(base: object) -> str | BaseSection:
@@ -75,12 +107,21 @@ def image_requests(
     steps: int,
     cfg: float,
     sampler: str,
-    schedule: str | None,
+    schedule: str | None = None,
+    guidance_rescale: float = 0.0,
+    image: ImageArgument | None = None,
+    strength: float | None = None,
+    mask: ImageArgument | None = None,
+    mask_blur: int | None = None,
+    hires: float | None = None,
+    hires_strength: float | None = None,
+    hires_steps: int | None = None,
+    hires_upscaler: str | None = None,
 ) -> list[ImageRequest]:
     """``count`` requests for each prompt, with seeds from ``seed`` on.
 
     Raises:
-        SdloraError: with one line for each argument of another type than expected.
+        SdloraError: with one line for each argument of another type than expected, and each file that cannot be read.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     problems = []
@@ -93,6 +134,15 @@ def image_requests(
         problems.append(f"size {size!r}: expected pixels, 512 or (512, 768) for width and height")
     if not _whole(steps):
         problems.append(f"steps {steps!r}: expected a whole number, at least 1")
+    start, second = None, None
+    try:
+        start = start_image(image, strength=strength, mask=mask, mask_blur=mask_blur)
+    except SdloraError as error:
+        problems += error.problems
+    try:
+        second = hires_pass(hires, strength=hires_strength, steps=hires_steps, upscaler=hires_upscaler)
+    except SdloraError as error:
+        problems += error.problems
     if problems:
         raise SdloraError(problems)
     named, spread = read_sampler(sampler, schedule)
@@ -108,6 +158,9 @@ def image_requests(
             size=width_height,
             sampler=named,
             schedule=spread,
+            guidance_rescale=guidance_rescale,
+            start=start,
+            hires=second,
         )
         for text in texts
         for number in range(count)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 from PIL import Image
 
@@ -20,7 +20,7 @@ from ..config.sections import BaseSection
 from ..errors import SdloraError
 from ..lora.stack import Stack
 from ..progress import Progress, progress_or_bar
-from .arguments import LoraArgument, base_argument, image_requests, lora_choices
+from .arguments import DrawingOptions, LoraArgument, SamplingOptions, base_argument, image_requests, lora_choices
 from .grid import labelled_grid
 from .lora_folder import LoraFolder
 from .loras import FittedLora, WeightedLora, fit_loras
@@ -49,7 +49,6 @@ def generate(
     cfg: float = ImageRequest.cfg,
     size: int | tuple[int, int] | None = ImageRequest.size,
     sampler: str = ImageRequest.sampler,
-    schedule: str | None = ImageRequest.schedule,
     precision: str = "auto",
     vae_tiling: bool = False,
     lora_dir: str | Path | None = None,
@@ -57,6 +56,7 @@ def generate(
     stop: threading.Event | None = None,
     on_image: Callable[[GeneratedImage], None] | None = None,
     say: Callable[[str], None] = lambda line: None,
+    **drawing: Unpack[DrawingOptions],
 ) -> list[GeneratedImage]:
     """Generate ``count`` images of each prompt, with seeds ``seed``, ``seed + 1`` …, under all ``loras`` at once.
 
@@ -68,7 +68,7 @@ def generate(
         seed: seed of the first image of each prompt, 0 to 2**32 - 1; None or -1 for a random one.
         cfg: classifier-free guidance scale; 1 switches guidance off.
         size: (width, height) in pixels, or the side of a square; by default the base's own square.
-        sampler, schedule: names of ``sdlora generate``, of A1111 (``DPM++ 2M Karras``), k-diffusion or diffusers.
+        sampler: a name of ``sdlora generate``, of A1111 (``DPM++ 2M Karras``), k-diffusion or diffusers.
         precision: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
         vae_tiling: decode in strips, in a fraction of the memory: the same image, later. It is done anyway where memory
             runs out.
@@ -77,6 +77,7 @@ def generate(
         on_image: called with each image as soon as it is done.
         say: called with the device, the precision and the free memory, before the base is loaded, and with trigger words
             that a prompt lacks.
+        drawing: image to image and inpainting, see ``DrawingOptions``.
 
     Raises:
         SdloraError: a base, LoRA, size, sampler or precision that cannot be used, found before anything is generated.
@@ -85,7 +86,7 @@ def generate(
     with open(base, precision=precision, vae_tiling=vae_tiling, lora_dir=lora_dir) as studio:
         return studio.generate(
             prompts, loras=loras, negative=negative, seed=seed, count=count, steps=steps, cfg=cfg, size=size,
-            sampler=sampler, schedule=schedule, progress=progress, stop=stop, on_image=on_image, say=say,
+            sampler=sampler, progress=progress, stop=stop, on_image=on_image, say=say, **drawing,
         )  # fmt: skip
 
 
@@ -102,12 +103,12 @@ def generate_strip(
     cfg: float = ImageRequest.cfg,
     size: int | tuple[int, int] | None = ImageRequest.size,
     sampler: str = ImageRequest.sampler,
-    schedule: str | None = ImageRequest.schedule,
     precision: str = "auto",
     vae_tiling: bool = False,
     progress: Progress | None = None,
     stop: threading.Event | None = None,
     say: Callable[[str], None] = lambda line: None,
+    **sampling: Unpack[SamplingOptions],
 ) -> tuple[Image.Image, str]:
     """One labelled image: a row for each prompt, a column for each strength of each LoRA, and a last one for all LoRAs.
 
@@ -117,7 +118,7 @@ def generate_strip(
     with open(base, precision=precision, vae_tiling=vae_tiling) as studio:
         return studio.generate_strip(
             prompts, loras=loras, strengths=strengths, scale=scale, negative=negative, seed=seed, steps=steps, cfg=cfg,
-            size=size, sampler=sampler, schedule=schedule, progress=progress, stop=stop, say=say,
+            size=size, sampler=sampler, progress=progress, stop=stop, say=say, **sampling,
         )  # fmt: skip
 
 
@@ -178,11 +179,11 @@ class OpenStudio:
         cfg: float = ImageRequest.cfg,
         size: int | tuple[int, int] | None = ImageRequest.size,
         sampler: str = ImageRequest.sampler,
-        schedule: str | None = ImageRequest.schedule,
         progress: Progress | None = None,
         stop: threading.Event | None = None,
         on_image: Callable[[GeneratedImage], None] | None = None,
         say: Callable[[str], None] = lambda line: None,
+        **drawing: Unpack[DrawingOptions],
     ) -> list[GeneratedImage]:
         """As the function ``generate``, on this base.
 
@@ -191,12 +192,19 @@ class OpenStudio:
             Interrupted: ``stop`` was set.
         """
         requests = image_requests(
-            prompts, seed=seed, count=count, size=size, negative=negative, steps=steps, cfg=cfg, sampler=sampler,
-            schedule=schedule,
-        )  # fmt: skip
+            prompts,
+            seed=seed,
+            count=count,
+            size=size,
+            negative=negative,
+            steps=steps,
+            cfg=cfg,
+            sampler=sampler,
+            **drawing,
+        )
         tagged = read_tags(requests, self._folder)
         requests = [entry.request for entry in tagged]
-        check_syntax(text for request in requests for text in (request.prompt, request.negative))
+        check_syntax((request.prompt for request in requests), [negative])
         common = lora_choices(loras)
         for entry in tagged:
             check_named_once([*common, *entry.loras])
@@ -229,17 +237,17 @@ class OpenStudio:
         cfg: float = ImageRequest.cfg,
         size: int | tuple[int, int] | None = ImageRequest.size,
         sampler: str = ImageRequest.sampler,
-        schedule: str | None = ImageRequest.schedule,
         progress: Progress | None = None,
         stop: threading.Event | None = None,
         say: Callable[[str], None] = lambda line: None,
+        **sampling: Unpack[SamplingOptions],
     ) -> tuple[Image.Image, str]:
         """As the function ``generate_strip``, on this base. Raises as ``generate``."""
         requests = image_requests(
             prompts, seed=seed, count=1, size=size, negative=negative, steps=steps, cfg=cfg, sampler=sampler,
-            schedule=schedule,
+            **sampling,
         )  # fmt: skip
-        check_syntax(text for request in requests for text in (request.prompt, request.negative))
+        check_syntax((request.prompt for request in requests), [negative])
         studio = self.prepared(requests, loras, say)
         columns = _columns(studio.loras, strengths)
         with progress_or_bar(progress) as reports:
