@@ -16,7 +16,7 @@ from typing import Any
 
 from ..errors import SdloraError
 from .request import MAX_CFG, MAX_SEED, RANDOM_SEED, ImageRequest, first_seed
-from .samplers import SAMPLERS
+from .samplers import SAMPLERS, read_sampler
 
 logger = logging.getLogger(__name__)
 _MOST_STEPS = 1000
@@ -38,6 +38,7 @@ class PromptLine:
     height: int | None = None
     """Width and height in pixels; where one is stated, the other is that of the command."""
     sampler: str | None = None
+    """As ``sdlora generate`` takes it; a name such as ``DPM++ 2M Karras`` states the schedule too."""
     count: int | None = None
     """Number of images."""
 
@@ -49,13 +50,15 @@ class PromptLine:
         """
         number = count if self.count is None else self.count
         first = common.seed if self.seed is None else first_seed(self.seed, count=number)
+        sampler, schedule = (None, None) if self.sampler is None else read_sampler(self.sampler)
         stated: dict[str, Any] = {
             "negative": self.negative,
             "steps": self.steps,
             "cfg": self.cfg,
-            "sampler": self.sampler,
+            "sampler": sampler,
+            "schedule": schedule,
+            "size": self._size(common.size),
         }
-        stated["size"] = self._size(common.size)
         changes = {name: value for name, value in stated.items() if value is not None}
         own = replace(common, prompt=self.prompt, **changes)
         return [replace(own, seed=first + image) for image in range(number)]
@@ -168,9 +171,8 @@ def _cfg(text: str) -> float:
 
 
 def _sampler(text: str) -> str:
-    for sampler in SAMPLERS.values():
-        if text.casefold().replace("_", "-") in (sampler.name, sampler.a1111_name.casefold()):
-            return sampler.name
+    if read_sampler(text)[0] in SAMPLERS:
+        return text
     raise ValueError(f"is not a sampler; choose one of {', '.join(SAMPLERS)}")
 
 
