@@ -38,7 +38,8 @@ class PromptLine:
     height: int | None = None
     """Width and height in pixels; where one is stated, the other is that of the command."""
     sampler: str | None = None
-    """As ``sdlora generate`` takes it; a name such as ``DPM++ 2M Karras`` states the schedule too."""
+    schedule: str | None = None
+    """Spacing of the steps, where the name of the sampler states it too: ``DPM++ 2M Karras``."""
     count: int | None = None
     """Number of images."""
 
@@ -50,13 +51,12 @@ class PromptLine:
         """
         number = count if self.count is None else self.count
         first = common.seed if self.seed is None else first_seed(self.seed, count=number)
-        sampler, schedule = (None, None) if self.sampler is None else read_sampler(self.sampler)
         stated: dict[str, Any] = {
             "negative": self.negative,
             "steps": self.steps,
             "cfg": self.cfg,
-            "sampler": sampler,
-            "schedule": schedule,
+            "sampler": self.sampler,
+            "schedule": self.schedule,
             "size": self._size(common.size),
         }
         changes = {name: value for name, value in stated.items() if value is not None}
@@ -130,6 +130,8 @@ def _read_line(line: str, where: str) -> PromptLine:
         problems.append("has no prompt; write it first, or after --prompt")
     if problems:
         raise SdloraError(problems)
+    if "sampler" in values:
+        values["sampler"], values["schedule"] = read_sampler(values["sampler"])
     return PromptLine(**values)
 
 
