@@ -51,7 +51,6 @@ def test_tags_in_prompts_of_previews_are_refused(tmp_path: Path) -> None:
         ("a fox AND a dog", "AND: several prompts joined by AND are not supported"),
         ("a [fox:dog:0.5]", "[fox:dog:0.5]: editing during sampling is not supported"),
         ("a [fox:10]", "[fox:10]: editing during sampling is not supported"),
-        ("embedding:easynegative, fox", "embedding:easynegative: textual inversion is not supported"),
     ],
 )
 def test_other_syntax_is_reported(text: str, named: str, caplog: pytest.LogCaptureFixture) -> None:

@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 from ..config.sections import BaseSection
 from ..errors import BaseModelError, LoraFileError, SdloraError
 from .hires import hires_pass
+from .inversions import EmbeddingArgument, read_inversions
 from .loras import LoraChoice
 from .request import ImageRequest, first_seed
 from .start_image import ImageArgument, start_image
@@ -18,7 +19,7 @@ LoraArgument = str | Path | LoraChoice
 
 
 class DrawingOptions(TypedDict, total=False):
-    """What else ``generate`` takes: an image to draw over, or a second pass."""
+    """What else ``generate`` takes: an image to draw over, or a second pass, textual inversions."""
 
     image: ImageArgument | None
     """The image that is drawn over: a file, or an image of Pillow."""
@@ -36,6 +37,8 @@ class DrawingOptions(TypedDict, total=False):
     """Steps that the second pass takes; by default as many as the first."""
     hires_upscaler: str | None
     """How the first image is enlarged, a name of ``hires.UPSCALERS``; ``latent`` by default."""
+    embeddings: EmbeddingArgument | Sequence[EmbeddingArgument]
+    """Files of textual inversions; prompts use them by the file's name or their token."""
 
 
 def base_argument(base: object) -> str | BaseSection:
@@ -105,6 +108,7 @@ def image_requests(
     hires_strength: float | None = None,
     hires_steps: int | None = None,
     hires_upscaler: str | None = None,
+    embeddings: EmbeddingArgument | Sequence[EmbeddingArgument] = (),
 ) -> list[ImageRequest]:
     """``count`` requests for each prompt, with seeds from ``seed`` on.
 
@@ -122,7 +126,11 @@ def image_requests(
         problems.append(f"size {size!r}: expected pixels, 512 or (512, 768) for width and height")
     if not _whole(steps):
         problems.append(f"steps {steps!r}: expected a whole number, at least 1")
-    start, second = None, None
+    start, second, inversions = None, None, ()
+    try:
+        inversions = read_inversions(embeddings)
+    except SdloraError as error:
+        problems += error.problems
     try:
         start = start_image(image, strength=strength, mask=mask, mask_blur=mask_blur)
     except SdloraError as error:
@@ -146,6 +154,7 @@ def image_requests(
             sampler=sampler,
             start=start,
             hires=second,
+            inversions=inversions,
         )
         for text in texts
         for number in range(count)

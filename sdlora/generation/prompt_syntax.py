@@ -16,7 +16,6 @@ _UNSUPPORTED = (
     ("alternatives are", re.compile(r"\{[^{}]*\|[^{}]*\}|(?<!\\)\[[^\[\]]*\|[^\[\]]*\]")),
     ("several prompts joined by AND are", re.compile(r"\bAND\b")),
     ("editing during sampling is", re.compile(r"(?<!\\)\[[^\[\]]*:\s*[\d.]+\s*\]")),
-    ("textual inversion is", re.compile(r"\bembedding:[^\s,()\[\]]+")),
 )
 """What it is -> how A1111, ComfyUI or an extension writes it."""
 
