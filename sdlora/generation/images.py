@@ -14,19 +14,19 @@ from torch import Tensor
 
 from ..base.base import Base
 from ..base.checkpoint import BaseCheckpoint
-from ..base.conditioning import Conditioning
 from ..base.decode import LatentDecoder
 from ..base.device_memory import free_memory, move_to, out_of_memory, release_memory
 from ..errors import DeviceMemoryError
 from ..formats.hashes import file_hashes
 from ..lora.stack import Stack
 from ..progress import Progress, raise_if_stopped
-from .denoise import denoise, encode_requests
+from .denoise import denoise
 from .infotext import infotext
 from .inversions import with_inversions
 from .loras import WeightedLora, stacked
 from .request import ImageRequest
 from .saving import encoded
+from .scheduled_prompt import ScheduledConditioning, encode_requests, is_guided
 from .start import Start, start_of
 from .upscaling import as_arrays, enlarged, second_pass
 
@@ -99,7 +99,7 @@ def generate_images(
             if hires := batch[0].hires:
                 start, steps = enlarged(base, batch, latents, decode), hires.steps_taken(batch[0].steps)
                 second = second_pass(batch, checkpoint)
-                latents = _denoised(base, second, conditioning, progress, stop, start, weigh(steps))
+                latents = _denoised(base, second, conditioning.at_end(), progress, stop, start, weigh(steps))
             raise_if_stopped(stop, "stopped while generating")
             pixels = as_arrays(decode(latents))
             for request, latent, array in zip(batch, latents, pixels, strict=True):
@@ -130,7 +130,7 @@ def _applied(base: Base, loras: Sequence[WeightedLora], stack: Stack | None) -> 
 
 
 @contextmanager
-def _conditionings(base: Base, batches: Sequence[Sequence[ImageRequest]]) -> Generator[Iterator[Conditioning]]:
+def _conditionings(base: Base, batches: Sequence[Sequence[ImageRequest]]) -> Generator[Iterator[ScheduledConditioning]]:
     """The conditioning of each batch. On a small device the text encoders are in main memory after the last was encoded."""
     if base.device.type == "mps" or free_memory(base.device) >= ROOM:
         yield (encode_requests(base, batch) for batch in batches)
@@ -148,7 +148,7 @@ def _conditionings(base: Base, batches: Sequence[Sequence[ImageRequest]]) -> Gen
 def _denoised(
     base: Base,
     batch: Sequence[ImageRequest],
-    conditioning: Conditioning,
+    conditioning: ScheduledConditioning,
     progress: Progress,
     stop: threading.Event | None,
     start: Start | None,
@@ -176,13 +176,12 @@ def _denoised(
         "the %s has too little memory for %d images of %d x %d pixels at once; they are generated one by one",
         *(base.device.type, len(batch), width, height),
     )
-    # With guidance there are two rows for each image, len(batch) apart.
-    rows = [range(number, conditioning.context.shape[0], len(batch)) for number in range(len(batch))]
-    alone = [Conditioning.stack([conditioning.row(row) for row in of_image]) for of_image in rows]
     return torch.cat(
         [
-            _denoised(base, [request], own, progress, stop, None if start is None else start.row(number), before_step)
-            for number, (request, own) in enumerate(zip(batch, alone, strict=True))
+            _denoised(
+                base, [request], conditioning.of_image(number), progress, stop, start and start.row(number), before_step
+            )
+            for number, request in enumerate(batch)
         ]
     )
 
@@ -200,5 +199,5 @@ def _batches(requests: Sequence[ImageRequest], checkpoint: BaseCheckpoint) -> li
     return batches
 
 
-def _settings(request: ImageRequest) -> ImageRequest:
-    return replace(request, prompt="", negative="", seed=0)
+def _settings(request: ImageRequest) -> tuple[ImageRequest, bool]:
+    return replace(request, prompt="", negative="", seed=0), is_guided(request)

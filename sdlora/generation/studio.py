@@ -202,7 +202,7 @@ class OpenStudio:
         )
         tagged = read_tags(requests, self._folder)
         requests = [entry.request for entry in tagged]
-        check_syntax(text for request in requests for text in (request.prompt, request.negative))
+        check_syntax((request.prompt for request in requests), [negative])
         common = lora_choices(loras)
         for entry in tagged:
             check_named_once([*common, *entry.loras])
@@ -243,7 +243,7 @@ class OpenStudio:
         requests = image_requests(
             prompts, seed=seed, count=1, size=size, negative=negative, steps=steps, cfg=cfg, sampler=sampler
         )
-        check_syntax(text for request in requests for text in (request.prompt, request.negative))
+        check_syntax((request.prompt for request in requests), [negative])
         studio = self.prepared(requests, loras, say)
         columns = _columns(studio.loras, strengths)
         with progress_or_bar(progress) as reports:
