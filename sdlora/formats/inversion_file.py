@@ -11,7 +11,8 @@ from torch import Tensor
 from ..errors import InversionFileError
 from ..families import WORDS_IN_CHUNK
 from .hashes import file_hashes
-from .lora_file import LoraFile, is_lora
+from .lora_file import LoraFile
+from .lora_names import is_lora
 from .lora_tensors import is_finite
 from .tensor_files import mapped_tensors, open_tensor_file
 
