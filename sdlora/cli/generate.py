@@ -15,6 +15,7 @@ from ..generation.request import ImageRequest, first_seed
 from ..generation.saving import ImageTarget
 from .app import BaseOption, JsonOption, app, emit, examples, guard, parse_size
 from .generate_options import (
+    EmbeddingOption,
     HiresOption,
     HiresStepsOption,
     HiresStrengthOption,
@@ -76,6 +77,7 @@ def generate(
     hires_strength: HiresStrengthOption = None,
     hires_steps: HiresStepsOption = None,
     hires_upscaler: HiresUpscalerOption = None,
+    embedding: EmbeddingOption = None,
     strip: StripOption = False,
     precision: Annotated[str, typer.Option(help=f"Precision of the base: {_ANY_PRECISION}.")] = "auto",
     vae_tiling: Annotated[bool, typer.Option("--vae-tiling", help="Decode in strips: less memory, slower.")] = False,
@@ -108,7 +110,7 @@ def generate(
     options |= {"loras": lora or (), **stated(schedule=schedule, guidance_rescale=guidance_rescale)}
     drawing = stated(
         image=image, strength=strength, mask=mask, mask_blur=mask_blur, hires=hires, hires_strength=hires_strength,
-        hires_steps=hires_steps, hires_upscaler=hires_upscaler,
+        hires_steps=hires_steps, hires_upscaler=hires_upscaler, embeddings=embedding,
     )  # fmt: skip
     if strip and drawing:
         option = next(iter(drawing)).replace("_", "-")
