@@ -25,15 +25,18 @@ from . import (
     export,
     extract,
     generate,
+    init,
     inspect,
     interference,
     lint,
+    list,
     merge,
     metadata,
     plan,
     quickstart,
     resize,
     settings,
+    sweep,
     train,
 )
 
@@ -51,9 +54,11 @@ __all__ = [
     "export",
     "extract",
     "generate",
+    "init",
     "inspect",
     "interference",
     "lint",
+    "list",
     "main",
     "merge",
     "metadata",
@@ -61,6 +66,7 @@ __all__ = [
     "quickstart",
     "resize",
     "settings",
+    "sweep",
     "train",
 ]
 

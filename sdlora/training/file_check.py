@@ -18,10 +18,10 @@ from ..base.device_memory import out_of_memory, release_memory, working_on
 from ..errors import LoraFileError
 from ..families import PART_TITLES
 from ..files import printable
-from ..generation.denoise import encode_requests
 from ..generation.lora_choice import LoraChoice
 from ..generation.loras import fit_loras
 from ..generation.request import ImageRequest
+from ..generation.scheduled_prompt import encode_requests
 from ..lora.change import Change
 from ..lora.quantized import FrozenLinear, dense_weight
 from ..lora.stack import temporarily_applied
@@ -145,11 +145,15 @@ def different_modules(read: Mapping[str, Change], trained: Mapping[str, Change],
     for name, change in trained.items():
         ours = {role: tensor.to(dtype) for role, tensor in change.tensors().items()}
         theirs = read[name].tensors() if name in read else {}
-        alphas = [math.nan if each is None else each for each in (change.alpha, read[name].alpha if theirs else None)]
         same = ours.keys() == theirs.keys() and all(torch.equal(theirs[role], tensor) for role, tensor in ours.items())
-        if not same or not np.array_equal(*np.array(alphas, np.float32), equal_nan=True):
+        if not same or _rounded(change.alpha, dtype) != read[name].alpha:
             different.append(name)
     return sorted(different)
+
+
+def _rounded(alpha: float | None, dtype: torch.dtype) -> float | None:
+    """``alpha`` as a file of ``dtype`` has it: a tensor like the others."""
+    return None if alpha is None else torch.tensor(alpha, dtype=torch.float32).to(dtype).item()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +214,7 @@ def _predictions(plan: RunPlan, base: Base, progress: Progress) -> Tensor:
     side = min(LARGEST_SIDE, base.checkpoint.resolution // factor)
     request = ImageRequest(prompt=next(iter(training_captions(plan)), plan.config.trigger), cfg=1.0)
     with working_on(base.device, *base.encoder_models()):
-        prompt = encode_requests(base, [request]).to(base.device)
+        prompt = encode_requests(base, [request]).to(base.device).at(0)
     levels = trained_levels(plan.config.objective, len(base.schedule.alphas_cumprod))
     timesteps = [levels[(2 * number + 1) * len(levels) // (2 * LEVELS)] for number in range(LEVELS)]
     rng = generator(plan.config.train.seed, Stream.COMPARISON_NOISE)
