@@ -12,12 +12,14 @@ import pytest
 from PIL import Image
 
 import sdlora
+from sdlora.cli import app
 from sdlora.errors import Interrupted, SdloraError
 from sdlora.generation.lora_choice import LoraChoice
 from sdlora.generation.request import ImageRequest
 from sdlora.grids import drawing
 from sdlora.grids.axes import KINDS, read_axes
 from sdlora.grids.cells import Cell, in_drawing_order, make_cells
+from sdlora.grids.sheet import labelled_sheet
 from sdlora.grids.values import numbers, split_values
 from sdlora.lora.stack import Stack
 from sdlora.progress import Silence
@@ -283,30 +285,37 @@ def test_faults_are_found_before_anything_is_loaded(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command(sdlora: Any, tiny_base: Path, loras: list[Path], tmp_path: Path) -> None:
-    command = (
-        "grid",
-        "a fox",
-        "--base",
-        tiny_base,
-        "--lora",
-        loras[0],
-        "--x",
-        "weight=0,1",
-        "--steps",
-        1,
-        "--out",
-        "g.jpg",
-    )
-    result = sdlora(*command)
-    assert (result.returncode, result.stdout.splitlines()[0]) == (0, "g.jpg: 2 cells"), result.stderr
-    result = sdlora(*command, "--json")
-    report = json.loads(result.stdout)
+def test_the_command(
+    tiny_base: Path,
+    loras: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["grid", "a fox", "--base", str(tiny_base), "--lora", str(loras[0]), "--x", "weight=0,1", "--steps", "1"]
+    command += ["--out", "g.jpg"]
+    assert not app(command, standalone_mode=False)
+    assert capsys.readouterr().out.splitlines() == [
+        "g.jpg: 2 cells",
+        "g.cells: the cells, and grid.json with their recipes",
+    ]
+    assert not app([*command, "--json"], standalone_mode=False)
+    report = json.loads(capsys.readouterr().out)
     assert (report["drawn"], len(report["cells"]), report["image"]) == (0, 2, "g.jpg")
     assert (tmp_path / report["folder"] / report["cells"][1]["file"]).is_file()
-    result = sdlora(*command, "--y", "weight:1", "--z", "foo:1")
-    assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr.splitlines() == [
-        "error: z: 'foo' is no axis; expected one of lora, weight, step, prompt, seed, cfg, steps, sampler, size",
+    assert app([*command, "--y", "weight:1", "--z", "foo:1"], standalone_mode=False) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.splitlines() == [
+        f"error: z: 'foo' is no axis; expected one of {', '.join(KINDS)}",
         "error: y: weight is the axis x already",
     ]
+
+
+def test_long_labels_of_rows_are_wrapped(tiny_base: Path, tmp_path: Path) -> None:
+    images = {(0, y, 0): Image.new("RGB", (64, 64)) for y in range(2)}
+    axes = read_axes(
+        {"y": ("prompt", ["a fox", "a very long text that would take more room than the image itself " * 3])}
+    )
+    assert labelled_sheet(images, axes, scale=1).width < 3 * 64

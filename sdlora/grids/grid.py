@@ -102,7 +102,7 @@ def grid(
     )
     folder = None if lora_dir is None else LoraFolder(Path(lora_dir))
     cells = make_cells(request, lora_choices(loras), axes, folder)
-    check_syntax(text for cell in cells for text in (cell.request.prompt, cell.request.negative))
+    check_syntax((cell.request.prompt for cell in cells), (cell.request.negative for cell in cells))
     checkpoint = find_base(base_argument(base))
     _check_size(cells, checkpoint, scale)
     place = file.with_name(f"{file.stem}.cells")
@@ -152,7 +152,7 @@ def _target(out: str | Path) -> Path:
 
 
 def _check_size(cells: Sequence[Cell], base: BaseCheckpoint, scale: int) -> None:
-    width, height = map(max, zip(*(cell.request.size_on(base) for cell in cells), strict=True))
+    width, height = map(max, zip(*(cell.request.final_size_on(base) for cell in cells), strict=True))
     if len(cells) * width * height * scale**2 > MOST_PIXELS:
         raise SdloraError(
             f"{len(cells):,} cells of {width} x {height} pixels are over {MOST_PIXELS / 1e6:.0f} million pixels together; "
@@ -170,7 +170,7 @@ def _record(cell: Cell, axes: Sequence[Axis], key: str, parameters: str, base: B
     }
     settings = {name: value for name, value in asdict(cell.request).items() if value is not None}
     loras = [{"name": lora.name, "weights": lora.tag} for lora in cell.loras]
-    made = settings | {"size": cell.request.size_on(base), "loras": loras, "parameters": parameters}
+    made = settings | {"size": cell.request.final_size_on(base), "loras": loras, "parameters": parameters}
     return labels | {"file": f"{key}.png"} | made
 
 
