@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .pipelines.applying import applied, apply, restore
     from .progress import CallbackProgress, ProgressUpdate, Silence
     from .publish.civitai import export_civitai
+    from .sweeps.run import sweep
     from .tools.average import average
     from .tools.bake import bake
     from .tools.convert import convert
@@ -64,6 +65,7 @@ _HOMES = {
     "load_config": "config.loading",
     "open": "generation.studio",
     "plan": "training.forecast",
+    "sweep": "sweeps.run",
     "train": "training.run",
 }
 
@@ -98,6 +100,7 @@ __all__ = [
     "plan",
     "resize",
     "restore",
+    "sweep",
     "train",
 ]
 

@@ -66,7 +66,7 @@ def test_values_with_commas_are_quoted() -> None:
 
 
 WRONG = {
-    "wight:0,1": "x: 'wight' is no axis; expected one of lora, weight, step, prompt, seed, cfg, steps, sampler, size",
+    "wight:0,1": f"x: 'wight' is no axis; expected one of {', '.join(KINDS)}",
     "weight": "x: 'weight' is not an axis; expected KIND:VALUE,VALUE, for example weight:0,0.5,1",
     "weight:": "x: weight has no values; expected weights of all LoRAs; weight@NAME of one, with commas between them",
     "weight:0,abc": "x: weight: 'abc' is not a number",
@@ -76,6 +76,7 @@ WRONG = {
     "seed:-1": "x: seed: -1 is not a seed from 0 to 4294967295",
     "seed:1-9 (-1)": "x: seed: '1-9 (-1)' never ends: its step leads away from 9",
     "seed:1-99999": "x: seed: '1-99999' has 99,999 values; at most 1000 are allowed",
+    "strength:0": "x: strength: 0 is not a strength above 0 and at most 1",
     "size:12x": "x: size: '12x' is not a size; expected 512 or 512x768",
     "seed@one:1": "x: 'seed@one' names no LoRA; expected weight@NAME or step@NAME",
     "step:5k": "x: step: '5k' is not a step; expected a whole number, or last",
@@ -134,10 +135,12 @@ def test_a_file_is_chosen_before_it_is_weighed_whichever_axis_is_first() -> None
 def test_every_kind_changes_what_it_names() -> None:
     values: dict[str, list[Any]] = {
         "lora": ["a.safetensors"], "weight": [0.5], "step": [500], "prompt": ["fox", "cat"], "seed": [3], "cfg": [7.5],
-        "steps": [9], "sampler": ["euler"], "size": [(64, 96)],
+        "steps": [9], "strength": [0.5], "sampler": ["euler"], "size": [(64, 96)],
     }  # fmt: skip
     assert set(values) == set(KINDS)
     for kind, given in values.items():
+        if kind == "strength":
+            continue  # See below.
         cell = cells_of("a fox", ("b.safetensors",), negative="red fox", x=(kind, given))[-1]
         made, plain = cell.request, ImageRequest(prompt="a fox", negative="red fox")
         if kind in ("lora", "weight", "step"):
@@ -245,6 +248,20 @@ def test_a_stopped_grid_goes_on(
     assert (again.drawn, len(saved), len(set(saved))) == (2, 6, 6)
     assert again.image.tobytes() == expected.image.tobytes()
     assert (tmp_path / "cut.png").read_bytes() == (tmp_path / "whole.png").read_bytes()
+
+
+def test_strengths_of_an_image_that_is_drawn_over(tiny_base: Path, tmp_path: Path) -> None:
+    over = Image.radial_gradient("L").convert("RGB").resize((64, 64))
+    given: dict[str, Any] = {"base": tiny_base, "out": tmp_path / "g.png", "y": "seed:1,2"} | SMALL | {"steps": 4}
+    made = sdlora.grid("a fox", x="strength:0.5,1", image=over, **given)
+    (alone,) = sdlora.generate("a fox", base=tiny_base, image=over, strength=0.5, seed=2, **SMALL | {"steps": 4})
+    assert made.cells[2]["parameters"] == alone.parameters
+    with Image.open(made.folder / made.cells[2]["file"]) as image:
+        assert max(abs(a - b) for a, b in zip(image.tobytes(), alone.image.tobytes(), strict=True)) <= 1
+    assert sdlora.grid("a fox", x="strength:0.5,1", image=over.copy(), **given).drawn == 0
+    assert sdlora.grid("a fox", x="strength:0.5,1", image=over.rotate(90), **given).drawn == 4
+    with pytest.raises(SdloraError, match="x: strength is that of an image to draw over; name one with image"):
+        sdlora.grid("a fox", x="strength:0.5", **given)
 
 
 def test_loras_are_set_once_for_each_weight(

@@ -26,6 +26,7 @@ from . import (
     extract,
     generate,
     grid,
+    init,
     inspect,
     interference,
     lint,
@@ -36,6 +37,7 @@ from . import (
     quickstart,
     resize,
     settings,
+    sweep,
     train,
 )
 
@@ -54,6 +56,7 @@ __all__ = [
     "extract",
     "generate",
     "grid",
+    "init",
     "inspect",
     "interference",
     "lint",
@@ -65,12 +68,14 @@ __all__ = [
     "quickstart",
     "resize",
     "settings",
+    "sweep",
     "train",
 ]
 
 
 def main() -> None:
-    """The ``sdlora`` command. Exit codes: 0 done, 1 input at fault, 2 usage, 130 interrupted after a safe save."""
+    """The ``sdlora`` command. Exit codes: 0 done, 1 input at fault, 2 usage, 3 another process of the run has ended, 130
+    interrupted after a safe save."""
     # Imports make hundreds of thousands of objects that all stay. Looking through them for garbage every 700 objects
     # takes a fifth of a start (``benchmarks/start.py``).
     gc.set_threshold(100_000, 20, 20)
