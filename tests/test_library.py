@@ -193,6 +193,7 @@ def test_broken_files_are_a_line_each_and_stop_nothing(tmp_path: Path) -> None:
     for _ in ("read", "remembered"):
         library = listed(tmp_path)
         assert [entry.file for entry in library.loras] == ["sound.safetensors", "twin.safetensors"]
+        assert [file.file for file in listed(tmp_path, search="LONG").broken] == ["long.safetensors"]
         assert {file.file for file in library.broken} == set(expected)
         for file in library.broken:
             assert file.problem.startswith(expected[file.file])
@@ -359,14 +360,14 @@ def test_equal_tensors_are_found_whatever_the_metadata(tmp_path: Path, monkeypat
 
 
 def test_hashes_are_those_of_the_bytes(tmp_path: Path) -> None:
-    file = write(tmp_path / "a.safetensors", sshs_model_hash="ab" * 32)
+    file = write(tmp_path / "a.safetensors", sshs_model_hash="ab" * 32, ss_output_name="other")
     (entry,) = listed(tmp_path, hashes=True).loras
     content = file.read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
     assert entry.autov2 == hashlib.sha256(content).hexdigest()[:10]
     assert entry.autov3 == hashlib.sha256(content[start:]).hexdigest()[:12] == hash_file(file, start).autov3
     assert entry.hashed
-    assert listed(tmp_path).loras == (entry,)
+    assert listed(tmp_path, search="other").loras == (entry,)
 
 
 def test_what_fits_a_base_is_what_can_be_put_on_it(tiny_files: dict[str, Path], tmp_path: Path) -> None:
