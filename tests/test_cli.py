@@ -54,11 +54,6 @@ SURFACE = {
             "hires_upscaler",
         ),
     },
-    "grid": {
-        *("prompt", "x", "y", "z", "base", "lora", "lora_dir", "negative", "seed", "steps", "cfg", "size", "sampler"),
-        *("image", "strength", "mask", "mask_blur", "hires", "hires_strength", "hires_steps", "hires_upscaler"),
-        *("scale", "precision", "vae_tiling", "clip_skip", "vae", "out", "as_json"),
-    },
     "list": {"folder", "search", "base", "duplicates", "with_hashes", "as_json"},
     "sweep": {"file", "settings", "out", "engine", "jobs", "retry", "check", "as_json"},
     "grid": {

@@ -79,14 +79,14 @@ def test_what_a_file_changes_is_that_of_the_formula(
 def test_the_difference_is_that_of_diffusers_own_unet(
     tiny_base: Path, finished: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """With the text encoder as it is: only the UNet is trained, on one caption that has no signs of weights."""
+    """With the text encoder as it is: only the UNet is trained, on one caption, whose signs are not those of a prompt."""
     images, file = write_images(tmp_path / "images", 1), tmp_path / "x.safetensors"
-    (images / "0.txt").write_text("zorb, a plain thing")
+    (images / "0.txt").write_text("zorb, [a plain: thing")
     more = ("train.steps=4", "optimizer.text_encoder_learning_rate=0")
     check = checked(tiny_base, images, file, *more)
     base = opened(tiny_base)
     encoder = base.text_encoders[0]
-    ids = encoder.tokenizer("zorb, a plain thing", padding="max_length", max_length=77, return_tensors="pt").input_ids
+    ids = encoder.tokenizer("zorb, [a plain: thing", padding="max_length", max_length=77, return_tensors="pt").input_ids
     unet = UNet2DConditionModel.from_pretrained(tiny_base, subfolder="unet")
     levels = len(base.schedule.alphas_cumprod)
     timesteps = torch.tensor([levels // 6, levels // 2, 5 * levels // 6])
