@@ -1,6 +1,6 @@
 """Time of a training step: ours, the same work with peft, the diffusers example's recipe, and the floor, in one run.
 
-    python -m benchmarks.train_step [--base mini | sd1 | sdxl | FILE] [--resolution 512] [--batches 1 4] [--rounds 12]
+    python -m benchmarks.train_step [--base mini | sd1 | sdxl | FILE] [--resolution 512] [--batches 1 4] [--json]
 
 The floor is what no LoRA trainer can go below while it trains through the whole model: the frozen UNet (and the text
 encoders, where they are trained), forward and backward to their inputs, with no LoRA and no optimizer. ``compiled floor``
@@ -25,17 +25,18 @@ import argparse
 import copy
 import itertools
 import json
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
+from benchmarks.random_weights import fill_randomly
+from benchmarks.turns import conditions, in_turn, median, print_results, ratio, seconds, significant
 from sdlora.base.base import Base
 from sdlora.base.conditioning import Conditioning, Framing, time_ids
 from sdlora.base.encode import encode_prompts
@@ -201,15 +202,14 @@ def step_of(side: str, setting: Setting) -> Step:
     return {"ours": our_step, "peft": peft_step, "example": example_step}[side](setting)
 
 
-def turn(step: Step, device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    for _ in range(STEPS_A_TURN):
-        step()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - began) / STEPS_A_TURN
+def turn(step: Step) -> float:
+    """Seconds of a step, on average over a few."""
+
+    def steps() -> None:
+        for _ in range(STEPS_A_TURN):
+            step()
+
+    return seconds(steps) / STEPS_A_TURN
 
 
 def open_setting(arguments: argparse.Namespace, folder: Path, batch: int) -> Setting:
@@ -233,49 +233,32 @@ def open_setting(arguments: argparse.Namespace, folder: Path, batch: int) -> Set
     dtype = choose_precision(arguments.precision, device, unet_parameters=plan.base.unet_parameters)
     base = load_base(plan.base, device=device, dtype=dtype)
     if random:
-        fill_randomly(base)
+        torch.manual_seed(0)
+        for model in (base.unet, base.vae, *base.encoder_models()):
+            fill_randomly(model)
     return Setting(base=base, plan=plan, batch=batch, rank=arguments.rank, trains_text=not random)
 
 
-@torch.no_grad()
-def fill_randomly(base: Base) -> None:
-    """Weights that keep activations about 1: std 1/√inputs; scales of norms at 1, biases at 0."""
-    torch.manual_seed(0)
-    for model in (base.unet, base.vae, *(encoder.model for encoder in base.text_encoders)):
-        for name, parameter in model.named_parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.02 if "embedding" in name else parameter[0].numel() ** -0.5)
-            else:
-                parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
-
-
 def compare(setting: Setting, sides: list[str], rounds: int) -> dict[str, Any]:
-    device, steps, peaks = setting.base.device, {}, {}
+    """A row of the table."""
+    steps, peaks = {}, {}
     for side in sides:
         step = steps[side] = step_of(side, setting)
-        turn(step, device)
-        if device.type == "cuda":
+        turn(step)
+        if setting.base.device.type == "cuda":
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
-            turn(step, device)
-            peaks[side] = round((torch.cuda.max_memory_allocated() - before) / 1e9, 2)
-    times: dict[str, list[float]] = {side: [] for side in sides}
-    for _ in range(rounds):
-        for side, step in steps.items():
-            times[side].append(turn(step, device))
-
-    def ratio(one: str, other: str) -> list[float]:
-        ratios = sorted(a / b for a, b in zip(times[one], times[other], strict=True))
-        return [round(r, 3) for r in (statistics.median(ratios), ratios[0], ratios[-1])]
-
-    others = [side for side in sides if side != "ours"]
+            turn(step)
+            peaks[side] = significant((torch.cuda.max_memory_allocated() - before) / 1e9)
+    times = in_turn({side: partial(turn, step) for side, step in steps.items()}, rounds, warmups=0)
+    others = [side for side in sides if side != "ours" and "ours" in sides]
     return {
         "batch": setting.batch,
         "resolution": setting.resolution,
         "dtype": str(setting.base.dtype).removeprefix("torch."),
-        "milliseconds": {side: round(1000 * statistics.median(values), 1) for side, values in times.items()},
-        **{f"ours / {other}": ratio("ours", other) for other in others if "ours" in sides},
-        **({"GB above the weights": peaks} if peaks else {}),
+        **{f"{side}, ms": significant(1000 * median(values)) for side, values in times.items()},
+        **{f"ours / {other}": ratio(times, "ours", other) for other in others},
+        **{f"{side}, GB above the weights": peak for side, peak in peaks.items()},
     }
 
 
@@ -288,15 +271,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=["ours", "peft", "example", "floor"])
+    parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    print(
-        f"{arguments.base} on {device}, torch {torch.__version__}; ratios: median [least, most] of {arguments.rounds}"
-    )
+    stated = conditions(base=arguments.base, rank=arguments.rank, rounds=arguments.rounds)
+    rows = []
     for batch in arguments.batches:
         with tempfile.TemporaryDirectory() as folder:
             setting = open_setting(arguments, Path(folder), batch)
-            print(json.dumps(compare(setting, arguments.sides, arguments.rounds)), flush=True)
+            rows.append(compare(setting, arguments.sides, arguments.rounds))
+    print_results(stated, rows, as_json=arguments.json)
 
 
 if __name__ == "__main__":

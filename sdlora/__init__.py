@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .config.sections import BaseSection, Config
     from .errors import Interrupted, SdloraError
     from .generation.studio import generate, generate_strip, open
+    from .library.listing import list_loras
     from .lint.run import lint_dataset
     from .pipelines.applying import applied, apply, restore
     from .progress import CallbackProgress, ProgressUpdate, Silence
@@ -58,6 +59,7 @@ _HOMES = {
     "bake": "tools.bake",
     "average": "tools.average",
     "lint_dataset": "lint.run",
+    "list_loras": "library.listing",
     "load_config": "config.loading",
     "open": "generation.studio",
     "plan": "training.forecast",
@@ -88,6 +90,7 @@ __all__ = [
     "inspect",
     "interference",
     "lint_dataset",
+    "list_loras",
     "load_config",
     "merge",
     "open",

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from sdlora.cli import app
 from tests.conftest import ROOT
@@ -44,6 +45,9 @@ def clone(
     for name in ("datasets", "configs"):
         shutil.copytree(ROOT / name, folder / name)
     shutil.copy(tiny_files["sdxl"], folder / "my-checkpoint.safetensors")
+    mask = Image.new("L", (128, 128))
+    mask.paste(255, (32, 32, 96, 96))
+    mask.save(folder / "my-mask.png")
     shutil.copytree(models["blip"], folder / "my-captioner")
     shutil.copytree(ROOT / "datasets" / "pixel", folder / "my-images", ignore=lambda _, names: sorted(names)[6:])
     before = Path.cwd()

@@ -18,11 +18,12 @@ from sdlora.base.checkpoint import MINI_FOLDER
 from sdlora.base.load import decoding_dtype
 from sdlora.base.strips import decode_in_strips
 from sdlora.generation import images, studio
-from sdlora.generation.denoise import denoise, encode_requests
+from sdlora.generation.denoise import denoise
 from sdlora.generation.images import generate_images
 from sdlora.generation.loras import LoraChoice
 from sdlora.generation.request import ImageRequest
 from sdlora.generation.samplers import SAMPLERS
+from sdlora.generation.scheduled_prompt import encode_requests
 from sdlora.lora.low_rank import LowRank
 from sdlora.lora.stack import temporarily_applied
 from sdlora.lora.targets import choose_targets

@@ -19,10 +19,11 @@ from sdlora.families import FAMILIES
 from sdlora.formats.hashes import file_hashes
 from sdlora.formats.weight_curve import WeightCurve
 from sdlora.generation.blocks import LISTS, PRESETS, BlockWeights, blocks_of
-from sdlora.generation.denoise import denoise, encode_requests
+from sdlora.generation.denoise import denoise
 from sdlora.generation.lora_choice import LoraChoice
 from sdlora.generation.loras import fit_loras
 from sdlora.generation.request import ImageRequest
+from sdlora.generation.scheduled_prompt import encode_requests
 from sdlora.lora.stack import Stack
 from sdlora.progress import Silence
 from tests.test_generation import random_lora

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from sdlora.base.base import Base
-from sdlora.generation.denoise import denoise, encode_requests
+from sdlora.generation.denoise import denoise
 from sdlora.generation.request import ImageRequest
 from sdlora.generation.samplers import SAMPLERS
+from sdlora.generation.scheduled_prompt import encode_requests
 from sdlora.progress import Silence
 from tests.full_size import META, Watch, full_size_base
 

@@ -47,10 +47,6 @@ def test_tags_in_prompts_of_previews_are_refused(tmp_path: Path) -> None:
     [
         ("a __colour/warm__ fox", "__colour/warm__: wildcards are not supported"),
         ("a {red|blue} fox", "{red|blue}: alternatives are not supported"),
-        ("a [red|blue] fox", "[red|blue]: alternatives are not supported"),
-        ("a fox AND a dog", "AND: several prompts joined by AND are not supported"),
-        ("a [fox:dog:0.5]", "[fox:dog:0.5]: editing during sampling is not supported"),
-        ("a [fox:10]", "[fox:10]: editing during sampling is not supported"),
         ("embedding:easynegative, fox", "embedding:easynegative: textual inversion is not supported"),
     ],
 )
@@ -60,7 +56,32 @@ def test_other_syntax_is_reported(text: str, named: str, caplog: pytest.LogCaptu
     assert [record.getMessage() for record in caplog.records] == [f"prompt: {named}; it is read as text"]
 
 
-@pytest.mark.parametrize("text", ["a (fox:1.2), [dog], __init, and", r"\[a:b:0.5\]", "(a|b)", "BREAK {x} <3 <lora>"])
+@pytest.mark.parametrize("text", ["a [b:c:d:3] fox", "a [b:c|d:3]", "[x (a:3] y", "[a|b:0.5]"])
+def test_malformed_editing_is_reported(text: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "sdlora"):
+        check_syntax([text])
+    (record,) = caplog.records
+    written = text[text.index("[") : text.index("]") + 1]
+    assert record.getMessage() == (
+        f"prompt: {written}: is neither [from:to:when], [to:when], [from::when] nor [a|b]; it is read as text"
+    )
+
+
+def test_and_is_text_in_a_negative_prompt_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "sdlora"):
+        check_syntax(["a fox AND a dog"], ["blue AND red", "[blue:red:3]"])
+    assert [record.getMessage() for record in caplog.records] == [
+        "prompt: AND: AND in a negative prompt is not supported; it is read as text"
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a (fox:1.2), [dog], __init, and", r"\[a:b:0.5\]", "(a|b)", "BREAK {x} <3 <lora>", "a fox AND a dog :1.2",
+        "a [fox:dog:0.5] [[a|b]:3] [c::5]",
+    ],
+)  # fmt: skip
 def test_ordinary_prompts_are_silent(text: str, caplog: pytest.LogCaptureFixture) -> None:
     check_syntax([text])
     assert caplog.records == []

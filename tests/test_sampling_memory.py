@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from sdlora.base.base import Base
-from sdlora.generation.denoise import denoise, encode_requests
+from sdlora.generation.denoise import denoise
 from sdlora.generation.request import ImageRequest
+from sdlora.generation.scheduled_prompt import encode_requests
 from sdlora.progress import Silence
 from sdlora.training.live_bytes import LiveBytes, attention_of
 from sdlora.training.memory import model_bytes

@@ -11,10 +11,27 @@ import typer
 from ..config.choices import PRECISIONS
 from ..errors import Interrupted
 from ..files import check_target
-from ..generation.request import MAX_SEED, RANDOM_SEED, ImageRequest, first_seed
+from ..generation.request import ImageRequest, first_seed
 from ..generation.samplers import SAMPLERS
-from ..generation.saving import FORMATS, ImageTarget
+from ..generation.saving import ImageTarget
 from .app import BaseOption, JsonOption, app, emit, examples, guard, parse_size
+from .generate_options import (
+    HiresOption,
+    HiresStepsOption,
+    HiresStrengthOption,
+    HiresUpscalerOption,
+    ImageOption,
+    LoraDirOption,
+    LoraOption,
+    MaskBlurOption,
+    MaskOption,
+    OutOption,
+    SeedOption,
+    StrengthOption,
+    StripOption,
+    TextEncoderOption,
+    stated,
+)
 
 if TYPE_CHECKING:
     from ..generation.images import GeneratedImage
@@ -25,6 +42,8 @@ _ANY_PRECISION = f"{', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}"
 @app.command(
     epilog=examples(
         "sdlora generate 'zorb, a fox' --lora zorb.safetensors:0.8 --seed 1",
+        "sdlora generate 'a fox in snow' --image fox.png --strength 0.6 --mask sky.png",
+        "sdlora generate 'a fox' --hires 2 --hires-steps 10",
         "sdlora generate 'a fox' --base my-checkpoint.safetensors --size 512x768 --count 4 --out out/foxes",
     )
 )
@@ -32,45 +51,32 @@ _ANY_PRECISION = f"{', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}"
 def generate(
     prompt: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="Several prompts make several images.")],
     base: BaseOption = "mini",
-    lora: Annotated[
-        list[str] | None,
-        typer.Option(metavar="FILE[:UNET[:TE]]", help="A LoRA with its weight (default 1); may be repeated."),
-    ] = None,
-    lora_dir: Annotated[
-        str | None,
-        typer.Option(metavar="DIR", help="Folder in which tags of prompts, <lora:name:0.8>, find their files."),
-    ] = None,
+    lora: LoraOption = None,
+    lora_dir: LoraDirOption = None,
     negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
-    seed: Annotated[
-        int | None,
-        typer.Option(
-            min=RANDOM_SEED, max=MAX_SEED, help="Seed of the first image; by default, and by -1, a random one."
-        ),
-    ] = None,
+    seed: SeedOption = None,
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps.")] = ImageRequest.steps,
     cfg: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is off.")] = ImageRequest.cfg,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels; default: the base's own.")] = None,
     count: Annotated[int, typer.Option(min=1, help="Images of each prompt, with the seeds N, N+1, ...")] = 1,
     sampler: Annotated[str, typer.Option(help=f"One of {', '.join(SAMPLERS)}.")] = ImageRequest.sampler,
-    strip: Annotated[
-        bool,
-        typer.Option(
-            "--strip", help="One labelled image: without LoRA, each LoRA at half and full weight, all together."
-        ),
-    ] = False,
+    image: ImageOption = None,
+    strength: StrengthOption = None,
+    mask: MaskOption = None,
+    mask_blur: MaskBlurOption = None,
+    hires: HiresOption = None,
+    hires_strength: HiresStrengthOption = None,
+    hires_steps: HiresStepsOption = None,
+    hires_upscaler: HiresUpscalerOption = None,
+    strip: StripOption = False,
     precision: Annotated[str, typer.Option(help=f"Precision of the base: {_ANY_PRECISION}.")] = "auto",
     vae_tiling: Annotated[bool, typer.Option("--vae-tiling", help="Decode in strips: less memory, slower.")] = False,
     clip_skip: Annotated[int | None, typer.Option(help="Layer of the text encoder, counted from the end.")] = None,
     vae: Annotated[str | None, typer.Option(metavar="FILE", help="Replaces the base's own.")] = None,
-    text_encoder: Annotated[
-        list[str] | None, typer.Option(metavar="FILE", help="Replaces the base's own; repeat for SDXL's second.")
-    ] = None,
+    text_encoder: TextEncoderOption = None,
     prediction: Annotated[str, typer.Option(help="The base's: auto, epsilon, v_prediction or sample.")] = "auto",
     attention: Annotated[str, typer.Option(help="Implementation of attention: auto, sdpa or xformers.")] = "auto",
-    out: Annotated[
-        str,
-        typer.Option(metavar="PATH", help=f"File ({', '.join(FORMATS)}) to write, or folder, whose names count up."),
-    ] = "out/",
+    out: OutOption = "out/",
     as_json: JsonOption = False,
 ) -> None:
     """Generate images with any number of weighted LoRAs; each file contains its recipe."""
@@ -92,6 +98,14 @@ def generate(
     first = first_seed(seed, count=count)
     options: dict[str, Any] = {"negative": negative, "seed": first, "steps": steps, "cfg": cfg}
     options |= {"size": shape, "sampler": sampler, "precision": precision, "base": section, "loras": lora or ()}
+    drawing = stated(
+        image=image, strength=strength, mask=mask, mask_blur=mask_blur, hires=hires, hires_strength=hires_strength,
+        hires_steps=hires_steps, hires_upscaler=hires_upscaler,
+    )  # fmt: skip
+    if strip and drawing:
+        option = next(iter(drawing)).replace("_", "-")
+        raise typer.BadParameter(f"a strip is text to image in one pass; remove --{option}", param_hint="--strip")
+    options |= drawing
     options |= {"vae_tiling": vae_tiling} | ({} if strip else {"lora_dir": lora_dir})
     check_target(target.path, "folder" if target.is_folder else "file")
     files = _write_strip(prompt, target, options) if strip else _write_images(prompt, count, target, options)

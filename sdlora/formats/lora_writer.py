@@ -18,6 +18,7 @@ from ..lora.kinds import Decomposed
 from ..lora.low_rank import LowRank
 from .keys import NESTING, kohya_keys
 from .lora_file import read_lora
+from .lora_tensors import is_finite
 from .metadata_file import with_hashes
 from .readers import lost_elsewhere
 from .safetensors_file import TensorInfo, encode_header, lay_out
@@ -53,7 +54,8 @@ def write_lora(
 
     Raises:
         LoraFileError: the format cannot hold a module's kind, or the kinds of a part together, or kohya's tools, ComfyUI
-            or diffusers would not know its name (nothing is written then); or the file, read back, lacks a module.
+            or diffusers would not know its name, or a value is NaN, Inf or too large for ``dtype`` (nothing is written
+            then); or the file, read back, lacks a module.
     """
     if format == "kohya":
         modules = _with_whole_attention(modules, family, base_modules or {})
@@ -62,9 +64,10 @@ def write_lora(
         modules = _all_or_none_dora(modules, format)
         tensors = _peft(modules, format, dtype)
         described = {"format": "pt", "lora_adapter_metadata": _adapter_metadata(modules)}
-    tensors = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    rounded = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    _check_finite(path, tensors, rounded)
     described = {**(metadata or {}), **described}
-    table, payload = lay_out(tensors)
+    table, payload = lay_out(rounded)
     if metadata is not None:
         described = with_hashes(described, table, payload)
     write_whole(path, encode_header(table, described), payload)
@@ -73,6 +76,20 @@ def write_lora(
         raise LoraFileError(
             f"{path}: not every module can be read back: {'; '.join(again.problems) or 'some are missing'}"
         )
+
+
+def _check_finite(path: Path, tensors: Mapping[str, Tensor], rounded: Mapping[str, Tensor]) -> None:
+    """Raise ``LoraFileError`` where a tensor to be written holds NaN or Inf, which no reader takes."""
+    broken = [name for name, tensor in rounded.items() if tensor.is_floating_point() and not is_finite(tensor)]
+    if not broken:
+        return
+    large = [name for name in broken if is_finite(tensors[name])]
+    if large:
+        dtype = str(rounded[large[0]].dtype).removeprefix("torch.")
+        raise LoraFileError(
+            f"{path}: {len(large)} tensors hold values too large for {dtype}, such as {large[0]}; write float32"
+        )
+    raise LoraFileError(f"{path}: {len(broken)} tensors hold NaN or Inf, such as {broken[0]}; nothing was written")
 
 
 def kohya_file_bytes(

@@ -4,15 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from ..config.sections import BaseSection
 from ..errors import BaseModelError, LoraFileError, SdloraError
+from .hires import hires_pass
 from .loras import LoraChoice
 from .request import ImageRequest, first_seed
+from .start_image import ImageArgument, start_image
 
 LoraArgument = str | Path | LoraChoice
 """``FILE[:UNET[:TE]]``, a path, or a choice."""
+
+
+class DrawingOptions(TypedDict, total=False):
+    """What else ``generate`` takes: an image to draw over, or a second pass."""
+
+    image: ImageArgument | None
+    """The image that is drawn over: a file, or an image of Pillow."""
+    strength: float | None
+    """How much of it is repainted: the share of the steps that are taken, above 0 and at most 1; 0.75 by default."""
+    mask: ImageArgument | None
+    """What of it is repainted: white is repainted, black stays."""
+    mask_blur: int | None
+    """Radius in pixels over which the edge of the mask is mixed; 4 by default."""
+    hires: float | None
+    """Factor of a second pass at a higher resolution, above 1."""
+    hires_strength: float | None
+    """How much the second pass repaints, above 0 and at most 1; 0.7 by default."""
+    hires_steps: int | None
+    """Steps that the second pass takes; by default as many as the first."""
+    hires_upscaler: str | None
+    """How the first image is enlarged, a name of ``hires.UPSCALERS``; ``latent`` by default."""
 
 
 def base_argument(base: object) -> str | BaseSection:
@@ -74,11 +97,19 @@ def image_requests(
     steps: int,
     cfg: float,
     sampler: str,
+    image: ImageArgument | None = None,
+    strength: float | None = None,
+    mask: ImageArgument | None = None,
+    mask_blur: int | None = None,
+    hires: float | None = None,
+    hires_strength: float | None = None,
+    hires_steps: int | None = None,
+    hires_upscaler: str | None = None,
 ) -> list[ImageRequest]:
     """``count`` requests for each prompt, with seeds from ``seed`` on.
 
     Raises:
-        SdloraError: with one line for each argument of another type than expected.
+        SdloraError: with one line for each argument of another type than expected, and each file that cannot be read.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     problems = []
@@ -91,6 +122,15 @@ def image_requests(
         problems.append(f"size {size!r}: expected pixels, 512 or (512, 768) for width and height")
     if not _whole(steps):
         problems.append(f"steps {steps!r}: expected a whole number, at least 1")
+    start, second = None, None
+    try:
+        start = start_image(image, strength=strength, mask=mask, mask_blur=mask_blur)
+    except SdloraError as error:
+        problems += error.problems
+    try:
+        second = hires_pass(hires, strength=hires_strength, steps=hires_steps, upscaler=hires_upscaler)
+    except SdloraError as error:
+        problems += error.problems
     if problems:
         raise SdloraError(problems)
     first = first_seed(seed, count=count)
@@ -104,6 +144,8 @@ def image_requests(
             cfg=cfg,
             size=width_height,
             sampler=sampler,
+            start=start,
+            hires=second,
         )
         for text in texts
         for number in range(count)

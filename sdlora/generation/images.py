@@ -14,18 +14,20 @@ from torch import Tensor
 
 from ..base.base import Base
 from ..base.checkpoint import BaseCheckpoint
-from ..base.conditioning import Conditioning
 from ..base.decode import LatentDecoder
 from ..base.device_memory import free_memory, move_to, out_of_memory, release_memory
 from ..errors import DeviceMemoryError
 from ..formats.hashes import file_hashes
 from ..lora.stack import Stack
 from ..progress import Progress, raise_if_stopped
-from .denoise import denoise, encode_requests
+from .denoise import denoise
 from .infotext import infotext
 from .loras import WeightedLora, stacked
 from .request import ImageRequest
 from .saving import encoded
+from .scheduled_prompt import ScheduledConditioning, encode_requests, is_guided
+from .start import Start, start_of
+from .upscaling import as_arrays, enlarged, second_pass
 
 IMAGES_AT_ONCE, PIXELS_AT_ONCE = 4, 1024 * 1024
 """Neighbouring images are generated together, as many as stay within both; at 1024 x 1024 one occupies any device."""
@@ -76,26 +78,33 @@ def generate_images(
     checkpoint = base.checkpoint
     base_autov2 = file_hashes(checkpoint.file, progress).autov2 if checkpoint.file else None
     images: list[GeneratedImage] = []
-    progress.start("Generating", sum(request.steps for request in requests))
+    progress.start("Generating", sum(request.all_steps for request in requests))
     varying = [lora.choice for lora in loras if lora.choice.varies]
     decode = LatentDecoder(base, tiled=vae_tiling)
     batches = _batches(requests, checkpoint)
+
+    def weigh(steps: int) -> Callable[[int], None] | None:
+        """Called before each of ``steps``, for LoRAs whose weights vary over them."""
+        return (lambda step: own.vary([choice.factor(step, steps) for choice in varying])) if varying else None
+
     with (
         _applied(base, loras, stack) as own,
         _conditionings(base, batches) as conditionings,
     ):
         for batch, conditioning in zip(batches, conditionings, strict=True):
-            steps = batch[0].steps
-
-            def weigh(step: int, steps: int = steps) -> None:
-                own.vary([choice.factor(step, steps) for choice in varying])
-
-            latents = _denoised(base, batch, conditioning, progress, stop, weigh if varying else None)
+            latents = _denoised(
+                base, batch, conditioning, progress, stop, start_of(base, batch), weigh(batch[0].steps_taken)
+            )
+            if hires := batch[0].hires:
+                start, steps = enlarged(base, batch, latents, decode), hires.steps_taken(batch[0].steps)
+                second = second_pass(batch, checkpoint)
+                latents = _denoised(base, second, conditioning, progress, stop, start, weigh(steps))
             raise_if_stopped(stop, "stopped while generating")
-            pixels = decode(latents).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+            pixels = as_arrays(decode(latents))
             for request, latent, array in zip(batch, latents, pixels, strict=True):
+                drawn = Image.fromarray(array)
                 image = GeneratedImage(
-                    image=Image.fromarray(array),
+                    image=drawn if request.start is None else request.start.pasted(drawn),
                     latents=latent.float().cpu(),
                     parameters=infotext(request, base=checkpoint, base_autov2=base_autov2, loras=loras),
                     request=request,
@@ -120,7 +129,7 @@ def _applied(base: Base, loras: Sequence[WeightedLora], stack: Stack | None) -> 
 
 
 @contextmanager
-def _conditionings(base: Base, batches: Sequence[Sequence[ImageRequest]]) -> Generator[Iterator[Conditioning]]:
+def _conditionings(base: Base, batches: Sequence[Sequence[ImageRequest]]) -> Generator[Iterator[ScheduledConditioning]]:
     """The conditioning of each batch. On a small device the text encoders are in main memory after the last was encoded."""
     if base.device.type == "mps" or free_memory(base.device) >= ROOM:
         yield (encode_requests(base, batch) for batch in batches)
@@ -138,9 +147,10 @@ def _conditionings(base: Base, batches: Sequence[Sequence[ImageRequest]]) -> Gen
 def _denoised(
     base: Base,
     batch: Sequence[ImageRequest],
-    conditioning: Conditioning,
+    conditioning: ScheduledConditioning,
     progress: Progress,
     stop: threading.Event | None,
+    start: Start | None,
     before_step: Callable[[int], None] | None,
 ) -> Tensor:
     """``denoise``, one image after another where memory does not suffice for all of ``batch``.
@@ -149,7 +159,7 @@ def _denoised(
         DeviceMemoryError: it does not suffice for one.
     """
     try:
-        return denoise(base, batch, conditioning, progress, stop, before_step)
+        return denoise(base, batch, conditioning, progress, stop, before_step, start)
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
@@ -165,13 +175,12 @@ def _denoised(
         "the %s has too little memory for %d images of %d x %d pixels at once; they are generated one by one",
         *(base.device.type, len(batch), width, height),
     )
-    # With guidance there are two rows for each image, len(batch) apart.
-    rows = [range(number, conditioning.context.shape[0], len(batch)) for number in range(len(batch))]
-    alone = [Conditioning.stack([conditioning.row(row) for row in of_image]) for of_image in rows]
     return torch.cat(
         [
-            _denoised(base, [request], own, progress, stop, before_step)
-            for request, own in zip(batch, alone, strict=True)
+            _denoised(
+                base, [request], conditioning.of_image(number), progress, stop, start and start.row(number), before_step
+            )
+            for number, request in enumerate(batch)
         ]
     )
 
@@ -180,7 +189,7 @@ def _batches(requests: Sequence[ImageRequest], checkpoint: BaseCheckpoint) -> li
     """Neighbours that differ in nothing but prompts and seeds, as many as are generated together."""
     batches: list[list[ImageRequest]] = []
     for request in requests:
-        width, height = request.size_on(checkpoint)
+        width, height = request.final_size_on(checkpoint)
         most = min(IMAGES_AT_ONCE, max(1, PIXELS_AT_ONCE // (width * height)))
         if batches and len(batches[-1]) < most and _settings(batches[-1][0]) == _settings(request):
             batches[-1].append(request)
@@ -189,5 +198,5 @@ def _batches(requests: Sequence[ImageRequest], checkpoint: BaseCheckpoint) -> li
     return batches
 
 
-def _settings(request: ImageRequest) -> ImageRequest:
-    return replace(request, prompt="", negative="", seed=0)
+def _settings(request: ImageRequest) -> tuple[ImageRequest, bool]:
+    return replace(request, prompt="", negative="", seed=0), is_guided(request)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from .._version import __version__
 from ..base.checkpoint import BaseCheckpoint
+from .hires import UPSCALERS
 from .loras import WeightedLora
 from .request import ImageRequest
 from .samplers import SAMPLERS, a1111_schedule
@@ -22,7 +23,7 @@ def infotext(
     ``Model hash``, ``Lora hashes`` and ``Hashes``.
     """
     width, height = request.size_on(base)
-    fields = {
+    fields: dict[str, object] = {
         "Steps": request.steps,
         "Sampler": SAMPLERS[request.sampler].a1111_name,
         "Schedule type": a1111_schedule(SAMPLERS[request.sampler], base.schedule, request.steps),
@@ -33,9 +34,12 @@ def infotext(
     if base_autov2:
         fields["Model hash"] = base_autov2
     fields["Model"] = re.sub(r"[\",:\s]+", " ", base.name).strip()
+    fields["Denoising strength"] = _strength(request)
     if base.clip_skip != base.family.clip_skip:
         fields["Clip skip"] = base.clip_skip
+    fields["Init image hash"] = None if request.start is None else request.start.digest
     fields["RNG"] = "CPU"
+    fields |= _drawing_fields(request)
     lora_hashes = {lora.tag_name: lora.fitted.autov3 for lora in loras if lora.fitted.autov3}
     if lora_hashes:
         fields["Lora hashes"] = ", ".join(f"{name}: {digest}" for name, digest in lora_hashes.items())
@@ -49,6 +53,24 @@ def infotext(
     tags = "".join(f" <lora:{lora.tag_name}:{lora.choice.tag}>" for lora in loras)
     negative = f"\nNegative prompt: {request.negative}" if request.negative else ""
     return f"{request.prompt}{tags}{negative}\n{line}"
+
+
+def _strength(request: ImageRequest) -> str | None:
+    repainted = request.start or request.hires
+    return None if repainted is None else f"{repainted.strength:g}"
+
+
+def _drawing_fields(request: ImageRequest) -> dict[str, object]:
+    """What A1111 writes of inpainting and of a second pass, where it differs from its defaults."""
+    fields: dict[str, object] = {}
+    if request.start is not None and request.start.mask is not None and request.start.mask_blur:
+        fields["Mask blur"] = request.start.mask_blur
+    if request.hires is not None:
+        fields["Hires upscale"] = f"{request.hires.scale:g}"
+        if request.hires.steps is not None:
+            fields["Hires steps"] = request.hires.steps
+        fields["Hires upscaler"] = UPSCALERS[request.hires.upscaler].a1111_name
+    return fields
 
 
 def _quoted(value: str) -> str:

@@ -8,32 +8,43 @@ from collections.abc import Iterable
 
 from ..errors import SdloraError
 from ..formats.recipe import TAG, LoraTag
+from .prompt_editing import text_outside
 
 logger = logging.getLogger(__name__)
 
 _UNSUPPORTED = (
     ("wildcards are", re.compile(r"__[\w./*-]+__")),
-    ("alternatives are", re.compile(r"\{[^{}]*\|[^{}]*\}|(?<!\\)\[[^\[\]]*\|[^\[\]]*\]")),
-    ("several prompts joined by AND are", re.compile(r"\bAND\b")),
-    ("editing during sampling is", re.compile(r"(?<!\\)\[[^\[\]]*:\s*[\d.]+\s*\]")),
+    ("alternatives are", re.compile(r"\{[^{}]*\|[^{}]*\}")),
     ("textual inversion is", re.compile(r"\bembedding:[^\s,()\[\]]+")),
 )
 """What it is -> how A1111, ComfyUI or an extension writes it."""
 
 
-def check_syntax(prompts: Iterable[str]) -> None:
+_MALFORMED = re.compile(r"(?<!\\)\[[^\[\]]*(?:\|[^\[\]]*|:\s*[\d.]+\s*)\]")
+"""Looks like ``[a:b:0.5]`` or ``[a|b]``, among what A1111 does not read as such."""
+_AND = re.compile(r"\bAND\b")
+
+
+def check_syntax(prompts: Iterable[str], negatives: Iterable[str] = ()) -> None:
     """Log one warning for each construct that is read as text.
 
     Raises:
         SdloraError: a tag such as ``<lora:name:1>``, which would load nothing here; with the option to use instead.
     """
-    texts = list(dict.fromkeys(prompts))
+    negative = list(dict.fromkeys(negatives))
+    texts = list(dict.fromkeys((*prompts, *negative)))
     problems = dict.fromkeys(_refusal(match) for text in texts for match in TAG.finditer(text))
     if problems:
         raise SdloraError(list(problems))
     found = [(match[0], title) for text in texts for title, pattern in _UNSUPPORTED for match in pattern.finditer(text)]
+    found += [(match[0], "AND in a negative prompt is") for text in negative for match in _AND.finditer(text)]
     for written, title in dict.fromkeys(found):
         logger.warning("prompt: %s: %s not supported; it is read as text", written, title)
+    malformed = [match[0] for text in texts for match in _MALFORMED.finditer(text_outside(text))]
+    for written in dict.fromkeys(malformed):
+        logger.warning(
+            "prompt: %s: is neither [from:to:when], [to:when], [from::when] nor [a|b]; it is read as text", written
+        )
 
 
 def _refusal(match: re.Match[str]) -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import SdloraError
+from .hires import Hires
 from .samplers import SAMPLERS
+from .start_image import StartImage
 
 if TYPE_CHECKING:
     from ..base.checkpoint import BaseCheckpoint
@@ -30,13 +33,35 @@ class ImageRequest:
     cfg: float = 5.0
     """Classifier-free guidance scale; 1 switches guidance off."""
     size: tuple[int, int] | None = None
-    """Width and height in pixels, multiples of the base's ``size_step``; None is the base's own square."""
+    """Width and height in pixels, multiples of the base's ``size_step``; None is that of ``start``, else the base's own
+    square."""
     sampler: str = "dpm++2m"
     """A name of ``samplers.SAMPLERS``."""
+    start: StartImage | None = None
+    """The image that is drawn over, in image to image and inpainting."""
+    hires: Hires | None = None
+    """A second pass at a higher resolution."""
 
     def size_on(self, base: BaseCheckpoint) -> tuple[int, int]:
         """Width and height in pixels when generated on ``base``."""
+        if self.size is None and self.start is not None:
+            return self.start.size_on(base)
         return self.size or (base.resolution, base.resolution)
+
+    def final_size_on(self, base: BaseCheckpoint) -> tuple[int, int]:
+        """Width and height in pixels after the second pass, if there is one."""
+        size = self.size_on(base)
+        return size if self.hires is None else self.hires.size(size, base.size_step)
+
+    @property
+    def steps_taken(self) -> int:
+        """Steps that are computed in the first pass."""
+        return self.steps if self.start is None else self.start.steps_of(self.steps)
+
+    @property
+    def all_steps(self) -> int:
+        """Steps that are computed in all passes."""
+        return self.steps_taken + (0 if self.hires is None else self.hires.steps_taken(self.steps))
 
 
 def first_seed(seed: int | None, *, count: int) -> int:
@@ -75,4 +100,26 @@ def _problems(request: ImageRequest, base: BaseCheckpoint) -> list[str]:
         problems.append(f"cfg {request.cfg}: expected a number from 0 to {MAX_CFG}")
     if request.steps < 1:
         problems.append(f"steps {request.steps}: at least 1 is needed")
+    elif request.start is not None and request.steps_taken < 1:
+        strength, least = request.start.strength, math.ceil(1 / request.start.strength)
+        problems.append(
+            f"strength {strength:g} of {request.steps} steps is less than one step; use at least {least} steps"
+        )
+    if request.hires is not None:
+        problems += _hires_problems(request, request.hires, base)
+    return problems
+
+
+def _hires_problems(request: ImageRequest, hires: Hires, base: BaseCheckpoint) -> list[str]:
+    problems = []
+    if request.start is not None:
+        problems.append("hires is a second pass of text to image; without it, name a larger size for image to image")
+    if request.final_size_on(base) == request.size_on(base):
+        width, height = request.size_on(base)
+        problems.append(f"hires {hires.scale:g}: {width}x{height} stays as it is in steps of {base.size_step} pixels")
+    if (needed := hires.schedule_steps(request.steps)) > base.schedule.timesteps:
+        problems.append(
+            f"hires_strength {hires.strength:g}: {hires.steps_taken(request.steps)} steps would be the last of {needed}, "
+            f"and there are {base.schedule.timesteps}; use fewer hires_steps or a higher hires_strength"
+        )
     return problems

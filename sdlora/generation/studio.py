@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 from PIL import Image
 
@@ -20,7 +20,7 @@ from ..config.sections import BaseSection
 from ..errors import SdloraError
 from ..lora.stack import Stack
 from ..progress import Progress, progress_or_bar
-from .arguments import LoraArgument, base_argument, image_requests, lora_choices
+from .arguments import DrawingOptions, LoraArgument, base_argument, image_requests, lora_choices
 from .grid import labelled_grid
 from .lora_folder import LoraFolder
 from .loras import FittedLora, WeightedLora, fit_loras
@@ -56,6 +56,7 @@ def generate(
     stop: threading.Event | None = None,
     on_image: Callable[[GeneratedImage], None] | None = None,
     say: Callable[[str], None] = lambda line: None,
+    **drawing: Unpack[DrawingOptions],
 ) -> list[GeneratedImage]:
     """Generate ``count`` images of each prompt, with seeds ``seed``, ``seed + 1`` …, under all ``loras`` at once.
 
@@ -75,6 +76,7 @@ def generate(
         on_image: called with each image as soon as it is done.
         say: called with the device, the precision and the free memory, before the base is loaded, and with trigger words
             that a prompt lacks.
+        drawing: image to image and inpainting, see ``DrawingOptions``.
 
     Raises:
         SdloraError: a base, LoRA, size, sampler or precision that cannot be used, found before anything is generated.
@@ -83,7 +85,7 @@ def generate(
     with open(base, precision=precision, vae_tiling=vae_tiling, lora_dir=lora_dir) as studio:
         return studio.generate(
             prompts, loras=loras, negative=negative, seed=seed, count=count, steps=steps, cfg=cfg, size=size,
-            sampler=sampler, progress=progress, stop=stop, on_image=on_image, say=say,
+            sampler=sampler, progress=progress, stop=stop, on_image=on_image, say=say, **drawing,
         )  # fmt: skip
 
 
@@ -179,6 +181,7 @@ class OpenStudio:
         stop: threading.Event | None = None,
         on_image: Callable[[GeneratedImage], None] | None = None,
         say: Callable[[str], None] = lambda line: None,
+        **drawing: Unpack[DrawingOptions],
     ) -> list[GeneratedImage]:
         """As the function ``generate``, on this base.
 
@@ -187,11 +190,19 @@ class OpenStudio:
             Interrupted: ``stop`` was set.
         """
         requests = image_requests(
-            prompts, seed=seed, count=count, size=size, negative=negative, steps=steps, cfg=cfg, sampler=sampler
+            prompts,
+            seed=seed,
+            count=count,
+            size=size,
+            negative=negative,
+            steps=steps,
+            cfg=cfg,
+            sampler=sampler,
+            **drawing,
         )
         tagged = read_tags(requests, self._folder)
         requests = [entry.request for entry in tagged]
-        check_syntax(text for request in requests for text in (request.prompt, request.negative))
+        check_syntax((request.prompt for request in requests), [negative])
         common = lora_choices(loras)
         for entry in tagged:
             check_named_once([*common, *entry.loras])
@@ -232,7 +243,7 @@ class OpenStudio:
         requests = image_requests(
             prompts, seed=seed, count=1, size=size, negative=negative, steps=steps, cfg=cfg, sampler=sampler
         )
-        check_syntax(text for request in requests for text in (request.prompt, request.negative))
+        check_syntax((request.prompt for request in requests), [negative])
         studio = self.prepared(requests, loras, say)
         columns = _columns(studio.loras, strengths)
         with progress_or_bar(progress) as reports:

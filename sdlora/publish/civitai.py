@@ -106,7 +106,7 @@ def export_civitai(
         ImageRequest(prompt=prompt, negative=negative, seed=seed, steps=steps, cfg=cfg, size=size)
         for prompt in shown.prompts
     ]
-    check_syntax((*(prompts or ()), negative))
+    check_syntax(prompts or (), [negative])
     with progress_or_bar(progress) as reporting, whole_folder(target) as partial:
         packed = partial / f"{shown.name}.safetensors"
         changed = _pack(file, family, packed, base if requests else None, reporting)

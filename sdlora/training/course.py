@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
-from ..base.base import Base
 from ..base.conditioning import time_ids
-from ..lora.change import Change
 from ..progress import Progress
 from ..randomness import Stream, generator
 from .loss import denoising_loss
@@ -24,10 +20,9 @@ COMPARED = 8
 """Number of images that are compared, each at a noise level of its own."""
 LEAST_GAIN = 0.001
 """Share of the loss that a run that learned anything takes away. Usual settings take 1 % and more in 50 steps."""
-LARGEST_CHANGE = 2.0
-"""Times the norm of a layer's weights that its change reaches at most. In runs that work it stays below a half."""
 WORSE_THAN_NOTHING = 1.5
 """Times the loss of predicting zero that a base has, at high noise, if its kind of prediction is the wrong one."""
+RATE_TOO_HIGH = "optimizer.learning_rate is probably too high; lower it and start over with --restart"
 
 
 def tail_length(steps: int) -> int:
@@ -82,34 +77,14 @@ def own_losses(session: TrainingSession, progress: Progress) -> OwnLosses | None
     return OwnLosses(losses=losses, of_zero=of_zero)
 
 
-def relative_change(weights: Mapping[str, Change], base: Base) -> float:
-    """Norm of the change over that of the weights that it is added to: the median of the plain linear layers."""
-    modules = base.modules()
-    layers = ((change, modules[name]) for name, change in weights.items())
-    shares = [
-        _length(change, layer.weight) / _norm(layer.weight) for change, layer in layers if type(layer) is nn.Linear
-    ]
-    return float(np.median(shares)) if shares else 0.0
-
-
-def _length(change: Change, weight: Tensor) -> float:
-    known = change.norm()
-    return _norm(change.delta(weight.detach().float().cpu())) if known is None else known
-
-
-def _norm(weight: Tensor) -> float:
-    return max(torch.linalg.vector_norm(weight.detach(), dtype=torch.float32).item(), 1e-12)
-
-
-def run_warning(*, trained: OwnLosses, alone: OwnLosses, change: float) -> str | None:
+def run_warning(*, trained: OwnLosses, alone: OwnLosses) -> str | None:
     """A sentence on a run that learned nothing or diverged; None where all is well.
 
     Args:
         trained: with the LoRA.
         alone: of the base without it, on the same images and noise.
-        change: ``relative_change`` of the LoRA.
     """
-    cause = "optimizer.learning_rate is probably too high; lower it and start over with --restart"
+    cause = RATE_TOO_HIGH
     if not np.isfinite(trained.losses).all():
         return f"the loss was NaN or Inf at the end: {cause}"
     highest = slice(-max(1, len(alone.losses) // 4), None)
@@ -124,8 +99,6 @@ def run_warning(*, trained: OwnLosses, alone: OwnLosses, change: float) -> str |
     )
     if ratio > 1 + LEAST_GAIN:
         return f"the LoRA makes the base worse ({means}): {cause}"
-    if change > LARGEST_CHANGE:
-        return f"the LoRA's change of a layer is {change:.3g} times as large as the layer's weights: {cause}"
     if ratio > 1 - LEAST_GAIN:
         return (
             f"the LoRA learned almost nothing ({means}): optimizer.learning_rate is probably too low; raise it and start "

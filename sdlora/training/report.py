@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from accelerate import PartialState
+from accelerate import Accelerator
 
 from .checkpoint import RunFolder
+from .file_check import FileCheck
 from .plan import RunPlan
+from .processes import wait_for_all
 from .texts import changed_metadata, write_texts
 
 
@@ -32,6 +34,8 @@ class TrainResult:
     """Steps that an earlier, interrupted call had done."""
     warning: str | None = None
     """That the run learned nothing or diverged, and the likely cause; None where nothing is known against it."""
+    check: FileCheck | None = None
+    """What the file changes in the base, found by reading it back; None where this call wrote none."""
     texts_written: bool = False
     """Whether the run was complete already, and new texts of ``[output]`` were written into its file."""
 
@@ -46,10 +50,10 @@ class TrainReport:
 
 def complete_already(plan: RunPlan, folder: RunFolder) -> TrainResult:
     """The result of a run whose file exists; new texts are written into it."""
-    output, processes = Path(plan.config.output.path), PartialState()
+    output, processes = Path(plan.config.output.path), Accelerator()
     metadata = changed_metadata(output, plan.config)
     # Every process has read the file before one changes it.
-    processes.wait_for_everyone()
+    wait_for_all(processes)
     if processes.is_main_process:
         folder.close(plan.steps, keep=plan.config.train.keep_state)
         if metadata is not None:

@@ -15,7 +15,8 @@ from ..base.decode import LatentDecoder
 from ..base.device_memory import out_of_memory, release_memory, working_on
 from ..errors import Interrupted, SdloraError
 from ..files import write_png
-from ..generation.denoise import denoise, encode_requests
+from ..generation.denoise import denoise
+from ..generation.scheduled_prompt import encode_requests
 from ..progress import Progress, Stop
 from .plan import RunPlan
 from .sample_cells import stated

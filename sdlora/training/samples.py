@@ -152,7 +152,12 @@ def sample_prompts(plan: RunPlan) -> list[str]:
     """``samples.prompts``, or the first training captions if it is not set; each with the trigger word."""
     prompts = plan.config.samples.prompts
     if prompts is None:
-        sources = [item.source for item in plan.items if item.source.role == "train"]
-        captions = dict.fromkeys(source.rules.plain(source.captions) for source in sources)
-        prompts = tuple(captions)[:CAPTIONS_SHOWN]
+        return training_captions(plan)[:CAPTIONS_SHOWN]
     return [with_trigger(prompt, plan.config.trigger) for prompt in prompts]
+
+
+def training_captions(plan: RunPlan) -> list[str]:
+    """The different captions that are trained, in order of the images, with the trigger word."""
+    sources = [item.source for item in plan.items if item.source.role == "train"]
+    captions = dict.fromkeys(source.rules.plain(source.captions) for source in sources)
+    return [with_trigger(caption, plan.config.trigger) for caption in captions]

@@ -1,0 +1,71 @@
+"""The options of ``sdlora generate``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from ..generation.hires import UPSCALERS, Hires
+from ..generation.request import MAX_SEED, RANDOM_SEED
+from ..generation.saving import FORMATS
+from ..generation.start_image import StartImage
+
+LoraOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="FILE[:UNET[:TE]]", help="A LoRA with its weight (default 1); may be repeated."),
+]
+LoraDirOption = Annotated[
+    str | None,
+    typer.Option(metavar="DIR", help="Folder in which tags of prompts, <lora:name:0.8>, find their files."),
+]
+SeedOption = Annotated[
+    int | None,
+    typer.Option(min=RANDOM_SEED, max=MAX_SEED, help="Seed of the first image; by default, and by -1, a random one."),
+]
+ImageOption = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="Image to image: draw over this one, by default at its own size."),
+]
+StrengthOption = Annotated[
+    float | None,
+    typer.Option(help=f"How much of --image is repainted, above 0 to 1 (all); default {StartImage.strength}."),
+]
+MaskOption = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="Inpainting: what is white here is repainted, what is black stays."),
+]
+MaskBlurOption = Annotated[
+    int | None, typer.Option(help=f"Pixels over which the edge of --mask is mixed; default {StartImage.mask_blur}.")
+]
+HiresOption = Annotated[
+    float | None,
+    typer.Option(metavar="FACTOR", help="Second pass: enlarge what was drawn by this, and draw over it (Hires. fix)."),
+]
+HiresStrengthOption = Annotated[
+    float | None,
+    typer.Option(help=f"How much of it the second pass repaints, above 0 to 1; default {Hires.strength}."),
+]
+HiresStepsOption = Annotated[
+    int | None, typer.Option(help="Steps that the second pass takes; default: as many as the first.")
+]
+HiresUpscalerOption = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help=f"One of {', '.join(UPSCALERS)}; default {Hires.upscaler}."),
+]
+StripOption = Annotated[
+    bool,
+    typer.Option("--strip", help="One labelled image: without LoRA, each LoRA at half and full weight, all together."),
+]
+TextEncoderOption = Annotated[
+    list[str] | None, typer.Option(metavar="FILE", help="Replaces the base's own; repeat for SDXL's second.")
+]
+OutOption = Annotated[
+    str,
+    typer.Option(metavar="PATH", help=f"File ({', '.join(FORMATS)}) to write, or folder, whose names count up."),
+]
+
+
+def stated(**values: Any) -> dict[str, Any]:
+    """Those of ``values`` that are stated: all but None."""
+    return {name: value for name, value in values.items() if value is not None}
