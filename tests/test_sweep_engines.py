@@ -23,7 +23,7 @@ from sdlora.sweeps.engines import check_engine, engine_for
 from sdlora.sweeps.jobs import ANSWER_NAME, Ended, run_jobs
 from sdlora.sweeps.processes import STOP_NAME
 from sdlora.sweeps.ray_engine import RayEngine
-from sdlora.sweeps.slurm_engine import SlurmEngine
+from sdlora.sweeps.slurm_engine import SlurmEngine, SlurmHandle
 from tests.sweep_jobs import WAITING, Seen, StopWhen, job
 from tests.test_sweep import write_sweep
 
@@ -53,7 +53,8 @@ def test_wrong_options_of_ray_are_found_before_a_cluster_is_asked(monkeypatch: p
 
 
 @pytest.fixture
-def submitit() -> Any:
+def submitit(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(SlurmHandle, "apart", 0.1)
     if os.name != "posix":
         pytest.skip("submitit sends signals to processes")
     return pytest.importorskip("submitit")

@@ -58,6 +58,8 @@ class SlurmEngine:
 class SlurmHandle(RemoteHandle):
     """A job in the queue."""
 
+    apart = 2.0  # Each looks for a file, often on a disk that many machines share.
+
     def __init__(self, job: Job, executor: Any):
         super().__init__(job)
         self._withdrawn = False
