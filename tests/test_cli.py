@@ -42,6 +42,7 @@ SURFACE = {
             "lora_dir",
             "wildcards",
             "prompts",
+            "preview",
             "image",
             "strength",
             "mask",
