@@ -15,6 +15,7 @@ from sdlora.errors import SdloraError
 from sdlora.generation.arguments import image_requests
 from sdlora.generation.prompt_file import PromptLine, read_prompts
 from sdlora.generation.request import ImageRequest
+from sdlora.generation.samplers import SAMPLERS
 
 
 def written(folder: Path, text: str) -> Path:
@@ -48,6 +49,7 @@ def written(folder: Path, text: str) -> Path:
             ),
         ),
         ("a fox's tail --ss euler_a --N blue", PromptLine(prompt="a fox's tail", sampler="euler-a", negative="blue")),
+        ("a fox --ss DPM++ 2M Karras", PromptLine(prompt="a fox", sampler="dpm++2m", schedule="karras")),
         ("a fox -- in snow, semi--dark --s 3", PromptLine(prompt="a fox -- in snow, semi--dark", steps=3)),
     ],
 )  # fmt: skip
@@ -70,7 +72,7 @@ def test_all_problems_of_a_file_are_reported_with_their_lines(tmp_path: Path) ->
         "line 3: has no prompt; write it first, or after --prompt",
         "line 4: has a quote without its end; close it, or write \\' for an apostrophe",
         "line 5: --cn: is not an option of a prompt here",
-        "line 5: --ss magic: is not a sampler; choose one of dpm++2m, euler, euler-a, ddim",
+        "line 5: --ss magic: is not a sampler; choose one of " + ", ".join(SAMPLERS),
         "line 6: --seed: seed is stated twice",
         "line 7: --styles: is not an option of a prompt here",
         "line 8: --s : expected a whole number from 1 to 1000",

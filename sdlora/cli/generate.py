@@ -12,7 +12,6 @@ from ..config.choices import PRECISIONS
 from ..errors import Interrupted
 from ..files import check_target
 from ..generation.request import ImageRequest, first_seed
-from ..generation.samplers import SAMPLERS
 from ..generation.saving import ImageTarget
 from .app import BaseOption, JsonOption, app, emit, examples, guard, parse_size
 from .generate_options import (
@@ -26,6 +25,9 @@ from .generate_options import (
     MaskBlurOption,
     MaskOption,
     OutOption,
+    RescaleOption,
+    SamplerOption,
+    ScheduleOption,
     SeedOption,
     StrengthOption,
     StripOption,
@@ -64,7 +66,9 @@ def generate(
     cfg: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is off.")] = ImageRequest.cfg,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels; default: the base's own.")] = None,
     count: Annotated[int, typer.Option(min=1, help="Images of each prompt, with the seeds N, N+1, ...")] = 1,
-    sampler: Annotated[str, typer.Option(help=f"One of {', '.join(SAMPLERS)}.")] = ImageRequest.sampler,
+    sampler: SamplerOption = ImageRequest.sampler,
+    schedule: ScheduleOption = None,
+    guidance_rescale: RescaleOption = None,
     image: ImageOption = None,
     strength: StrengthOption = None,
     mask: MaskOption = None,
@@ -100,7 +104,8 @@ def generate(
     target = ImageTarget.parse(out)
     first = first_seed(seed, count=max(line.count or count for line in lines))
     options: dict[str, Any] = {"negative": negative, "seed": first, "steps": steps, "cfg": cfg}
-    options |= {"size": shape, "sampler": sampler, "precision": precision, "base": section, "loras": lora or ()}
+    options |= {"size": shape, "sampler": sampler, "precision": precision, "base": section}
+    options |= {"loras": lora or (), **stated(schedule=schedule, guidance_rescale=guidance_rescale)}
     drawing = stated(
         image=image, strength=strength, mask=mask, mask_blur=mask_blur, hires=hires, hires_strength=hires_strength,
         hires_steps=hires_steps, hires_upscaler=hires_upscaler,
@@ -146,7 +151,7 @@ def _print_files(files: list[Path], random_seed: int | None) -> None:
 
 
 def _write_strip(prompts: list[str], target: ImageTarget, options: dict[str, Any]) -> list[Path]:
-    from ..generation.studio import generate_strip
+    from ..generation.generate import generate_strip
 
     image, parameters = generate_strip(prompts, scale=2, say=_say, **options)
     title = f"{_slug(prompts[0])}-strip"
@@ -156,7 +161,7 @@ def _write_strip(prompts: list[str], target: ImageTarget, options: dict[str, Any
 def _write_images(
     prompts: list[PromptLine], count: int, target: ImageTarget, options: dict[str, Any], preview: str | None
 ) -> list[Path]:
-    from ..generation.studio import generate
+    from ..generation.generate import generate
 
     files: list[Path] = []
     total = sum(line.count or count for line in prompts)

@@ -12,13 +12,23 @@ from .hires import hires_pass
 from .loras import LoraChoice
 from .prompt_file import PromptLine
 from .request import ImageRequest, first_seed
+from .samplers import read_sampler
 from .start_image import ImageArgument, start_image
 
 LoraArgument = str | Path | LoraChoice
 """``FILE[:UNET[:TE]]``, a path, or a choice."""
 
 
-class DrawingOptions(TypedDict, total=False):
+class SamplingOptions(TypedDict, total=False):
+    """How ``generate`` samples, besides the sampler."""
+
+    schedule: str | None
+    """Spread of the steps over the noise levels, a name of ``schedules.SCHEDULES`` or A1111's; by default the sampler's."""
+    guidance_rescale: float
+    """How far guided predictions get the contrast of unguided ones back, from 0 (not at all, the default) to 1."""
+
+
+class DrawingOptions(SamplingOptions, total=False):
     """What else ``generate`` takes: an image to draw over, or a second pass."""
 
     image: ImageArgument | None
@@ -102,6 +112,8 @@ def image_requests(
     steps: int,
     cfg: float,
     sampler: str,
+    schedule: str | None = None,
+    guidance_rescale: float = 0.0,
     image: ImageArgument | None = None,
     strength: float | None = None,
     mask: ImageArgument | None = None,
@@ -138,6 +150,7 @@ def image_requests(
         problems += error.problems
     if problems:
         raise SdloraError(problems)
+    named, spread = read_sampler(sampler, schedule)
     lines = [text if isinstance(text, PromptLine) else PromptLine(prompt=text) for text in texts]
     common = ImageRequest(
         prompt="",
@@ -146,7 +159,9 @@ def image_requests(
         steps=steps,
         cfg=cfg,
         size=None if sides is None else (sides[0], sides[1]),
-        sampler=sampler,
+        sampler=named,
+        schedule=spread,
+        guidance_rescale=guidance_rescale,
         start=start,
         hires=second,
     )

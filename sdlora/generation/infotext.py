@@ -13,6 +13,11 @@ from .loras import WeightedLora
 from .request import ImageRequest
 from .samplers import SAMPLERS, a1111_schedule
 
+OWN_SCHEDULE = "Timestep spacing"
+"""The field of a schedule that A1111 has no name for."""
+RESCALE = "CFG Rescale"
+"""The field of the guidance rescale, as A1111's extension for it writes it."""
+
 
 def infotext(
     request: ImageRequest, *, base: BaseCheckpoint, base_autov2: str | None, loras: Sequence[WeightedLora]
@@ -23,11 +28,14 @@ def infotext(
     ``Model hash``, ``Lora hashes`` and ``Hashes``.
     """
     width, height = request.size_on(base)
+    schedule_type = a1111_schedule(SAMPLERS[request.sampler], base.schedule, request.steps, request.schedule)
     fields: dict[str, object] = {
         "Steps": request.steps,
         "Sampler": SAMPLERS[request.sampler].a1111_name,
-        "Schedule type": a1111_schedule(SAMPLERS[request.sampler], base.schedule, request.steps),
+        "Schedule type": schedule_type,
+        OWN_SCHEDULE: request.schedule if schedule_type is None else None,
         "CFG scale": f"{request.cfg:g}",
+        RESCALE: f"{request.guidance_rescale:g}" if request.guidance_rescale else None,
         "Seed": request.seed,
         "Size": f"{width}x{height}",
     }

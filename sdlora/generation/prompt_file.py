@@ -16,7 +16,7 @@ from typing import Any
 
 from ..errors import SdloraError
 from .request import MAX_CFG, MAX_SEED, RANDOM_SEED, ImageRequest, first_seed
-from .samplers import SAMPLERS
+from .samplers import SAMPLERS, read_sampler
 
 logger = logging.getLogger(__name__)
 _MOST_STEPS = 1000
@@ -38,6 +38,8 @@ class PromptLine:
     height: int | None = None
     """Width and height in pixels; where one is stated, the other is that of the command."""
     sampler: str | None = None
+    schedule: str | None = None
+    """Spacing of the steps, where the name of the sampler states it too: ``DPM++ 2M Karras``."""
     count: int | None = None
     """Number of images."""
 
@@ -54,8 +56,9 @@ class PromptLine:
             "steps": self.steps,
             "cfg": self.cfg,
             "sampler": self.sampler,
+            "schedule": self.schedule,
+            "size": self._size(common.size),
         }
-        stated["size"] = self._size(common.size)
         changes = {name: value for name, value in stated.items() if value is not None}
         own = replace(common, prompt=self.prompt, **changes)
         return [replace(own, seed=first + image) for image in range(number)]
@@ -127,6 +130,8 @@ def _read_line(line: str, where: str) -> PromptLine:
         problems.append("has no prompt; write it first, or after --prompt")
     if problems:
         raise SdloraError(problems)
+    if "sampler" in values:
+        values["sampler"], values["schedule"] = read_sampler(values["sampler"])
     return PromptLine(**values)
 
 
@@ -168,9 +173,8 @@ def _cfg(text: str) -> float:
 
 
 def _sampler(text: str) -> str:
-    for sampler in SAMPLERS.values():
-        if text.casefold().replace("_", "-") in (sampler.name, sampler.a1111_name.casefold()):
-            return sampler.name
+    if read_sampler(text)[0] in SAMPLERS:
+        return text
     raise ValueError(f"is not a sampler; choose one of {', '.join(SAMPLERS)}")
 
 
