@@ -44,6 +44,7 @@ SURFACE = {
             "lora_dir",
             "wildcards",
             "prompts",
+            "preview",
             "image",
             "strength",
             "mask",

@@ -35,7 +35,8 @@ from .generate_options import (
     TextEncoderOption,
     stated,
 )
-from .prompt_options import PromptArgument, PromptsOption, WildcardsOption, prompt_lines
+from .preview import preview_progress
+from .prompt_options import PreviewOption, PromptArgument, PromptsOption, WildcardsOption, prompt_lines
 
 if TYPE_CHECKING:
     from ..generation.images import GeneratedImage
@@ -79,6 +80,7 @@ def generate(
     hires_upscaler: HiresUpscalerOption = None,
     embedding: EmbeddingOption = None,
     strip: StripOption = False,
+    preview: PreviewOption = None,
     precision: Annotated[str, typer.Option(help=f"Precision of the base: {_ANY_PRECISION}.")] = "auto",
     vae_tiling: Annotated[bool, typer.Option("--vae-tiling", help="Decode in strips: less memory, slower.")] = False,
     clip_skip: Annotated[int | None, typer.Option(help="Layer of the text encoder, counted from the end.")] = None,
@@ -92,8 +94,6 @@ def generate(
     """Generate images with any number of weighted LoRAs; each file contains its recipe."""
     shape = parse_size(size)
     lines = prompt_lines(prompt or [], prompts)
-    if strip:
-        _check_strip(count, lora_dir=lora_dir, wildcards=wildcards, prompts=prompts)
     if precision not in PRECISIONS:
         raise typer.BadParameter(f"{precision!r} is not {_ANY_PRECISION}", param_hint="--precision")
     encoders = [*(text_encoder or ()), None, None]
@@ -112,13 +112,14 @@ def generate(
         image=image, strength=strength, mask=mask, mask_blur=mask_blur, hires=hires, hires_strength=hires_strength,
         hires_steps=hires_steps, hires_upscaler=hires_upscaler, embeddings=embedding,
     )  # fmt: skip
-    if strip and drawing:
-        option = next(iter(drawing)).replace("_", "-")
-        raise typer.BadParameter(f"a strip is text to image in one pass; remove --{option}", param_hint="--strip")
+    if strip:
+        _check_strip(count, lora_dir=lora_dir, wildcards=wildcards, prompts=prompts, preview=preview, **drawing)
     options |= drawing
     options |= {"vae_tiling": vae_tiling} | ({} if strip else {"lora_dir": lora_dir, "wildcards": wildcards})
     check_target(target.path, "folder" if target.is_folder else "file")
-    files = _write_strip(prompt or [], target, options) if strip else _write_images(lines, count, target, options)
+    files = (
+        _write_strip(prompt or [], target, options) if strip else _write_images(lines, count, target, options, preview)
+    )
     if as_json:
         written = [line.prompt for line in lines]
         emit({"images": [str(file) for file in files], "seed": first, "prompts": written, "loras": list(lora or ())})
@@ -126,15 +127,18 @@ def generate(
         _print_files(files, None if seed == first else first)
 
 
-def _check_strip(count: int, **others: str | None) -> None:
+def _check_strip(count: int, **others: Any) -> None:
     """Refuse what a strip does not follow."""
     reasons = {
         "lora_dir": "shows the LoRAs of --lora",
         "wildcards": "shows prompts as written",
         "prompts": "has the prompts of the command",
+        "preview": "has no preview",
     }
     found = [
-        f"{reasons[name]}; remove --{name.replace('_', '-')}" for name, value in others.items() if value is not None
+        f"{reasons.get(name, 'is text to image in one pass')}; remove --{name.replace('_', '-')}"
+        for name, value in others.items()
+        if value is not None
     ]
     found += ["shows one seed; remove --count"] if count > 1 else []
     if found:
@@ -156,7 +160,9 @@ def _write_strip(prompts: list[str], target: ImageTarget, options: dict[str, Any
     return [target.save(image, parameters, seed=options["seed"], title=title, alone=True)]
 
 
-def _write_images(prompts: list[PromptLine], count: int, target: ImageTarget, options: dict[str, Any]) -> list[Path]:
+def _write_images(
+    prompts: list[PromptLine], count: int, target: ImageTarget, options: dict[str, Any], preview: str | None
+) -> list[Path]:
     from ..generation.generate import generate
 
     files: list[Path] = []
@@ -168,7 +174,8 @@ def _write_images(prompts: list[PromptLine], count: int, target: ImageTarget, op
         files.append(target.save(image.image, image.parameters, **names, alone=total == 1))
 
     try:
-        generate(prompts, count=count, on_image=write, say=_say, **options)
+        with preview_progress(preview) as progress:
+            generate(prompts, count=count, progress=progress, on_image=write, say=_say, **options)
     except (Interrupted, KeyboardInterrupt):
         done = f", the last is {files[-1]}" if files else ""
         raise Interrupted(f"interrupted: {len(files)} of {total} images are written{done}") from None

@@ -20,6 +20,10 @@ WildcardsOption = Annotated[
     str | None,
     typer.Option(metavar="DIR", help="Folder of text files: __animal__ is a line of animal.txt, by the seed."),
 ]
+PreviewOption = Annotated[
+    str | None,
+    typer.Option(metavar="WHERE", help="Show images under way: 'terminal', or a .png file that is rewritten."),
+]
 
 
 def prompt_lines(prompts: list[str], file: str | None) -> list[PromptLine]:
