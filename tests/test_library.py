@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import sdlora
@@ -26,7 +27,7 @@ from sdlora.formats.keys import part_of
 from sdlora.formats.lora_file import read_lora
 from sdlora.formats.lora_writer import write_lora
 from sdlora.formats.published import published_modules
-from sdlora.formats.safetensors_header import RawHeader
+from sdlora.formats.safetensors_header import RawHeader, read_raw_header, split_header
 from sdlora.generation.loras import LoraChoice, fit_loras
 from sdlora.library import equal, header, index
 from sdlora.library.entry import LoraEntry, LoraLibrary
@@ -247,6 +248,25 @@ def test_tables_of_one_layout_are_parsed_once(tmp_path: Path, monkeypatch: pytes
     loras = listed(tmp_path).loras
     assert [entry.alias for entry in loras] == ["n0", "n1", "n2", "n3", "n4", "n"]
     assert len({entry.layout for entry in loras}) == len(parsed) == 2
+
+
+@pytest.mark.parametrize("letters", [10, 65_500, 65_536, 70_000, 200_000])
+def test_metadata_of_any_length_are_split_off(tmp_path: Path, letters: int) -> None:
+    """Read in a piece, which their end may lie beyond or cut through."""
+    for name, letter in (("one", "x"), ("two", "é"), ("three", '"'), ("four", "}")):
+        write(tmp_path / f"{name}.safetensors", ss_output_name=name, a=letter * letters, z="ü" * letters)
+    library = listed(tmp_path)
+    assert {entry.name: len({entry.layout for entry in library.loras}) for entry in library.loras} == dict.fromkeys(
+        ("one", "two", "three", "four"), 1
+    )
+    for entry in library.loras:
+        split = split_header(read_raw_header(tmp_path / entry.file, LoraFileError))
+        assert split is not None
+        with safe_open(tmp_path / entry.file, "pt") as file:
+            assert split[0] == file.metadata()
+        assert set(json.loads("{" + bytes(split[1]).decode().removeprefix(","))) == set(
+            load_file(tmp_path / entry.file)
+        )
 
 
 def garbage(file: Path) -> None:

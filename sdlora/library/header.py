@@ -65,7 +65,7 @@ class HeaderReader:
         path = Path(found.path)
         raw = read_raw_header(path, LoraFileError)
         split = split_header(raw)
-        metadata, text = split or (None, raw.text)
+        metadata, text = split or (None, memoryview(raw.text))
         digest = hashlib.blake2b(text, digest_size=16).hexdigest()
         if split is None or digest not in self.tables:
             table, metadata = parse_header(path, raw, LoraFileError)
