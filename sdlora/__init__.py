@@ -15,10 +15,12 @@ if TYPE_CHECKING:
     from .config.sections import BaseSection, Config
     from .errors import Interrupted, SdloraError
     from .generation.studio import generate, generate_strip, open
+    from .library.listing import list_loras
     from .lint.run import lint_dataset
     from .pipelines.applying import applied, apply, restore
     from .progress import CallbackProgress, ProgressUpdate, Silence
     from .publish.civitai import export_civitai
+    from .sweeps.run import sweep
     from .tools.average import average
     from .tools.bake import bake
     from .tools.convert import convert
@@ -57,9 +59,11 @@ _HOMES = {
     "bake": "tools.bake",
     "average": "tools.average",
     "lint_dataset": "lint.run",
+    "list_loras": "library.listing",
     "load_config": "config.loading",
     "open": "generation.studio",
     "plan": "training.forecast",
+    "sweep": "sweeps.run",
     "train": "training.run",
 }
 
@@ -86,12 +90,14 @@ __all__ = [
     "inspect",
     "interference",
     "lint_dataset",
+    "list_loras",
     "load_config",
     "merge",
     "open",
     "plan",
     "resize",
     "restore",
+    "sweep",
     "train",
 ]
 

@@ -25,7 +25,7 @@ SURFACE = {
     "train": {
         *("arguments", "images", "trigger", "base", "out", "restart", "extend", "allow_device_change", "as_json"),
         *("steps", "epochs", "rank", "batch_size", "learning_rate", "resolution", "preset", "explain"),
-        "from_kohya",
+        *("from_kohya", "processes"),
     },
     "generate": {
         *("prompt", "base", "lora", "negative", "seed", "steps", "cfg", "size", "count", "sampler", "schedule"),
@@ -52,6 +52,8 @@ SURFACE = {
             "hires_upscaler",
         ),
     },
+    "list": {"folder", "search", "base", "duplicates", "with_hashes", "as_json"},
+    "sweep": {"file", "settings", "out", "engine", "jobs", "retry", "check", "as_json"},
     "inspect": {"file", "with_hashes", "as_json"},
     "convert": {"source", "target", "to", "base", "precision", "as_json"},
     "merge": {"loras", "out", "method", "rank", "energy", "density", "seed", "base", "precision", "as_json"},
@@ -84,6 +86,7 @@ SURFACE = {
     "cache info": {"folder", "as_json"},
     "cache prune": {"max_gigabytes", "everything", "folder", "as_json"},
     "plan": {"arguments", "images", "trigger", "resolution", "base", "gpu", "probe", "as_json"},
+    "init": {"folder", "out", "base", "trigger", "preset", "as_json"},
     "quickstart": {"out", "as_json"},
     "settings": {"section", "as_json"},
     "lint": {

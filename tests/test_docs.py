@@ -18,6 +18,7 @@ from tests.conftest import ROOT
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHORT = {
     "train": ["train.steps=2", "data.resolution=64", "samples.steps=1", "samples.size=64"],
+    "sweep": ["train.steps=2", "data.resolution=64"],
     "generate": ["--steps", "1", "--size", "64x64"],
     "export": ["--steps", "1"],
 }

@@ -24,6 +24,7 @@ VERBS: dict[str, tuple[str, Callable[[Path], list[str]]]] = {
     "export": ("", lambda out: ["export", "nowhere.safetensors", "--civitai", str(out)]),
     "lint sheet": (".png", lambda out: ["lint", "nowhere", "--sheet", str(out)]),
     "lint fix": ("", lambda out: ["lint", "nowhere", "--fix", "--out", str(out)]),
+    "init": (".toml", lambda out: ["init", "nowhere", "--out", str(out)]),
     "quickstart": ("", lambda out: ["quickstart", "--out", str(out)]),
 }
 """Verb -> the suffix of its target, and a command with every other input missing, which would be reported later."""

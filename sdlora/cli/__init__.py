@@ -25,15 +25,18 @@ from . import (
     export,
     extract,
     generate,
+    init,
     inspect,
     interference,
     lint,
+    list,
     merge,
     metadata,
     plan,
     quickstart,
     resize,
     settings,
+    sweep,
     train,
 )
 
@@ -51,9 +54,11 @@ __all__ = [
     "export",
     "extract",
     "generate",
+    "init",
     "inspect",
     "interference",
     "lint",
+    "list",
     "main",
     "merge",
     "metadata",
@@ -61,12 +66,14 @@ __all__ = [
     "quickstart",
     "resize",
     "settings",
+    "sweep",
     "train",
 ]
 
 
 def main() -> None:
-    """The ``sdlora`` command. Exit codes: 0 done, 1 input at fault, 2 usage, 130 interrupted after a safe save."""
+    """The ``sdlora`` command. Exit codes: 0 done, 1 input at fault, 2 usage, 3 another process of the run has ended, 130
+    interrupted after a safe save."""
     # Imports make hundreds of thousands of objects that all stay. Looking through them for garbage every 700 objects
     # takes a fifth of a start (``benchmarks/start.py``).
     gc.set_threshold(100_000, 20, 20)

@@ -74,7 +74,7 @@ def guard(verb: Callable[P, None]) -> Callable[P, None]:
         except SdloraError as error:
             for problem in error.problems:
                 typer.echo(f"error: {problem}", err=True)
-            raise typer.Exit(1) from None
+            raise typer.Exit(error.exit_code) from None
         except OSError as error:
             if error.errno == errno.EPIPE:  # The reader of a pipe is gone; click ends quietly.
                 raise

@@ -145,11 +145,15 @@ def different_modules(read: Mapping[str, Change], trained: Mapping[str, Change],
     for name, change in trained.items():
         ours = {role: tensor.to(dtype) for role, tensor in change.tensors().items()}
         theirs = read[name].tensors() if name in read else {}
-        alphas = [math.nan if each is None else each for each in (change.alpha, read[name].alpha if theirs else None)]
         same = ours.keys() == theirs.keys() and all(torch.equal(theirs[role], tensor) for role, tensor in ours.items())
-        if not same or not np.array_equal(*np.array(alphas, np.float32), equal_nan=True):
+        if not same or _rounded(change.alpha, dtype) != read[name].alpha:
             different.append(name)
     return sorted(different)
+
+
+def _rounded(alpha: float | None, dtype: torch.dtype) -> float | None:
+    """``alpha`` as a file of ``dtype`` has it: a tensor like the others."""
+    return None if alpha is None else torch.tensor(alpha, dtype=torch.float32).to(dtype).item()
 
 
 @dataclass(frozen=True, kw_only=True)
