@@ -14,6 +14,7 @@ from ..files import check_target
 from ..generation.request import ImageRequest, first_seed
 from ..generation.saving import ImageTarget
 from .app import BaseOption, JsonOption, app, emit, examples, guard, parse_size
+from .from_recipe import FromOption, from_recipe
 from .generate_options import (
     HiresOption,
     HiresStepsOption,
@@ -38,6 +39,9 @@ from .generate_options import (
 if TYPE_CHECKING:
     from ..generation.images import GeneratedImage
 
+PromptArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Several prompts make several images.")
+]
 _ANY_PRECISION = f"{', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}"
 
 
@@ -51,7 +55,9 @@ _ANY_PRECISION = f"{', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}"
 )
 @guard
 def generate(
-    prompt: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="Several prompts make several images.")],
+    context: typer.Context,
+    prompt: PromptArgument = None,
+    source: FromOption = None,
     base: BaseOption = "mini",
     lora: LoraOption = None,
     lora_dir: LoraDirOption = None,
@@ -85,10 +91,14 @@ def generate(
 ) -> None:
     """Generate images with any number of weighted LoRAs; each file contains its recipe."""
     shape = parse_size(size)
-    if strip and count > 1:
-        raise typer.BadParameter("a strip shows one seed; remove --count", param_hint="--strip")
-    if strip and lora_dir is not None:
-        raise typer.BadParameter("a strip shows the LoRAs of --lora; remove --lora-dir", param_hint="--strip")
+    if not prompt and source is None:
+        raise typer.BadParameter("there is no prompt; write one, or name an image with --from", param_hint="PROMPT")
+    drawing = stated(
+        image=image, strength=strength, mask=mask, mask_blur=mask_blur, hires=hires, hires_strength=hires_strength,
+        hires_steps=hires_steps, hires_upscaler=hires_upscaler,
+    )  # fmt: skip
+    if strip:
+        _check_strip(count, lora_dir=lora_dir, source=source, **drawing)
     if precision not in PRECISIONS:
         raise typer.BadParameter(f"{precision!r} is not {_ANY_PRECISION}", param_hint="--precision")
     encoders = [*(text_encoder or ()), None, None]
@@ -98,26 +108,34 @@ def generate(
         path=base, vae=vae, text_encoder=encoders[0], text_encoder_2=encoders[1], prediction=prediction,
         clip_skip=clip_skip, attention=attention,
     )  # fmt: skip
-    target = ImageTarget.parse(out)
-    first = first_seed(seed, count=count)
-    options: dict[str, Any] = {"negative": negative, "seed": first, "steps": steps, "cfg": cfg}
-    options |= {"size": shape, "sampler": sampler, "precision": precision, "base": section}
-    options |= {"loras": lora or (), **stated(schedule=schedule, guidance_rescale=guidance_rescale)}
-    drawing = stated(
-        image=image, strength=strength, mask=mask, mask_blur=mask_blur, hires=hires, hires_strength=hires_strength,
-        hires_steps=hires_steps, hires_upscaler=hires_upscaler,
-    )  # fmt: skip
-    if strip and drawing:
-        option = next(iter(drawing)).replace("_", "-")
-        raise typer.BadParameter(f"a strip is text to image in one pass; remove --{option}", param_hint="--strip")
-    options |= drawing
-    options |= {"vae_tiling": vae_tiling} | ({} if strip else {"lora_dir": lora_dir})
+    target, first = ImageTarget.parse(out), first_seed(seed, count=count)
+    options: dict[str, Any] = {"negative": negative, "seed": first, "steps": steps, "cfg": cfg, "loras": lora or ()}
+    options |= {"size": shape, "sampler": sampler, "precision": precision, "base": section, "vae_tiling": vae_tiling}
+    options |= drawing | stated(schedule=schedule, guidance_rescale=guidance_rescale, lora_dir=lora_dir)
+    prompts = prompt or []
+    if source is not None:
+        prompts, options = from_recipe(source, context, prompts, options, _say)
+        first = options["seed"]
     check_target(target.path, "folder" if target.is_folder else "file")
-    files = _write_strip(prompt, target, options) if strip else _write_images(prompt, count, target, options)
+    files = _write_strip(prompts, target, options) if strip else _write_images(prompts, count, target, options)
     if as_json:
-        emit({"images": [str(file) for file in files], "seed": first, "prompts": prompt, "loras": list(lora or ())})
+        emit({"images": [str(file) for file in files], "seed": first, "prompts": prompts, "loras": list(lora or ())})
     else:
         _print_files(files, None if seed == first else first)
+
+
+def _check_strip(count: int, **others: object) -> None:
+    """Refuse what a strip does not follow."""
+    reasons = {"lora_dir": "shows the LoRAs of --lora", "source": "shows prompts"}
+    names = [name for name, value in others.items() if value is not None]
+    found = [f"{reasons.get(name, 'is text to image in one pass')}; remove --{_option(name)}" for name in names]
+    found += ["shows one seed; remove --count"] if count > 1 else []
+    if found:
+        raise typer.BadParameter(f"a strip {found[0]}", param_hint="--strip")
+
+
+def _option(name: str) -> str:
+    return "from" if name == "source" else name.replace("_", "-")
 
 
 def _print_files(files: list[Path], random_seed: int | None) -> None:
