@@ -30,6 +30,7 @@ SURFACE = {
     "generate": {
         *("prompt", "base", "lora", "negative", "seed", "steps", "cfg", "size", "count", "sampler", "schedule"),
         "guidance_rescale",
+        "source",
         "strip",
         *(
             "precision",
