@@ -62,7 +62,10 @@ class _Process:
         """Ask it to save its state and end."""
         if self.runs:
             self.closed = True
-            self.popen.terminate()
+            if os.name == "nt" and self.popen.stdin is not None:  # There, ``terminate`` leaves no time for saving.
+                self.popen.stdin.close()
+            else:
+                self.popen.terminate()
 
     def kill(self) -> None:
         if self.runs:
