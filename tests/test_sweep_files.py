@@ -16,6 +16,7 @@ from sdlora.progress import Silence
 from sdlora.sweeps.naming import LONGEST
 from sdlora.sweeps.planning import PlannedRun, check_runs, plan_sweep
 from sdlora.sweeps.results import RunResult, SweepReport, read_results, table_lines, write_results
+from sdlora.sweeps.run import sweep
 from sdlora.sweeps.run_folder import check_same, prepare
 from sdlora.sweeps.sweep_file import read_sweep
 from tests.conftest import write_images
@@ -230,6 +231,15 @@ stepps = 3
 )
 def test_what_is_wrong_is_said(tmp_path: Path, text: str, overrides: tuple[str, ...], problem: str) -> None:
     assert any(problem in line for line in problems_of(tmp_path, text, *overrides))
+
+
+def test_numbers_of_runs_and_processes_are_checked(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        sweep(tmp_path / "nothing.toml", jobs=0, processes=-1)
+    assert caught.value.problems == (
+        "--jobs 0: expected a whole number, at least 1",
+        "--processes -1: expected a whole number, at least 1",
+    )
 
 
 def test_images_are_checked_for_every_run_before_any_is_trained(tmp_path: Path, tiny_base: Path) -> None:
