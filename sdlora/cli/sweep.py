@@ -59,7 +59,9 @@ def sweep(
             progress=progress,
         )
     if as_json:
-        emit(report.to_json())
+        from ..sweeps.means import means_of
+
+        emit({**report.to_json(), "means": [mean.to_json() for mean in means_of(report.runs)]})
     else:
         typer.echo("\n".join(_lines(report, checked=check)))
     if report.count("failed") and not check:
