@@ -22,6 +22,7 @@ from ..lora.stack import Stack
 from ..progress import Progress, raise_if_stopped
 from .denoise import denoise
 from .infotext import infotext
+from .inversions import with_inversions
 from .loras import WeightedLora, stacked
 from .preview import Watch, watch_of
 from .request import ImageRequest
@@ -76,7 +77,7 @@ def generate_images(
     """
     if not requests:
         return []
-    checkpoint = base.checkpoint
+    base, checkpoint = with_inversions(base, requests, loras), base.checkpoint
     base_autov2 = file_hashes(checkpoint.file, progress).autov2 if checkpoint.file else None
     images: list[GeneratedImage] = []
     progress.start("Generating", sum(request.all_steps for request in requests))
