@@ -49,12 +49,12 @@ def infotext(
     fields["Init image hash"] = None if request.start is None else request.start.digest
     fields["RNG"] = "CPU"
     fields |= _drawing_fields(request)
-    used = {inversion.words[0]: inversion.sha256 for inversion in used_inversions(request) if inversion.sha256}
-    if used:
-        fields["TI hashes"] = ", ".join(f"{word}: {digest[:12]}" for word, digest in used.items())
     # As A1111's extension for wildcards writes them.
     fields["Wildcard prompt"] = request.prompt_template or None
     fields["Wildcard negative prompt"] = request.negative_template or None
+    used = {inversion.words[0]: inversion.sha256 for inversion in used_inversions(request) if inversion.sha256}
+    if used:
+        fields["TI hashes"] = ", ".join(f"{word}: {digest[:12]}" for word, digest in used.items())
     lora_hashes = {lora.tag_name: lora.fitted.autov3 for lora in loras if lora.fitted.autov3}
     if lora_hashes:
         fields["Lora hashes"] = ", ".join(f"{name}: {digest}" for name, digest in lora_hashes.items())

@@ -46,11 +46,12 @@ class ImageRequest:
     """The image that is drawn over, in image to image and inpainting."""
     hires: Hires | None = None
     """A second pass at a higher resolution."""
-    inversions: tuple[Inversion, ...] = ()
-    """Textual inversions whose words the prompts may use."""
     prompt_template: str = ""
     """The prompt as written, where wildcards in it were replaced by entries; else empty."""
     negative_template: str = ""
+    """Likewise of the negative prompt."""
+    inversions: tuple[Inversion, ...] = ()
+    """Textual inversions whose words the prompts may use."""
 
     def size_on(self, base: BaseCheckpoint) -> tuple[int, int]:
         """Width and height in pixels when generated on ``base``."""
