@@ -223,3 +223,16 @@ def test_shares_of_a_prompt_are_those_of_the_steps_that_are_taken(tiny_base: Pat
     assert torch.equal(changing[0], changing[1])
     assert torch.equal(changing[2], ours(tiny_base, prompt="a fox", **options).latents)
     assert (changing[0] - changing[2]).abs().max() > 1e-3
+
+
+def test_too_little_memory_to_encode_is_one_line(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("sdlora.generation.start.encode_pixels", full)
+    with pytest.raises(
+        SdloraError, match="too little memory to encode an image of 80 x 64 pixels; choose a smaller size"
+    ):
+        ours(tiny_base, image=photo(80, 64))
+    with pytest.raises(SdloraError, match="too little memory to encode an image of 128 x 128 pixels"):
+        ours(tiny_base, hires=2, hires_upscaler="lanczos")
