@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import SdloraError
+
+if TYPE_CHECKING:
+    from ..generation.prompt_file import PromptLine
 
 FromOption = Annotated[
     str | None,
@@ -21,8 +24,8 @@ FromOption = Annotated[
 
 
 def from_recipe(
-    source: str, context: typer.Context, prompts: list[str], options: dict[str, Any], say: Callable[[str], None]
-) -> tuple[list[str], dict[str, Any]]:
+    source: str, context: typer.Context, prompts: list[PromptLine], options: dict[str, Any], say: Callable[[str], None]
+) -> tuple[list[PromptLine], dict[str, Any]]:
     """Prompts and arguments of ``generate``: those of the recipe in the file ``source``, where the command states none.
 
     ``say`` is called with each respect in which the new image will differ.
@@ -31,6 +34,7 @@ def from_recipe(
         SdloraError: the file cannot be read, contains no recipe, or names LoRAs and the command says not where they are.
     """
     from ..base.checkpoint import find_base
+    from ..generation.prompt_file import PromptLine
     from ..generation.repeat import differing_base, read_repetition
 
     again = read_repetition(Path(source))
@@ -53,7 +57,7 @@ def from_recipe(
             raise SdloraError(
                 f"{source}: has the LoRAs {names}; name their folder with --lora-dir, or them with --lora"
             )
-        prompts = [again.recipe.prompt if options["loras"] else again.prompt]
+        prompts = [PromptLine(prompt=again.recipe.prompt if options["loras"] else again.prompt)]
     notes += differing_base(again.recipe, base)
     for note in dict.fromkeys(notes):
         say(note)

@@ -35,13 +35,12 @@ from .generate_options import (
     TextEncoderOption,
     stated,
 )
+from .prompt_options import PromptArgument, PromptsOption, WildcardsOption, largest_count, prompt_lines
 
 if TYPE_CHECKING:
     from ..generation.images import GeneratedImage
+    from ..generation.prompt_file import PromptLine
 
-PromptArgument = Annotated[
-    list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Several prompts make several images.")
-]
 _ANY_PRECISION = f"{', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}"
 
 
@@ -57,10 +56,12 @@ _ANY_PRECISION = f"{', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}"
 def generate(
     context: typer.Context,
     prompt: PromptArgument = None,
+    prompts: PromptsOption = None,
     source: FromOption = None,
     base: BaseOption = "mini",
     lora: LoraOption = None,
     lora_dir: LoraDirOption = None,
+    wildcards: WildcardsOption = None,
     negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
     seed: SeedOption = None,
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps.")] = ImageRequest.steps,
@@ -91,14 +92,13 @@ def generate(
 ) -> None:
     """Generate images with any number of weighted LoRAs; each file contains its recipe."""
     shape = parse_size(size)
-    if not prompt and source is None:
-        raise typer.BadParameter("there is no prompt; write one, or name an image with --from", param_hint="PROMPT")
+    lines = prompt_lines(prompt or [], prompts, optional=source is not None)
     drawing = stated(
         image=image, strength=strength, mask=mask, mask_blur=mask_blur, hires=hires, hires_strength=hires_strength,
         hires_steps=hires_steps, hires_upscaler=hires_upscaler,
     )  # fmt: skip
     if strip:
-        _check_strip(count, lora_dir=lora_dir, source=source, **drawing)
+        _check_strip(count, lora_dir=lora_dir, wildcards=wildcards, prompts=prompts, source=source, **drawing)
     if precision not in PRECISIONS:
         raise typer.BadParameter(f"{precision!r} is not {_ANY_PRECISION}", param_hint="--precision")
     encoders = [*(text_encoder or ()), None, None]
@@ -108,25 +108,31 @@ def generate(
         path=base, vae=vae, text_encoder=encoders[0], text_encoder_2=encoders[1], prediction=prediction,
         clip_skip=clip_skip, attention=attention,
     )  # fmt: skip
-    target, first = ImageTarget.parse(out), first_seed(seed, count=count)
+    target, first = ImageTarget.parse(out), first_seed(seed, count=largest_count(lines, count))
     options: dict[str, Any] = {"negative": negative, "seed": first, "steps": steps, "cfg": cfg, "loras": lora or ()}
     options |= {"size": shape, "sampler": sampler, "precision": precision, "base": section, "vae_tiling": vae_tiling}
-    options |= drawing | stated(schedule=schedule, guidance_rescale=guidance_rescale, lora_dir=lora_dir)
-    prompts = prompt or []
+    options |= stated(schedule=schedule, guidance_rescale=guidance_rescale, lora_dir=lora_dir, wildcards=wildcards)
+    options |= drawing
     if source is not None:
-        prompts, options = from_recipe(source, context, prompts, options, _say)
+        lines, options = from_recipe(source, context, lines, options, _say)
         first = options["seed"]
     check_target(target.path, "folder" if target.is_folder else "file")
-    files = _write_strip(prompts, target, options) if strip else _write_images(prompts, count, target, options)
+    files = _write_strip(prompt or [], target, options) if strip else _write_images(lines, count, target, options)
     if as_json:
-        emit({"images": [str(file) for file in files], "seed": first, "prompts": prompts, "loras": list(lora or ())})
+        written = [line.prompt for line in lines]
+        emit({"images": [str(file) for file in files], "seed": first, "prompts": written, "loras": list(lora or ())})
     else:
         _print_files(files, None if seed == first else first)
 
 
 def _check_strip(count: int, **others: object) -> None:
     """Refuse what a strip does not follow."""
-    reasons = {"lora_dir": "shows the LoRAs of --lora", "source": "shows prompts"}
+    reasons = {
+        "lora_dir": "shows the LoRAs of --lora",
+        "wildcards": "shows prompts as written",
+        "prompts": "has the prompts of the command",
+        "source": "has the prompts of the command",
+    }
     names = [name for name, value in others.items() if value is not None]
     found = [f"{reasons.get(name, 'is text to image in one pass')}; remove --{_option(name)}" for name in names]
     found += ["shows one seed; remove --count"] if count > 1 else []
@@ -146,18 +152,18 @@ def _print_files(files: list[Path], random_seed: int | None) -> None:
 
 
 def _write_strip(prompts: list[str], target: ImageTarget, options: dict[str, Any]) -> list[Path]:
-    from ..generation.studio import generate_strip
+    from ..generation.generate import generate_strip
 
     image, parameters = generate_strip(prompts, scale=2, say=_say, **options)
     title = f"{_slug(prompts[0])}-strip"
     return [target.save(image, parameters, seed=options["seed"], title=title, alone=True)]
 
 
-def _write_images(prompts: list[str], count: int, target: ImageTarget, options: dict[str, Any]) -> list[Path]:
-    from ..generation.studio import generate
+def _write_images(prompts: list[PromptLine], count: int, target: ImageTarget, options: dict[str, Any]) -> list[Path]:
+    from ..generation.generate import generate
 
     files: list[Path] = []
-    total = len(prompts) * count
+    total = sum(line.count or count for line in prompts)
 
     def write(image: GeneratedImage) -> None:
         request = image.request

@@ -48,6 +48,9 @@ def infotext(
     fields["Init image hash"] = None if request.start is None else request.start.digest
     fields["RNG"] = "CPU"
     fields |= _drawing_fields(request)
+    # As A1111's extension for wildcards writes them.
+    fields["Wildcard prompt"] = request.prompt_template or None
+    fields["Wildcard negative prompt"] = request.negative_template or None
     lora_hashes = {lora.tag_name: lora.fitted.autov3 for lora in loras if lora.fitted.autov3}
     if lora_hashes:
         fields["Lora hashes"] = ", ".join(f"{name}: {digest}" for name, digest in lora_hashes.items())

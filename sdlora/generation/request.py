@@ -45,6 +45,9 @@ class ImageRequest:
     """The image that is drawn over, in image to image and inpainting."""
     hires: Hires | None = None
     """A second pass at a higher resolution."""
+    prompt_template: str = ""
+    """The prompt as written, where wildcards in it were replaced by entries; else empty."""
+    negative_template: str = ""
 
     def size_on(self, base: BaseCheckpoint) -> tuple[int, int]:
         """Width and height in pixels when generated on ``base``."""
