@@ -24,7 +24,7 @@ FromOption = Annotated[
 
 
 def from_recipe(
-    source: str, context: typer.Context, prompts: list[PromptLine], options: dict[str, Any], say: Callable[[str], None]
+    source: str, context: typer.Context, lines: list[PromptLine], options: dict[str, Any], say: Callable[[str], None]
 ) -> tuple[list[PromptLine], dict[str, Any]]:
     """Prompts and arguments of ``generate``: those of the recipe in the file ``source``, where the command states none.
 
@@ -51,17 +51,17 @@ def from_recipe(
             chosen["base"] = options["base"].model_copy(update={"clip_skip": clip_skip})
         elif clip_skip > 2:
             notes.append(f"Clip skip: {clip_skip} is left out; A1111 does not follow it on {base.family.title}")
-    if not prompts:
+    if not lines:
         if again.recipe.loras and not options["loras"] and options.get("lora_dir") is None:
             names = ", ".join(lora.name for lora in again.recipe.loras)
             raise SdloraError(
                 f"{source}: has the LoRAs {names}; name their folder with --lora-dir, or them with --lora"
             )
-        prompts = [PromptLine(prompt=again.recipe.prompt if options["loras"] else again.prompt)]
+        lines = [PromptLine(prompt=again.recipe.prompt if options["loras"] else again.prompt)]
     notes += differing_base(again.recipe, base)
     for note in dict.fromkeys(notes):
         say(note)
-    return prompts, options | chosen
+    return lines, options | chosen
 
 
 def _is_stated(context: typer.Context, name: str) -> bool:

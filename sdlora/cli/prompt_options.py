@@ -20,24 +20,22 @@ WildcardsOption = Annotated[
     str | None,
     typer.Option(metavar="DIR", help="Folder of text files: __animal__ is a line of animal.txt, by the seed."),
 ]
+PreviewOption = Annotated[
+    str | None,
+    typer.Option(metavar="WHERE", help="Show images under way: 'terminal', or a .png file that is rewritten."),
+]
 
 
-def prompt_lines(prompts: list[str], file: str | None, *, optional: bool = False) -> list[PromptLine]:
-    """The prompts of the command, then those of ``file``. There may be none if they are ``optional``.
+def prompt_lines(prompts: list[str], file: str | None, *, required: bool) -> list[PromptLine]:
+    """The prompts of the command, then those of ``file``.
 
     Raises:
-        typer.BadParameter: there are none.
+        typer.BadParameter: there are none, where one is ``required``.
         SdloraError: the file cannot be read, or has faults.
     """
     from ..generation.prompt_file import PromptLine, read_prompts
 
-    if not prompts and file is None and not optional:
-        raise typer.BadParameter(
-            "there is no prompt; write one, name a file with --prompts, or an image with --from", param_hint="PROMPT"
-        )
+    if required and not prompts and file is None:
+        remedy = "write one, or name a file with --prompts, or an image with --from"
+        raise typer.BadParameter(f"there is no prompt; {remedy}", param_hint="PROMPT")
     return [*(PromptLine(prompt=prompt) for prompt in prompts), *([] if file is None else read_prompts(file))]
-
-
-def largest_count(lines: list[PromptLine], count: int) -> int:
-    """The most images of one prompt, where those that state no number have ``count``."""
-    return max((line.count or count for line in lines), default=count)
