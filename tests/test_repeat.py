@@ -96,7 +96,7 @@ RECIPES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], tuple[str, ..
         "a fox, easynegative",
         {},
         {"sampler": "euler", "schedule": "sgm-uniform"},
-        ("TI hashes: easynegative: c74b4e810b03 is left out",),
+        (),
     ),
     "clip skip and ENSD": (
         "1girl\nNegative prompt: lowres\nSteps: 28, Sampler: Euler a, CFG scale: 12, Seed: 2870305590, Size: 512x512, "
@@ -366,3 +366,11 @@ def test_a_strip_follows_sampler_and_schedule_and_refuses_a_recipe(
     said = capsys.readouterr().err
     assert "a strip" in said
     assert "--from" in said
+
+
+def test_textual_inversions_are_asked_for(tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "recipe.txt"
+    recipe.write_text(RECIPES["textual inversions"][0].replace("512x512", "64x64"), encoding="utf-8")
+    run("generate", "--from", str(recipe), "--base", str(tiny_base), "--steps", "1", "--out", str(tmp_path / "x.png"))
+    said = capsys.readouterr().err
+    assert "TI hashes: it has the textual inversions easynegative; name their files with --embedding" in said
