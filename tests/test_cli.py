@@ -58,7 +58,7 @@ SURFACE = {
         ),
     },
     "list": {"folder", "search", "base", "duplicates", "with_hashes", "as_json"},
-    "sweep": {"file", "settings", "out", "engine", "jobs", "retry", "check", "as_json"},
+    "sweep": {"file", "settings", "out", "engine", "jobs", "processes", "retry", "check", "as_json"},
     "grid": {
         *("prompt", "x", "y", "z", "base", "lora", "lora_dir", "negative", "seed", "steps", "cfg", "size", "sampler"),
         *("image", "strength", "mask", "mask_blur", "hires", "hires_strength", "hires_steps", "hires_upscaler"),

@@ -64,7 +64,7 @@ def settings(base: Path, folder: Path, output: Path) -> list[str]:
     sets = folder / "sets.json"
     if not sets.exists():
         sets.write_text(json.dumps(everything(folder)))
-    return overrides(base, None, output, *more, "output.log=true", *json.loads(sets.read_text()))
+    return overrides(base, None, output, *more, *json.loads(sets.read_text()))
 
 
 def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:

@@ -130,7 +130,7 @@ def test_a_sweep_on_ray_has_the_table_of_one_here(cluster: str, tiny_base: Path,
 def test_a_cluster_that_is_not_there_is_said(tmp_path: Path) -> None:
     pytest.importorskip("ray")
     with pytest.raises(ConfigError, match=r"--engine ray: no cluster at 127\.0\.0\.1:1"):
-        engine_for("ray", {"ray": {"address": "127.0.0.1:1"}}, jobs=None, runs=1, folder=tmp_path)
+        engine_for("ray", {"ray": {"address": "127.0.0.1:1"}}, jobs=None, processes=1, runs=1, folder=tmp_path)
 
 
 def test_jobs_of_slurm_fail_apart_and_save_when_stopped(submitit: Any, tmp_path: Path) -> None:

@@ -26,13 +26,14 @@ class ChosenEngine:
 
 
 def engine_for(
-    name: str, options: Mapping[str, Mapping[str, Any]], *, jobs: int | None, runs: int, folder: Path
+    name: str, options: Mapping[str, Mapping[str, Any]], *, jobs: int | None, processes: int, runs: int, folder: Path
 ) -> ChosenEngine:
     """The engine ``name`` for a number of ``runs``.
 
     Args:
         options: name of an engine -> its table of the sweep file.
         jobs: runs at the same time, where that is given.
+        processes: processes of each run.
         folder: that of the sweep, which every machine sees under the same path.
 
     Raises:
@@ -40,15 +41,15 @@ def engine_for(
     """
     if name == "local":
         at_once = min(jobs or 1, max(1, runs))
-        return ChosenEngine(engine=LocalEngine(at_once, visible_devices()), at_once=at_once)
+        return ChosenEngine(engine=LocalEngine(at_once, visible_devices(), processes), at_once=at_once)
     at_once, own = jobs or max(1, runs), options.get(name, {})
     if name == "ray":
         from .ray_engine import RayEngine
 
-        return ChosenEngine(engine=RayEngine(own), at_once=at_once)
+        return ChosenEngine(engine=RayEngine(own, processes), at_once=at_once)
     from .slurm_engine import SlurmEngine
 
-    return ChosenEngine(engine=SlurmEngine(own, folder), at_once=at_once)
+    return ChosenEngine(engine=SlurmEngine(own, folder, processes), at_once=at_once)
 
 
 _PACKAGES = {"ray": "ray", "slurm": "submitit"}

@@ -6,11 +6,9 @@ that process is killed, on every system; so no run outlives its sweep.
 
 from __future__ import annotations
 
-import _thread
-import os
 import signal
-import sys
-import threading
+
+from ..training.launch import end_with_input
 
 
 def hold() -> None:
@@ -24,13 +22,4 @@ def hold() -> None:
     # Slurm signals every process of a job before its time is over. The process at the other end answers it.
     if hasattr(signal, "SIGUSR2"):
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    threading.Thread(target=_wait_for_the_end, name="leash", daemon=True).start()
-
-
-def _wait_for_the_end() -> None:
-    while os.read(0, 4096):
-        pass
-    if sys.platform == "win32":
-        _thread.interrupt_main()  # A signal to a process of one's own ends it at once there.
-    else:
-        os.kill(os.getpid(), signal.SIGINT)
+    end_with_input(signal.SIGINT)

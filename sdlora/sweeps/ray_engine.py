@@ -32,8 +32,10 @@ _PATIENCE = 10.0
 class RayEngine:
     """Submits each run as one task; a task whose machine is lost is started again, and its run resumes."""
 
-    def __init__(self, options: Mapping[str, Any]):
+    def __init__(self, options: Mapping[str, Any], processes: int = 1):
         """Connect to the cluster of ``options["address"]``, or one that is known on this machine, or start one here.
+
+        By default each of the ``processes`` of a run has a processor, and a GPU where there are any.
 
         Raises:
             ConfigError: it cannot be reached.
@@ -50,7 +52,8 @@ class RayEngine:
                 address = options.get("address", "this machine")
                 raise ConfigError(f"--engine ray: no cluster at {address}: {str(error).splitlines()[0]}") from None
         task = {key: value for key, value in options.items() if key not in _CONNECTING}
-        task.setdefault("num_gpus", 1 if ray.cluster_resources().get("GPU") else 0)
+        task.setdefault("num_cpus", processes)
+        task.setdefault("num_gpus", processes if ray.cluster_resources().get("GPU") else 0)
         self._task = ray.remote(run_job).options(**task)
 
     def submit(self, job: Job) -> RayHandle:

@@ -25,18 +25,20 @@ _APART = 0.1
 class SlurmEngine:
     """Submits each run as one job, which is queued again when it is preempted or its time is over."""
 
-    def __init__(self, options: Mapping[str, Any], folder: Path):
+    def __init__(self, options: Mapping[str, Any], folder: Path, processes: int = 1):
         """
         Args:
             options: what submitit's ``update_parameters`` takes; ``cluster = "local"`` runs jobs on this machine.
             folder: that of the sweep.
+            processes: GPUs and processors of a job where more than one, and where the options do not say it.
 
         Raises:
             ConfigError: there is no Slurm, or submitit does not know an option.
         """
         import submitit  # ty: ignore[import-not-found]
 
-        options = {"timeout_min": _MINUTES, "name": "sdlora", **options}
+        shared = {"gpus_per_node": processes, "cpus_per_task": processes} if processes > 1 else {}
+        options = {"timeout_min": _MINUTES, "name": "sdlora", **shared, **options}
         cluster = options.pop("cluster", "slurm")
         try:
             self._executor = submitit.AutoExecutor(
