@@ -96,7 +96,7 @@ RECIPES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], tuple[str, ..
         "a fox, easynegative",
         {},
         {"sampler": "euler", "schedule": "sgm-uniform"},
-        ("TI hashes: easynegative: c74b4e810b03 is left out",),
+        (),
     ),
     "clip skip and ENSD": (
         "1girl\nNegative prompt: lowres\nSteps: 28, Sampler: Euler a, CFG scale: 12, Seed: 2870305590, Size: 512x512, "
@@ -350,3 +350,27 @@ def test_the_answer_in_json_has_the_seed_of_the_recipe(
     run("generate", "--from", str(first), "--base", str(tiny_base), "--json", "--out", str(tmp_path / "again.png"))
     answer = json.loads(capsys.readouterr().out)
     assert (answer["seed"], answer["prompts"]) == (12, ["a fox"])
+
+
+def test_a_strip_follows_sampler_and_schedule_and_refuses_a_recipe(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lora = random_lora(tiny_base, tmp_path / "one.safetensors", seed=1)
+    common = ("generate", "a fox", "--base", str(tiny_base), "--lora", str(lora), "--strip", "--steps", "1")
+    sheet = tmp_path / "strip.png"
+    run(*common, "--sampler", "euler", "--schedule", "karras", "--guidance-rescale", "0.5", "--out", str(sheet))
+    assert "Sampler: Euler, Schedule type: Karras, CFG scale: 5, CFG Rescale: 0.5," in parameters(sheet)
+    with pytest.raises(SystemExit) as caught:
+        app([*common, "--from", str(sheet)])
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert "a strip" in said
+    assert "--from" in said
+
+
+def test_textual_inversions_are_asked_for(tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "recipe.txt"
+    recipe.write_text(RECIPES["textual inversions"][0].replace("512x512", "64x64"), encoding="utf-8")
+    run("generate", "--from", str(recipe), "--base", str(tiny_base), "--steps", "1", "--out", str(tmp_path / "x.png"))
+    said = capsys.readouterr().err
+    assert "TI hashes: it has the textual inversions easynegative; name their files with --embedding" in said

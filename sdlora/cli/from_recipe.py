@@ -58,6 +58,9 @@ def from_recipe(
                 f"{source}: has the LoRAs {names}; name their folder with --lora-dir, or them with --lora"
             )
         lines = [PromptLine(prompt=again.recipe.prompt if options["loras"] else again.prompt)]
+    if (hashes := again.recipe.fields.get("TI hashes")) and not options.get("embeddings"):
+        words = ", ".join(entry.partition(":")[0].strip() for entry in hashes.split(","))
+        notes.append(f"TI hashes: it has the textual inversions {words}; name their files with --embedding")
     notes += differing_base(again.recipe, base)
     for note in dict.fromkeys(notes):
         say(note)

@@ -31,7 +31,17 @@ _SHORTENED = ("dpm2", "dpm2-a", "dpm++3m-sde")
 """Samplers for which A1111 leaves out the last but one noise level."""
 _HARMLESS = {
     *("Steps", "Sampler", "Schedule type", "CFG scale", "Seed", "Size", "Model hash", "Model", "Version", "Hashes"),
-    *("Lora hashes", "Clip skip", "RNG", "User", "Batch size", "Batch pos", "Civitai resources", "Civitai metadata"),
+    *(
+        "Lora hashes",
+        "TI hashes",
+        "Clip skip",
+        "RNG",
+        "User",
+        "Batch size",
+        "Batch pos",
+        "Civitai resources",
+        "Civitai metadata",
+    ),
     *("Created Date", "CFG Rescale", "CFG Rescale φ", "Timestep spacing", "Hires upscale", "Hires steps"),
     *("Hires upscaler", "Denoising strength", "Init image hash", "Mask blur", "Hires resize", "First pass size"),
     *("Script", "Template", "Negative Template", "Wildcard prompt", "Wildcard negative prompt", "Size-1", "Size-2"),
