@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from .config.loading import load_config
     from .config.sections import BaseSection, Config
     from .errors import Interrupted, SdloraError
-    from .generation.studio import generate, generate_strip, open
+    from .generation.generate import generate, generate_strip
+    from .generation.prompt_file import read_prompts
+    from .generation.studio import open
     from .grids.grid import grid
     from .library.listing import list_loras
     from .lint.run import lint_dataset
@@ -46,11 +48,12 @@ _HOMES = {
     "applied": "pipelines.applying",
     "apply": "pipelines.applying",
     "restore": "pipelines.applying",
+    "read_prompts": "generation.prompt_file",
     "caption_folder": "captioning.folder",
     "convert": "tools.convert",
     "export_civitai": "publish.civitai",
-    "generate": "generation.studio",
-    "generate_strip": "generation.studio",
+    "generate": "generation.generate",
+    "generate_strip": "generation.generate",
     "grid": "grids.grid",
     "inspect": "tools.inspect",
     "resize": "tools.resize",
@@ -98,6 +101,7 @@ __all__ = [
     "merge",
     "open",
     "plan",
+    "read_prompts",
     "resize",
     "restore",
     "sweep",

@@ -8,7 +8,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -17,9 +19,12 @@ import torch
 from safetensors.torch import load_file
 
 import sdlora as package
-from sdlora.errors import ConfigError, ResumeError
+from sdlora.errors import ConfigError, Interrupted, ResumeError
 from sdlora.formats.safetensors_file import read_header
+from sdlora.training.checkpoint import RunFolder
+from sdlora.training.interruption import interrupt_flag
 from sdlora.training.processes import check_batch, check_devices, described_processes
+from sdlora.training.step_shape import StepShape
 from tests.conftest import ROOT
 from tests.training_runs import config_for, everything, overrides, same_but_for_times
 
@@ -178,7 +183,7 @@ def test_ctrl_c_stops_all_processes_at_once_and_what_they_saved_is_enough_for_on
     said = list[str]()
     result = package.train(config_for(tiny_base, None, output, *command), say=said.append).result
     assert result.resumed_from == int(done[0])
-    assert [line for line in said if line.startswith("resuming with 1 processes what 2 began")]
+    assert [line for line in said if "shared among 1, earlier among 2 processes" in line]
     one, two = load_file(output), load_file(pair[0])
     for key in one:
         torch.testing.assert_close(one[key], two[key], rtol=0, atol=1e-5)
@@ -194,6 +199,31 @@ def wait_for_step(output: Path, step: int, run: subprocess.Popen[str]) -> None:
 
 def process_of_rank(run: subprocess.Popen[str], rank: str) -> psutil.Process:
     return next(child for child in psutil.Process(run.pid).children() if child.environ()["RANK"] == rank)
+
+
+def test_another_number_of_processes_goes_on_and_chooses_its_own_shape(
+    finished: tuple[Path, Path], tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What three processes left has no other draws; only that each computed fewer images at once is not taken over."""
+    output, stop, said = tmp_path / "x.safetensors", threading.Event(), list[str]()
+    config = config_for(tiny_base, finished[0], output)
+    save = RunFolder.save
+    with monkeypatch.context() as patch:
+        one = StepShape(micro_batch=1, checkpointing=False)
+        patch.setattr(RunFolder, "save", lambda folder, state: save(folder, replace(state, processes=3, shape=one)))
+        with pytest.raises(Interrupted):
+            package.train(config, stop=stop, on_step=lambda record: stop.set())
+    assert package.train(config, say=said.append).result.resumed_from == 2
+    assert [line for line in said if "shared among 1, earlier among 3 processes" in line]
+    same_but_for_times(finished[1], output)
+
+
+def test_sigterm_may_come_twice_and_the_state_is_still_saved() -> None:
+    with interrupt_flag() as flag:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert flag.is_set()
+        assert flag.terminated
 
 
 GROUP = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from ..base.base import Base
 from ..base.conditioning import Conditioning, Framing, time_ids
 from ..base.device_memory import out_of_memory, release_memory, working_on
+from ..base.encode import encode_prompts
+from ..base.tokens import plain, tokenize
 from ..errors import LoraFileError
 from ..families import PART_TITLES
 from ..files import printable
 from ..generation.lora_choice import LoraChoice
 from ..generation.loras import fit_loras
-from ..generation.request import ImageRequest
-from ..generation.scheduled_prompt import encode_requests
 from ..lora.change import Change
 from ..lora.quantized import FrozenLinear, dense_weight
 from ..lora.stack import temporarily_applied
@@ -212,9 +212,9 @@ def _predictions(plan: RunPlan, base: Base, progress: Progress) -> Tensor:
     """What the base predicts as it is now, on noise, with a training caption: (``LEVELS``, 4, h, w) float64 on the CPU."""
     factor = base.checkpoint.latent_factor
     side = min(LARGEST_SIDE, base.checkpoint.resolution // factor)
-    request = ImageRequest(prompt=next(iter(training_captions(plan)), plan.config.trigger), cfg=1.0)
+    caption = next(iter(training_captions(plan)), plan.config.trigger)
     with working_on(base.device, *base.encoder_models()):
-        prompt = encode_requests(base, [request]).to(base.device).at(0)
+        prompt = encode_prompts(base, [tokenize(base, plain(caption))]).to(base.device)
     levels = trained_levels(plan.config.objective, len(base.schedule.alphas_cumprod))
     timesteps = [levels[(2 * number + 1) * len(levels) // (2 * LEVELS)] for number in range(LEVELS)]
     rng = generator(plan.config.train.seed, Stream.COMPARISON_NOISE)

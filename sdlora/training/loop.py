@@ -118,8 +118,8 @@ def run_training(
     if start.step and start.processes != accelerator.num_processes:
         start = replace(start, shape=None)  # A process has another share of the batch now.
         say(
-            f"resuming with {accelerator.num_processes} processes what {start.processes} began: the same images and noise, "
-            "and the result is equal up to rounding"
+            f"resuming with train.batch_size shared among {accelerator.num_processes}, earlier among {start.processes} "
+            "processes: the images and the noise are the same, and the result is equal up to rounding"
         )
     with explained("loading the base", CLOSE_OTHERS):
         # Its parts are in main memory until they work, and its VAE encodes in float32.
