@@ -15,6 +15,7 @@ import sdlora
 from sdlora.cli import app
 from sdlora.errors import Interrupted, SdloraError
 from sdlora.generation.lora_choice import LoraChoice
+from sdlora.generation.prompt_folders import PromptFolders
 from sdlora.generation.request import ImageRequest
 from sdlora.grids import drawing
 from sdlora.grids.axes import KINDS, read_axes
@@ -39,7 +40,7 @@ def loras(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Pat
 
 def cells_of(prompt: str = "a fox", loras: tuple[str, ...] = (), *, negative: str = "", **axes: Any) -> list[Cell]:
     request = ImageRequest(prompt=prompt, negative=negative)
-    return make_cells(request, [LoraChoice.parse(lora) for lora in loras], read_axes(axes), None)
+    return make_cells(request, [LoraChoice.parse(lora) for lora in loras], read_axes(axes), PromptFolders())
 
 
 @pytest.mark.parametrize(
@@ -135,7 +136,7 @@ def test_a_file_is_chosen_before_it_is_weighed_whichever_axis_is_first() -> None
 def test_every_kind_changes_what_it_names() -> None:
     values: dict[str, list[Any]] = {
         "lora": ["a.safetensors"], "weight": [0.5], "step": [500], "prompt": ["fox", "cat"], "seed": [3], "cfg": [7.5],
-        "steps": [9], "strength": [0.5], "sampler": ["euler"], "size": [(64, 96)],
+        "steps": [9], "strength": [0.5], "sampler": ["euler"], "schedule": ["karras"], "size": [(64, 96)],
     }  # fmt: skip
     assert set(values) == set(KINDS)
     for kind, given in values.items():
@@ -150,6 +151,13 @@ def test_every_kind_changes_what_it_names() -> None:
             assert (made.prompt, made.negative) == ("a cat", "red cat")
         else:
             assert getattr(made, kind) == given[0]
+
+
+def test_a_sampler_may_bring_its_schedule() -> None:
+    cells = cells_of(x=("sampler", ["DPM++ 2M Karras", "euler"]), y="schedule:auto")
+    assert [(cell.request.sampler, cell.request.schedule) for cell in cells] == [("dpm++2m", None), ("euler", None)]
+    cells = cells_of(x=("sampler", ["DPM++ 2M Karras", "euler"]))
+    assert [(cell.request.sampler, cell.request.schedule) for cell in cells] == [("dpm++2m", "karras"), ("euler", None)]
 
 
 def test_loras_change_as_seldom_as_there_are_different_sets() -> None:
@@ -288,6 +296,7 @@ def test_faults_are_found_before_anything_is_loaded(
     given: dict[str, Any] = {"base": tiny_base, "out": tmp_path / "g.png", "x": "seed:1,2"} | SMALL
     for wrong, problem in (
         ({"x": "sampler:euler,fast"}, "sampler 'fast' is unknown"),
+        ({"x": "schedule:karras,fast"}, "schedule 'fast' is unknown"),
         ({"x": "size:64,63"}, "size 63x63: width and height must be multiples"),
         ({"x": "lora:none.safetensors"}, "none.safetensors: no such file"),
         ({"x": "step:500", "loras": str(loras[0])}, "one-000500.safetensors: no such file"),

@@ -8,7 +8,6 @@ import typer
 
 from ..config.choices import PRECISIONS
 from ..generation.request import MAX_SEED, ImageRequest
-from ..generation.samplers import SAMPLERS
 from .app import BaseOption, JsonOption, app, emit, examples, guard, parse_size
 from .generate_options import (
     HiresOption,
@@ -19,9 +18,13 @@ from .generate_options import (
     LoraDirOption,
     MaskBlurOption,
     MaskOption,
+    RescaleOption,
+    SamplerOption,
+    ScheduleOption,
     StrengthOption,
     stated,
 )
+from .prompt_options import WildcardsOption
 
 _AXIS = "KIND:V,V"
 
@@ -30,8 +33,8 @@ _AXIS = "KIND:V,V"
     epilog=examples(
         "sdlora grid 'zorb, a fox' --lora zorb.safetensors --x weight:0,0.5,1 --y seed:1-3",
         "sdlora grid 'a fox' --lora zorb.safetensors --x step:500,1000,last --y prompt:fox,cat,tower --out out/steps.png",
-        more="Kinds of axes: lora, weight, step, prompt, seed, cfg, steps, strength, sampler, size. Ranges: 1-5, "
-        "1-9 (+2), 0-1 [5].",
+        more="Kinds of axes: lora, weight, step, prompt, seed, cfg, steps, strength, sampler, schedule, size. Ranges: "
+        "1-5, 1-9 (+2), 0-1 [5].",
     )
 )
 @guard
@@ -48,12 +51,15 @@ def grid(
         ),
     ] = None,
     lora_dir: LoraDirOption = None,
+    wildcards: WildcardsOption = None,
     negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of all cells.")] = ImageRequest.seed,
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps.")] = ImageRequest.steps,
     cfg: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is off.")] = ImageRequest.cfg,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels; default: the base's own.")] = None,
-    sampler: Annotated[str, typer.Option(help=f"One of {', '.join(SAMPLERS)}.")] = ImageRequest.sampler,
+    sampler: SamplerOption = ImageRequest.sampler,
+    schedule: ScheduleOption = None,
+    guidance_rescale: RescaleOption = None,
     image: ImageOption = None,
     strength: StrengthOption = None,
     mask: MaskOption = None,
@@ -81,13 +87,13 @@ def grid(
 
     drawing = stated(
         image=image, strength=strength, mask=mask, mask_blur=mask_blur, hires=hires, hires_strength=hires_strength,
-        hires_steps=hires_steps, hires_upscaler=hires_upscaler,
+        hires_steps=hires_steps, hires_upscaler=hires_upscaler, schedule=schedule, guidance_rescale=guidance_rescale,
     )  # fmt: skip
     section = base_section(path=base, clip_skip=clip_skip, vae=vae)
     made = draw(
-        prompt, x=x, y=y, z=z, out=out, base=section, loras=lora or (), lora_dir=lora_dir, negative=negative, seed=seed,
-        steps=steps, cfg=cfg, size=shape, sampler=sampler, scale=scale, precision=precision, vae_tiling=vae_tiling,
-        say=lambda line: typer.echo(line, err=True), **drawing,
+        prompt, x=x, y=y, z=z, out=out, base=section, loras=lora or (), lora_dir=lora_dir, wildcards=wildcards,
+        negative=negative, seed=seed, steps=steps, cfg=cfg, size=shape, sampler=sampler, scale=scale,
+        precision=precision, vae_tiling=vae_tiling, say=lambda line: typer.echo(line, err=True), **drawing,
     )  # fmt: skip
     if as_json:
         emit(made.to_json())

@@ -16,9 +16,9 @@ from .._version import __version__
 from ..base.checkpoint import BaseCheckpoint
 from ..errors import SdloraError
 from ..generation.lora_choice import LoraChoice
-from ..generation.lora_folder import LoraFolder
+from ..generation.prompt_folders import PromptFolders
 from ..generation.request import ImageRequest
-from ..generation.tags import check_named_once, read_tags
+from ..generation.tags import check_named_once
 from .axes import DIRECTIONS, Axis
 from .changes import Draft
 
@@ -34,9 +34,9 @@ class Cell:
 
 
 def make_cells(
-    request: ImageRequest, loras: Sequence[LoraChoice], axes: Sequence[Axis], folder: LoraFolder | None
+    request: ImageRequest, loras: Sequence[LoraChoice], axes: Sequence[Axis], folders: PromptFolders
 ) -> list[Cell]:
-    """All cells, by sheet, row and column. ``folder`` is where tags of prompts find their LoRAs.
+    """All cells, by sheet, row and column. ``folders`` are where prompts find what they name.
 
     Raises:
         SdloraError: with one line for each axis that has nothing to change, and each wrong tag.
@@ -53,7 +53,7 @@ def make_cells(
         for axis in ordered:
             draft = axis.changes[place[DIRECTIONS.index(axis.direction)]](draft)
         drafts.append(draft)
-    tagged = read_tags([draft.request for draft in drafts], folder)
+    tagged = folders.read([draft.request for draft in drafts])
     cells = []
     for place, draft, entry in zip(places, drafts, tagged, strict=True):
         named = [*draft.loras, *entry.loras]

@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import LoraFileError
 from ..generation.lora_choice import MOST_WEIGHT, LoraChoice
 from ..generation.request import MAX_SEED, ImageRequest
+from ..generation.samplers import read_sampler
 from ..generation.start_image import StartImage
 
 
@@ -46,6 +47,25 @@ def set_size(text: str) -> Change:
     if match is None:
         raise ValueError(f"{text!r} is not a size; expected 512 or 512x768")
     return set_field("size", (int(match[1]), int(match[2] or match[1])))
+
+
+def set_sampler(text: str) -> Change:
+    """Set the sampler, and the schedule where the name holds one, as A1111's ``DPM++ 2M Karras`` does.
+
+    Names that there are none of are for ``check_requests`` to report, as those of ``set_schedule``.
+    """
+    name, schedule = read_sampler(text)
+
+    def change(draft: Draft) -> Draft:
+        request = replace(draft.request, sampler=name, schedule=schedule or draft.request.schedule)
+        return replace(draft, request=request)
+
+    return change
+
+
+def set_schedule(text: str) -> Change:
+    """Set the spread of the steps; ``auto`` leaves it to the sampler."""
+    return set_field("schedule", None if text == "auto" else read_sampler(ImageRequest.sampler, text)[1])
 
 
 def set_strength(value: float) -> Change:

@@ -17,7 +17,7 @@ from ..config.sections import BaseSection
 from ..errors import SdloraError
 from ..files import check_target, write_whole
 from ..generation.arguments import DrawingOptions, LoraArgument, base_argument, image_requests, lora_choices
-from ..generation.lora_folder import LoraFolder
+from ..generation.prompt_folders import PromptFolders
 from ..generation.prompt_syntax import check_syntax
 from ..generation.request import ImageRequest
 from ..generation.saving import FORMATS, encoded
@@ -60,6 +60,7 @@ def grid(
     base: str | Path | BaseSection = "mini",
     loras: LoraArgument | Sequence[LoraArgument] = (),
     lora_dir: str | Path | None = None,
+    wildcards: str | Path | None = None,
     negative: str = ImageRequest.negative,
     seed: int = ImageRequest.seed,
     steps: int = ImageRequest.steps,
@@ -85,8 +86,8 @@ def grid(
         loras: what all cells have; an axis ``lora`` adds to them.
         seed: 0 to 2**32 - 1. Not random: a cell is known again by its seed.
         scale: how many times the labelled image is enlarged, without smoothing.
-        base, lora_dir, negative, steps, cfg, size, sampler, precision, vae_tiling, progress, stop, say, drawing: as in
-            ``generate``.
+        base, lora_dir, wildcards, negative, steps, cfg, size, sampler, precision, vae_tiling: as in ``generate``.
+        progress, stop, say, drawing: as in ``generate``.
 
     Raises:
         SdloraError: the prompt, a setting, an axis, a LoRA or the base cannot be used, found before anything is drawn.
@@ -102,8 +103,7 @@ def grid(
     (request,) = image_requests(
         prompt, seed=seed, count=1, size=size, negative=negative, steps=steps, cfg=cfg, sampler=sampler, **drawing
     )
-    folder = None if lora_dir is None else LoraFolder(Path(lora_dir))
-    cells = make_cells(request, lora_choices(loras), axes, folder)
+    cells = make_cells(request, lora_choices(loras), axes, PromptFolders.of(lora_dir, wildcards))
     check_syntax((cell.request.prompt for cell in cells), (cell.request.negative for cell in cells))
     checkpoint = find_base(base_argument(base))
     _check_size(cells, checkpoint, scale)
