@@ -39,7 +39,7 @@ from sdlora.base.load import load_base
 from sdlora.base.precision import choose_device, choose_precision
 from sdlora.config.loading import load_config
 from sdlora.families import FAMILIES
-from sdlora.generation.studio import generate
+from sdlora.generation.generate import generate
 from sdlora.training.run import train
 from tests.published import our_names, published
 from tests.single_file import ldm_tensors

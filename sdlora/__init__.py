@@ -14,11 +14,16 @@ if TYPE_CHECKING:
     from .config.loading import load_config
     from .config.sections import BaseSection, Config
     from .errors import Interrupted, SdloraError
-    from .generation.studio import generate, generate_strip, open
+    from .generation.generate import generate, generate_strip
+    from .generation.prompt_file import read_prompts
+    from .generation.studio import open
+    from .grids.grid import grid
+    from .library.listing import list_loras
     from .lint.run import lint_dataset
     from .pipelines.applying import applied, apply, restore
     from .progress import CallbackProgress, ProgressUpdate, Silence
     from .publish.civitai import export_civitai
+    from .sweeps.run import sweep
     from .tools.average import average
     from .tools.bake import bake
     from .tools.convert import convert
@@ -43,11 +48,13 @@ _HOMES = {
     "applied": "pipelines.applying",
     "apply": "pipelines.applying",
     "restore": "pipelines.applying",
+    "read_prompts": "generation.prompt_file",
     "caption_folder": "captioning.folder",
     "convert": "tools.convert",
     "export_civitai": "publish.civitai",
-    "generate": "generation.studio",
-    "generate_strip": "generation.studio",
+    "generate": "generation.generate",
+    "generate_strip": "generation.generate",
+    "grid": "grids.grid",
     "inspect": "tools.inspect",
     "resize": "tools.resize",
     "merge": "tools.merge",
@@ -57,9 +64,11 @@ _HOMES = {
     "bake": "tools.bake",
     "average": "tools.average",
     "lint_dataset": "lint.run",
+    "list_loras": "library.listing",
     "load_config": "config.loading",
     "open": "generation.studio",
     "plan": "training.forecast",
+    "sweep": "sweeps.run",
     "train": "training.run",
 }
 
@@ -83,15 +92,19 @@ __all__ = [
     "extract",
     "generate",
     "generate_strip",
+    "grid",
     "inspect",
     "interference",
     "lint_dataset",
+    "list_loras",
     "load_config",
     "merge",
     "open",
     "plan",
+    "read_prompts",
     "resize",
     "restore",
+    "sweep",
     "train",
 ]
 

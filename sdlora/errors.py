@@ -10,7 +10,8 @@ SdloraError              the input is at fault; the message says which, what was
 ├── TargetError          a place that cannot be written to
 ├── CaptionerError       a captioning model
 ├── DeviceMemoryError    a device, or the main memory, with too little room for what was asked
-└── TrainingError        a run that went numerically wrong
+├── TrainingError        a run that went numerically wrong
+└── ProcessLostError     another of the processes that share a run has ended
 Interrupted              stopped by the user, after a safe save
 """
 
@@ -21,6 +22,9 @@ from collections.abc import Sequence
 
 class SdloraError(Exception):
     """The input is at fault. ``problems`` holds one line for each fault; the text is all of them."""
+
+    exit_code = 1
+    """Exit code of a command that ends with it."""
 
     def __init__(self, problems: str | Sequence[str]):
         self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
@@ -65,6 +69,12 @@ class DeviceMemoryError(SdloraError):
 
 class TrainingError(SdloraError):
     """A run that went numerically wrong."""
+
+
+class ProcessLostError(SdloraError):
+    """Another of the processes that share a run has ended."""
+
+    exit_code = 3
 
 
 class Interrupted(Exception):

@@ -18,7 +18,9 @@ from tests.conftest import ROOT
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHORT = {
     "train": ["train.steps=2", "data.resolution=64", "samples.steps=1", "samples.size=64"],
+    "sweep": ["train.steps=2", "data.resolution=64"],
     "generate": ["--steps", "1", "--size", "64x64"],
+    "grid": ["--steps", "1", "--size", "64x64"],
     "export": ["--steps", "1"],
 }
 """Verb -> arguments that make it quick; the test shows that the command as written is understood and does its work."""

@@ -184,7 +184,18 @@ ELSEWHERE = {
     "samples.prompts": "test_samples.py",
     **{
         f"samples.{key}": "test_samples_on_the_way.py"
-        for key in ("every", "every_epochs", "at_first", "negative", "seed", "steps", "guidance", "size", "sampler")
+        for key in (
+            "every",
+            "every_epochs",
+            "at_first",
+            "negative",
+            "seed",
+            "steps",
+            "guidance",
+            "size",
+            "sampler",
+            "schedule",
+        )
     },
     "validation.every": "test_validation_course.py",
     "validation.stop": "test_validation_course.py",

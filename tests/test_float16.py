@@ -14,7 +14,7 @@ from sdlora.config.sections import OptimizerSection
 from sdlora.errors import TrainingError
 from sdlora.formats.safetensors_file import read_header
 from sdlora.progress import Silence
-from sdlora.training import loop
+from sdlora.training import steps
 from sdlora.training.loss_scale import GROWTH_INTERVAL, INITIAL_SCALE
 from sdlora.training.optimizer import GuardedAdamW
 from sdlora.training.plan import plan_config
@@ -199,7 +199,7 @@ def test_a_settling_scale_ends_no_run_but_a_broken_model_does(
     overflows: int, fails: bool, tiny_base: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """5 of 12 steps overflow at the start, among them all before the first three checks; or all 12."""
-    assert loop.MAX_SKIPPED_SHARE == 0.5
+    assert steps.MAX_SKIPPED_SHARE == 0.5
     take_step = GuardedAdamW.step
 
     def step(self: GuardedAdamW, number: int, *more: Accelerator) -> None:

@@ -177,7 +177,11 @@ def test_every_sampler_draws_and_repeats(tiny_base: Path, sampler: str) -> None:
 
 def test_samplers_are_called_what_a1111_calls_them() -> None:
     names = {name: sampler.a1111_name for name, sampler in SAMPLERS.items()}
-    assert names == {"dpm++2m": "DPM++ 2M", "euler": "Euler", "euler-a": "Euler a", "ddim": "DDIM"}
+    assert names == {
+        "dpm++2m": "DPM++ 2M", "dpm++2m-sde": "DPM++ 2M SDE", "dpm++3m-sde": "DPM++ 3M SDE", "euler": "Euler",
+        "euler-a": "Euler a", "heun": "Heun", "dpm2": "DPM2", "dpm2-a": "DPM2 a", "lms": "LMS", "dpm++sde": "DPM++ SDE",
+        "dpm++2s-a": "DPM++ 2S a", "unipc": "UniPC", "ddim": "DDIM", "lcm": "LCM", "tcd": "TCD",
+    }  # fmt: skip
 
 
 def test_the_table_of_samplers_is_read_without_third_party_packages() -> None:

@@ -12,9 +12,9 @@ from accelerate import Accelerator
 
 from sdlora.base.load import load_base
 from sdlora.progress import Silence
-from sdlora.training.loop import REPORT_EVERY
 from sdlora.training.plan import plan_config
 from sdlora.training.session import open_session
+from sdlora.training.steps import REPORT_EVERY
 from tests.conftest import write_images
 from tests.training_runs import config_for
 

@@ -29,7 +29,20 @@ RANKS = [
         "data",
         "cache",
     ),
-    *("lint", "captioning", "generation", "pipelines", "tools", "training", "publish", "cli", "__main__"),
+    *(
+        "lint",
+        "captioning",
+        "library",
+        "generation",
+        "grids",
+        "pipelines",
+        "tools",
+        "training",
+        "sweeps",
+        "publish",
+        "cli",
+        "__main__",
+    ),
 ]
 """Every wing of the package, from the ground up: a wing imports from those before it and from itself, nothing else."""
 

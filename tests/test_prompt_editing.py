@@ -87,6 +87,35 @@ def runs(texts: Sequence[str]) -> list[tuple[int, str]]:
     return [(step + 1, text) for step, text in enumerate(texts) if step == last or texts[step + 1] != text]
 
 
+@pytest.mark.parametrize(
+    ("prompt", "first", "second"),
+    [
+        # A1111's examples with as many steps in the second pass: get_learned_conditioning_prompt_schedules(p, 10, 10).
+        ("a [b:.5] c", [(5, "a  c"), (10, "a b c")], [(10, "a b c")]),
+        ("a [b:1.5] c", [(10, "a  c")], [(5, "a  c"), (10, "a b c")]),
+        ("a [b:13] c", [(10, "a  c")], [(3, "a  c"), (10, "a b c")]),
+        ("[a|b|c] [d::1.1]", [(n, f"{'abc'[(n - 1) % 3]} d") for n in range(1, 11)], None),
+    ],
+)
+def test_a_second_pass_goes_on_counting(prompt: str, first: Any, second: Any) -> None:
+    texts = texts_over_steps(prompt, 10, 10)
+    assert runs(texts[:10]) == first
+    assert runs(texts[10:]) == (second or [(n, f"{'abc'[(n - 1) % 3]} {'d' * (n < 2)}") for n in range(1, 11)])
+
+
+def test_a_second_pass_has_its_own_texts(tiny_base: Path) -> None:
+    """An edit at the end of the first pass is the other prompt in the second alone."""
+    given: dict[str, Any] = {"base": tiny_base, "steps": 3, "seed": 1, "size": 64}
+    (edited,) = sdlora.generate("a [fox:owl:1.0]", hires=2, **given)
+    (first,) = sdlora.generate("a fox", hires=2, **given)
+    (late,) = sdlora.generate("a [fox:owl:6]", hires=2, **given)
+    assert torch.equal(late.latents, first.latents)
+    assert (edited.latents - first.latents).abs().max() > 1e-3
+    (short,) = sdlora.generate("a [fox:owl:1.0]", **given)
+    (fox,) = sdlora.generate("a fox", **given)
+    assert torch.equal(short.latents, fox.latents)
+
+
 @given(st.text(alphabet="ab[]()|:.3 \\\n"))
 def test_no_prompt_is_an_error(prompt: str) -> None:
     texts = texts_over_steps(prompt, 5)

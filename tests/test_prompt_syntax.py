@@ -45,7 +45,10 @@ def test_tags_in_prompts_of_previews_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("a __colour/warm__ fox", "__colour/warm__: wildcards are not supported"),
+        (
+            "a __colour/warm__ fox",
+            "__colour/warm__: wildcards need sdlora generate --wildcards DIR (in Python wildcards=)",
+        ),
         ("a {red|blue} fox", "{red|blue}: alternatives are not supported"),
         ("embedding:easynegative, fox", "embedding:easynegative: textual inversion is not supported"),
     ],

@@ -163,10 +163,10 @@ def test_each_setting_is_that_of_the_request(tiny_base: Path, images: Path, tmp_
     )  # fmt: skip
     own = first(
         "samples.negative=blurred", "samples.seed=9", "samples.steps=3", "samples.guidance=2.5",
-        "samples.size=[64, 128]", "samples.sampler=euler",
+        "samples.size=[64, 128]", "samples.sampler=Euler a", "samples.schedule=karras",
     )  # fmt: skip
-    assert (own.negative, own.seed, own.steps, own.cfg, own.size, own.sampler) == (
-        "blurred", 9, 3, 2.5, (64, 128), "euler",
+    assert (own.negative, own.seed, own.steps, own.cfg, own.size, own.sampler, own.schedule) == (
+        "blurred", 9, 3, 2.5, (64, 128), "euler-a", "karras",
     )  # fmt: skip
     assert first("samples.size=128").size == (128, 128)
     assert first("samples.seed=0").seed == 0

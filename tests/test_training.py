@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +19,7 @@ from sdlora.progress import Silence
 from sdlora.training.plan import plan_config
 from sdlora.training.validation import validation_loss
 from tests.conftest import write_images
-from tests.training_runs import STEPS, config_for, everything, overrides, session_for, toml
+from tests.training_runs import STEPS, config_for, everything, session_for, toml
 
 
 def test_file_holds_every_module_and_the_change_is_not_zero(finished: tuple[Path, Path], tiny_base: Path) -> None:
@@ -36,26 +35,6 @@ def test_file_holds_every_module_and_the_change_is_not_zero(finished: tuple[Path
     assert [buckets[i] for i in "01"] == [{"resolution": [64, 64], "count": 3}, {"resolution": [80, 48], "count": 2}]
     assert metadata["ss_steps"] == str(STEPS)
     assert str(tiny_base.parent) not in json.dumps(metadata)
-
-
-def test_two_processes_train_what_one_trains(tiny_base: Path, tmp_path: Path) -> None:
-    output = tmp_path / "x.safetensors"
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "sdlora.cli"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    more = ("train.precision=float32", *everything(tmp_path))
-    pair = subprocess.run(
-        [sys.executable, *launch, "train", *overrides(tiny_base, None, output, *more), "--json"],
-        check=True, capture_output=True, env=environment, timeout=300, text=True,
-    )  # fmt: skip
-    alone = tmp_path / "alone.safetensors"
-    single = package.train(config_for(tiny_base, None, alone, *more)).result
-    assert json.loads(pair.stdout)["loss"] == pytest.approx(single.loss, rel=1e-2)
-    measured = [float(read_header(file, ResumeError).metadata["sdlora_validation_loss"]) for file in (alone, output)]
-    assert measured[0] == pytest.approx(measured[1], rel=1e-2)
-    one, two = load_file(alone), load_file(output)
-    assert one.keys() == two.keys()
-    for key in one:
-        torch.testing.assert_close(one[key].float(), two[key].float(), rtol=2e-2, atol=2e-3)
 
 
 def test_torchrun_has_its_own_exit_code_and_the_error_is_printed(tmp_path: Path) -> None:

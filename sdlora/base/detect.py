@@ -16,7 +16,7 @@ import torch
 
 from ..errors import BaseModelError
 from ..families import PART_TITLES, PARTS, SD2, Family, Prediction, family_of_unet
-from ..formats.lora_file import is_lora
+from ..formats.lora_names import is_lora
 from ..formats.metadata import stated_prediction
 from ..formats.tensor_files import TensorFile, open_tensor_file, read_tensors
 from .parts import Part, part_in_folder, parts_in_file, read_json

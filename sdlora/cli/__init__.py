@@ -25,16 +25,19 @@ from . import (
     export,
     extract,
     generate,
+    grid,
     init,
     inspect,
     interference,
     lint,
+    list,
     merge,
     metadata,
     plan,
     quickstart,
     resize,
     settings,
+    sweep,
     train,
 )
 
@@ -52,10 +55,12 @@ __all__ = [
     "export",
     "extract",
     "generate",
+    "grid",
     "init",
     "inspect",
     "interference",
     "lint",
+    "list",
     "main",
     "merge",
     "metadata",
@@ -63,12 +68,14 @@ __all__ = [
     "quickstart",
     "resize",
     "settings",
+    "sweep",
     "train",
 ]
 
 
 def main() -> None:
-    """The ``sdlora`` command. Exit codes: 0 done, 1 input at fault, 2 usage, 130 interrupted after a safe save."""
+    """The ``sdlora`` command. Exit codes: 0 done, 1 input at fault, 2 usage, 3 another process of the run has ended, 130
+    interrupted after a safe save."""
     # Imports make hundreds of thousands of objects that all stay. Looking through them for garbage every 700 objects
     # takes a fifth of a start (``benchmarks/start.py``).
     gc.set_threshold(100_000, 20, 20)

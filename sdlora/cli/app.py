@@ -74,7 +74,7 @@ def guard(verb: Callable[P, None]) -> Callable[P, None]:
         except SdloraError as error:
             for problem in error.problems:
                 typer.echo(f"error: {problem}", err=True)
-            raise typer.Exit(1) from None
+            raise typer.Exit(error.exit_code) from None
         except OSError as error:
             if error.errno == errno.EPIPE:  # The reader of a pipe is gone; click ends quietly.
                 raise
@@ -100,7 +100,7 @@ def emit(value: dict[str, Any]) -> None:
 
 _PATHS = {
     *("file", "images", "base", "lora", "loras", "source", "sources", "target", "out", "vae", "text_encoder", "tuned"),
-    *("first", "second", "image", "mask"),
+    *("first", "second", "lora_dir", "wildcards", "prompts", "image", "mask"),
 }
 """Parameters of verbs that are paths, but not of the type ``Path``."""
 

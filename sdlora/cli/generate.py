@@ -12,7 +12,6 @@ from ..config.choices import PRECISIONS
 from ..errors import Interrupted
 from ..files import check_target
 from ..generation.request import ImageRequest, first_seed
-from ..generation.samplers import SAMPLERS
 from ..generation.saving import ImageTarget
 from .app import BaseOption, JsonOption, app, emit, examples, guard, parse_size
 from .generate_options import (
@@ -26,15 +25,20 @@ from .generate_options import (
     MaskBlurOption,
     MaskOption,
     OutOption,
+    RescaleOption,
+    SamplerOption,
+    ScheduleOption,
     SeedOption,
     StrengthOption,
     StripOption,
     TextEncoderOption,
     stated,
 )
+from .prompt_options import PromptArgument, PromptsOption, WildcardsOption, prompt_lines
 
 if TYPE_CHECKING:
     from ..generation.images import GeneratedImage
+    from ..generation.prompt_file import PromptLine
 
 _ANY_PRECISION = f"{', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}"
 
@@ -49,17 +53,21 @@ _ANY_PRECISION = f"{', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}"
 )
 @guard
 def generate(
-    prompt: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="Several prompts make several images.")],
+    prompt: PromptArgument = None,
+    prompts: PromptsOption = None,
     base: BaseOption = "mini",
     lora: LoraOption = None,
     lora_dir: LoraDirOption = None,
+    wildcards: WildcardsOption = None,
     negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
     seed: SeedOption = None,
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps.")] = ImageRequest.steps,
     cfg: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is off.")] = ImageRequest.cfg,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels; default: the base's own.")] = None,
     count: Annotated[int, typer.Option(min=1, help="Images of each prompt, with the seeds N, N+1, ...")] = 1,
-    sampler: Annotated[str, typer.Option(help=f"One of {', '.join(SAMPLERS)}.")] = ImageRequest.sampler,
+    sampler: SamplerOption = ImageRequest.sampler,
+    schedule: ScheduleOption = None,
+    guidance_rescale: RescaleOption = None,
     image: ImageOption = None,
     strength: StrengthOption = None,
     mask: MaskOption = None,
@@ -81,10 +89,9 @@ def generate(
 ) -> None:
     """Generate images with any number of weighted LoRAs; each file contains its recipe."""
     shape = parse_size(size)
-    if strip and count > 1:
-        raise typer.BadParameter("a strip shows one seed; remove --count", param_hint="--strip")
-    if strip and lora_dir is not None:
-        raise typer.BadParameter("a strip shows the LoRAs of --lora; remove --lora-dir", param_hint="--strip")
+    lines = prompt_lines(prompt or [], prompts)
+    if strip:
+        _check_strip(count, lora_dir=lora_dir, wildcards=wildcards, prompts=prompts)
     if precision not in PRECISIONS:
         raise typer.BadParameter(f"{precision!r} is not {_ANY_PRECISION}", param_hint="--precision")
     encoders = [*(text_encoder or ()), None, None]
@@ -95,9 +102,10 @@ def generate(
         clip_skip=clip_skip, attention=attention,
     )  # fmt: skip
     target = ImageTarget.parse(out)
-    first = first_seed(seed, count=count)
+    first = first_seed(seed, count=max(line.count or count for line in lines))
     options: dict[str, Any] = {"negative": negative, "seed": first, "steps": steps, "cfg": cfg}
-    options |= {"size": shape, "sampler": sampler, "precision": precision, "base": section, "loras": lora or ()}
+    options |= {"size": shape, "sampler": sampler, "precision": precision, "base": section}
+    options |= {"loras": lora or (), **stated(schedule=schedule, guidance_rescale=guidance_rescale)}
     drawing = stated(
         image=image, strength=strength, mask=mask, mask_blur=mask_blur, hires=hires, hires_strength=hires_strength,
         hires_steps=hires_steps, hires_upscaler=hires_upscaler,
@@ -106,13 +114,29 @@ def generate(
         option = next(iter(drawing)).replace("_", "-")
         raise typer.BadParameter(f"a strip is text to image in one pass; remove --{option}", param_hint="--strip")
     options |= drawing
-    options |= {"vae_tiling": vae_tiling} | ({} if strip else {"lora_dir": lora_dir})
+    options |= {"vae_tiling": vae_tiling} | ({} if strip else {"lora_dir": lora_dir, "wildcards": wildcards})
     check_target(target.path, "folder" if target.is_folder else "file")
-    files = _write_strip(prompt, target, options) if strip else _write_images(prompt, count, target, options)
+    files = _write_strip(prompt or [], target, options) if strip else _write_images(lines, count, target, options)
     if as_json:
-        emit({"images": [str(file) for file in files], "seed": first, "prompts": prompt, "loras": list(lora or ())})
+        written = [line.prompt for line in lines]
+        emit({"images": [str(file) for file in files], "seed": first, "prompts": written, "loras": list(lora or ())})
     else:
         _print_files(files, None if seed == first else first)
+
+
+def _check_strip(count: int, **others: str | None) -> None:
+    """Refuse what a strip does not follow."""
+    reasons = {
+        "lora_dir": "shows the LoRAs of --lora",
+        "wildcards": "shows prompts as written",
+        "prompts": "has the prompts of the command",
+    }
+    found = [
+        f"{reasons[name]}; remove --{name.replace('_', '-')}" for name, value in others.items() if value is not None
+    ]
+    found += ["shows one seed; remove --count"] if count > 1 else []
+    if found:
+        raise typer.BadParameter(f"a strip {found[0]}", param_hint="--strip")
 
 
 def _print_files(files: list[Path], random_seed: int | None) -> None:
@@ -123,18 +147,18 @@ def _print_files(files: list[Path], random_seed: int | None) -> None:
 
 
 def _write_strip(prompts: list[str], target: ImageTarget, options: dict[str, Any]) -> list[Path]:
-    from ..generation.studio import generate_strip
+    from ..generation.generate import generate_strip
 
     image, parameters = generate_strip(prompts, scale=2, say=_say, **options)
     title = f"{_slug(prompts[0])}-strip"
     return [target.save(image, parameters, seed=options["seed"], title=title, alone=True)]
 
 
-def _write_images(prompts: list[str], count: int, target: ImageTarget, options: dict[str, Any]) -> list[Path]:
-    from ..generation.studio import generate
+def _write_images(prompts: list[PromptLine], count: int, target: ImageTarget, options: dict[str, Any]) -> list[Path]:
+    from ..generation.generate import generate
 
     files: list[Path] = []
-    total = len(prompts) * count
+    total = sum(line.count or count for line in prompts)
 
     def write(image: GeneratedImage) -> None:
         request = image.request

@@ -8,7 +8,9 @@ import typer
 
 from ..generation.hires import UPSCALERS, Hires
 from ..generation.request import MAX_SEED, RANDOM_SEED
+from ..generation.samplers import SAMPLERS
 from ..generation.saving import FORMATS
+from ..generation.schedules import SCHEDULES
 from ..generation.start_image import StartImage
 
 LoraOption = Annotated[
@@ -22,6 +24,14 @@ LoraDirOption = Annotated[
 SeedOption = Annotated[
     int | None,
     typer.Option(min=RANDOM_SEED, max=MAX_SEED, help="Seed of the first image; by default, and by -1, a random one."),
+]
+SamplerOption = Annotated[str, typer.Option(help=f"One of {', '.join(SAMPLERS)}, or as A1111 names it.")]
+ScheduleOption = Annotated[
+    str | None, typer.Option(help=f"Spread of the steps: {', '.join(SCHEDULES)}. By default the sampler's own.")
+]
+RescaleOption = Annotated[
+    float | None,
+    typer.Option(metavar="PHI", help="0 to 1: give guided images the contrast of unguided ones back, such as 0.7."),
 ]
 ImageOption = Annotated[
     str | None,

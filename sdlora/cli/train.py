@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import typer
@@ -20,6 +22,7 @@ from .train_options import (
     LearningRateOption,
     OutOption,
     PresetOption,
+    ProcessesOption,
     RankOption,
     ResolutionOption,
     RestartOption,
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
         "sdlora train run.toml train.seed=1",
         "sdlora train run.toml --explain",
         "sdlora train run.toml --extend 500",
+        "sdlora train run.toml --processes 2",
         "sdlora train --from-kohya kohya.toml --trigger zorb",
         more="All settings, for a TOML file or as section.key=value: sdlora settings",
     )
@@ -62,6 +66,7 @@ def train(
     extend: ExtendOption = None,
     restart: RestartOption = False,
     allow_device_change: DeviceChangeOption = False,
+    processes: ProcessesOption = None,
     out: OutOption = None,
     from_kohya: FromKohyaOption = None,
     explain: ExplainOption = False,
@@ -85,10 +90,16 @@ def train(
     if explain:
         _explain(loaded, as_json=as_json)
         return
+    if processes is not None and processes > 1:
+        flags = {"--restart": restart, "--allow-device-change": allow_device_change, "--json": as_json}
+        more = {"--extend": extend, "--from-kohya": from_kohya}
+        given = {name: value for (name, _), value in options.items()} | more
+        _shared(processes, given, [name for name, is_set in flags.items() if is_set], arguments or [])
+        return
     report = _trained(loaded.config, restart=restart, extend=extend, allow_device_change=allow_device_change)
-    from accelerate import PartialState
+    from accelerate import Accelerator
 
-    if not PartialState().is_main_process:
+    if not Accelerator().is_main_process:
         return
     check = report.result.check
     if as_json:
@@ -108,6 +119,18 @@ ANSWER = (
 """Fields of the result that ``--json`` prints."""
 
 
+def _shared(processes: int, options: Mapping[str, object], flags: Sequence[str], arguments: Sequence[str]) -> None:
+    """Run this command as several processes."""
+    from ..training.launch import run_processes
+
+    given = [f"{name}={value}" for name, value in options.items() if value is not None]
+    ended = run_processes(processes, [sys.executable, "-m", "sdlora", "train", *given, *flags, "--", *arguments])
+    for problem in ended.problems:
+        typer.echo(f"error: {problem}", err=True)
+    if ended.code:
+        raise typer.Exit(ended.code)
+
+
 def _explain(loaded: LoadedConfig, *, as_json: bool) -> None:
     """Print every setting of a run that is only planned."""
     from ..progress import progress_bar
@@ -124,8 +147,10 @@ def _explain(loaded: LoadedConfig, *, as_json: bool) -> None:
 
 def _trained(config: Config, *, restart: bool, extend: int | None, allow_device_change: bool) -> TrainReport:
     from ..progress import progress_bar
+    from ..training.launch import end_with_launcher
     from ..training.run import train as train_lora
 
+    end_with_launcher()
     with progress_bar() as progress:
         return train_lora(
             config,

@@ -66,6 +66,15 @@ ExtendOption = Annotated[
     int | None,
     typer.Option(metavar="N", help="N steps more for a finished or half-done run.", rich_help_panel=TRAINING),
 ]
+ProcessesOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        min=1,
+        help="Share each batch among N processes on this machine: one for each GPU.",
+        rich_help_panel=TRAINING,
+    ),
+]
 OutOption = Annotated[str | None, typer.Option(metavar="FILE", help="The LoRA file to write.", rich_help_panel=OUTPUT)]
 ExplainOption = Annotated[
     bool,

@@ -35,3 +35,5 @@ class SamplesSection(Section):
     """Width and height of a sample in pixels. By default the base's own square."""
     sampler: Annotated[str | None, Setting(kohya="sample_sampler", affects="samples")] = None
     """Sampler, one of those of ``sdlora generate``. By default its own."""
+    schedule: Annotated[str | None, Setting(affects="samples")] = None
+    """Spread of the sampling steps, one of those of ``sdlora generate``, such as ``karras``. By default the sampler's."""

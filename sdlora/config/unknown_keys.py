@@ -12,12 +12,17 @@ from .sections import SECTION_NAMES, TOP_LEVEL
 _NEAR = 0.7
 """Least similarity of a suggestion: "rol" and "role" have 0.86, "train" and "train.lr" would have 0.77 in full."""
 
+SWEEP_KEYS = ("grid", "runs")
+"""Tables of a sweep file."""
+
 
 def answer_unknown(name: str) -> str:
     """What to do about the unknown key ``name`` (``section.key``, or a section), to follow "unknown key NAME"."""
     section, _, key = name.rpartition(".")
     if answer := answer_by_name(key):
         return f": {answer}"
+    if name in SWEEP_KEYS:
+        return "; it belongs to a sweep of many runs: sdlora sweep SWEEP.toml"
     if not section:
         known = near_spelling(name, (*TOP_LEVEL, *SECTION_NAMES))
         return known or f"; the sections are {', '.join(SECTION_NAMES)}"

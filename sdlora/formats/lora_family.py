@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 from ..families import FAMILIES, SDXL, Family, family_of_text_width, family_of_unet
-from ..lora.change import Change
 from .keys import part_of
+
+if TYPE_CHECKING:
+    from ..lora.change import Change
 
 _FIRST_LEVEL = r"(down_blocks_0_attentions|input_blocks_[12]_1_)"
 """Attention on the first level, which SDXL alone lacks."""
@@ -21,10 +24,15 @@ def detect_family(modules: Mapping[str, Change], metadata: Mapping[str, str]) ->
 
     Names and shapes decide; metadata, which may be wrong, is used where they leave it open.
     """
+    return family_of_shapes({key: change.weight_shape for key, change in modules.items()}) or stated_family(metadata)
+
+
+def family_of_shapes(modules: Mapping[str, tuple[int, ...] | None]) -> Family | None:
+    """``detect_family`` by names and shapes alone: module -> shape of the weight that it changes, None where unknown."""
     if any(part_of(key) == "text_encoder_2" for key in modules):
         return SDXL
-    shapes = {key.replace(".", "_"): change.weight_shape for key, change in modules.items()}
-    return _by_blocks(shapes) or _by_shapes(shapes) or stated_family(metadata)
+    shapes = {key.replace(".", "_"): shape for key, shape in modules.items()}
+    return _by_blocks(shapes) or _by_shapes(shapes)
 
 
 def stated_family(metadata: Mapping[str, str]) -> Family | None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,17 +14,14 @@ from ..errors import LoraFileError
 from ..families import Family
 from ..lora.change import Change
 from .lora_family import detect_family
-from .lora_tensors import build_change, group_by_module
+from .lora_names import format_of, group_by_module
+from .lora_tensors import build_change
 from .peft_settings import Scale, scales_from, scales_in
 from .tensor_files import TensorFile, mapped_tensors, open_tensor_file
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 MAX_TENSORS = 50_000
 """Ten times what the largest LoRA of any family holds."""
-_LORA_TENSOR = (
-    r"(^|[._])(lora_(down|up|mid|A|B|linear_layer)|lora\.(down|up)|hada_w\d_[ab]|lokr_w\d(_[ab])?|oft_(blocks|diag))(\.|$)"
-    r"|^(lora|lycoris|oft)_(unet|te)"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,11 +74,6 @@ class LoraFile:
         return dict(Counter(module.kind for module in self.modules.values()))
 
 
-def is_lora(names: Iterable[str]) -> bool:
-    """Whether tensors of these names belong to a LoRA, of whatever kind."""
-    return any(re.search(_LORA_TENSOR, name) for name in names)
-
-
 def read_lora(path: Path) -> LoraFile:
     """Read every module of a LoRA file in any of the common formats, or of the folder of a PEFT adapter.
 
@@ -126,7 +117,7 @@ def _read(file: TensorFile, scale_of: Callable[[str], Scale]) -> LoraFile:
         modules=modules,
         bundled=embeddings,
         metadata=dict(file.metadata),
-        format=_format(file.tensors),
+        format=format_of(file.tensors),
         dtype=", ".join(dtype for dtype in dtypes if not dtype.startswith("int")),
         payload_start=file.payload_start,
         unusable=unusable,
@@ -148,18 +139,3 @@ def _read_adapter_folder(folder: Path) -> LoraFile:
         raise LoraFileError(f"{config}: expected a JSON object with PEFT's settings")
     scale_of = scales_from(config, {"": settings})
     return replace(_read(open_tensor_file(weights, LoraFileError), scale_of), path=folder)
-
-
-_FORMAT_MARKS = {
-    "kohya": r"(lora|oft)_(unet|te\d?)_",
-    "simpletuner": r"lycoris_",
-    "comfyui": r"diffusion_model\.|text_encoders\.",
-    "diffusers-processor": r".*\.processor\.",
-    "peft": r".*\.lora_[AB]\.",
-}
-"""Format -> how the name of one of its tensors begins; the first that any name matches."""
-
-
-def _format(names: Collection[str]) -> str:
-    found = (form for form, mark in _FORMAT_MARKS.items() if any(re.match(mark, name) for name in names))
-    return next(found, "diffusers")

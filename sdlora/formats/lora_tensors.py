@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 
@@ -15,70 +15,10 @@ from ..lora.kinds import Decomposed, Full, Generalised, Hadamard, Kronecker, Ort
 from ..lora.low_rank import LowRank
 from .peft_settings import Scale
 
-_SUFFIXES = {
-    # kohya and LyCORIS; PEFT; diffusers now, before, and at first
-    **{f".{matrix}.weight": "down" for matrix in ("lora_down", "lora_A", "lora_A.default", "lora.down")},
-    **{f".{matrix}.weight": "up" for matrix in ("lora_up", "lora_B", "lora_B.default", "lora.up")},
-    ".lora_linear_layer.down.weight": "down",
-    ".lora_linear_layer.up.weight": "up",
-    "_lora.down.weight": "down",
-    "_lora.up.weight": "up",
-    ".lora_mid.weight": "mid",
-    ".alpha": "alpha",
-    ".dora_scale": "magnitude",
-    ".lora_magnitude_vector": "magnitude_vector",
-    ".lora_magnitude_vector.weight": "magnitude_vector",
-    ".lora_magnitude_vector.default.weight": "magnitude_vector",
-    **{f".{name}": name for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")},
-    **{f".lokr_{name}": f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
-    ".on_input": "on_input",
-    ".diff": "diff",
-    ".diff_b": "diff_b",
-    ".w_norm": "w_norm",
-    ".b_norm": "b_norm",
-    **{f".{name}.weight": name for name in ("a1", "a2", "b1", "b2")},
-    ".oft_blocks": "oft_blocks",
-    ".oft_diag": "oft_diag",
-    ".rescale": "rescale",
-    ".set_weight": "set_weight",
-    ".reshape_weight": "reshape_weight",
-}
 _NO_CHANGES = {
     "set_weight": "puts another weight in the place of the base's (set_weight), which no strength can scale",
     "reshape_weight": "is for a weight of another shape than the base's (reshape_weight)",
 }
-_MOST_WORDS = 3
-"""Words between dots in the longest suffix."""
-
-
-def group_by_module(names: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """Module as the file spells it -> role -> tensor's name; and the names that are of no known kind."""
-    grouped: dict[str, dict[str, str]] = {}
-    foreign, plain = [], []
-    for name in names:
-        suffix = _suffix_of(name)
-        if suffix:
-            grouped.setdefault(name.removesuffix(suffix), {})[_SUFFIXES[suffix]] = name
-        else:
-            (plain if name.endswith(".weight") else foreign).append(name)
-    for name in plain:
-        # IA³ calls its vector ``weight``, as other tensors are called; it is known by ``on_input`` beside it.
-        module = grouped.get(name.removesuffix(".weight"), {})
-        if "on_input" in module:
-            module["vector"] = name
-        else:
-            foreign.append(name)
-    return grouped, foreign
-
-
-def _suffix_of(name: str) -> str:
-    """The longest of ``_SUFFIXES`` at the end of ``name``; "" where there is none."""
-    ends = name.rsplit(".", _MOST_WORDS)[1:]
-    for first in range(len(ends)):
-        suffix = "." + ".".join(ends[first:])
-        if suffix in _SUFFIXES:
-            return suffix
-    return next((suffix for suffix in ("_lora.down.weight", "_lora.up.weight") if name.endswith(suffix)), "")
 
 
 def build_change(tensors: Mapping[str, Tensor], *, scale: Scale) -> Change:
@@ -98,6 +38,25 @@ def build_change(tensors: Mapping[str, Tensor], *, scale: Scale) -> Change:
     change = _kind(tensors, scale.alpha if stored is None else float(stored))
     if isinstance(change, Kronecker) and change.rank is None and scale.whole_factors and scale.alpha and scale.rank:
         change = replace(change, w1=_times(change.w1, scale.alpha / scale.rank))
+    return _decomposed(change, tensors)
+
+
+def empty_change(shapes: Mapping[str, tuple[int, ...]]) -> Change:
+    """The change that tensors of these roles and shapes make up, on the meta device: for what shapes alone decide.
+
+    An IA³ vector is taken as one of outputs; which it is of is a number in the file.
+
+    Raises:
+        ValueError: as ``build_change``.
+    """
+    meta = {role: torch.empty(shape, device="meta") for role, shape in shapes.items()}
+    if "on_input" in meta:
+        meta["on_input"] = torch.zeros(())
+    return _decomposed(_kind(meta, None), meta)
+
+
+def _decomposed(change: Change, tensors: Mapping[str, Tensor]) -> Change:
+    """``change``, or DoRA over it where a magnitude is among ``tensors``."""
     magnitude = tensors.get("magnitude")
     if "magnitude_vector" in tensors:
         magnitude = tensors["magnitude_vector"].reshape(-1, *[1] * (len(change.weight_shape or (0, 0)) - 1))

@@ -10,7 +10,7 @@ from ..errors import LoraFileError
 from ..files import check_target, write_whole
 from .hashes import legacy_hash
 from .safetensors_file import TensorInfo, encode_header, read_header
-from .safetensors_file import read_metadata as safetensors_metadata
+from .safetensors_header import read_metadata as safetensors_metadata
 
 
 def read_metadata(path: Path) -> dict[str, str]:

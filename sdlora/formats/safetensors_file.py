@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import struct
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,7 @@ from typing import Any
 import torch
 
 from ..errors import SdloraError
-
-MAX_HEADER_BYTES = 100_000_000
-"""The limit of the reference reader."""
+from .safetensors_header import parse_header, read_raw_header
 
 _DTYPES = {
     "F64": torch.float64,
@@ -63,106 +60,21 @@ class Header:
     """Offset in bytes of the first tensor."""
 
 
-METADATA_FIRST = b'{"__metadata__":'
-"""How the header begins in files of safetensors, kohya and diffusers: the table need not be parsed to reach what follows."""
-
-
 def read_header(path: Path, error: type[SdloraError]) -> Header:
     """Read and check the header of ``path``; no tensor is read.
 
     Raises:
         error: the file is missing, truncated or not safetensors; the message names it and what is wrong.
     """
-    raw, size = _read_raw_header(path, error)
-    table, metadata = _parse(path, raw, error)
-    try:
-        tensors = {name: _tensor_info(entry) for name, entry in table.items()}
-    except _HeaderFaultError as fault:
-        raise error(f"{path}: damaged: {fault}") from None
-    except (ValueError, TypeError, KeyError):
-        raise error(f"{path}: not a safetensors file: its header cannot be parsed") from None
-    payload, position = size - 8 - len(raw), 0
-    for name, info in sorted(tensors.items(), key=lambda entry: (entry[1].start, entry[1].end)):
-        count = 1
-        for extent in info.shape:
-            count *= extent
-        if info.start != position or info.end - info.start != count * info.dtype.itemsize:
-            raise error(f"{path}: damaged: the bytes of tensor {name} do not fit its shape or its neighbours")
-        position = info.end
-    if position != payload:
-        what = f"{position - payload:,} bytes are missing" if position > payload else "bytes are left over"
-        raise error(f"{path}: truncated or damaged: {what} at its end")
-    return Header(tensors=tensors, metadata=metadata, payload_start=8 + len(raw))
+    raw = read_raw_header(path, error)
+    table, metadata = parse_header(path, raw, error)
+    tensors = {name: _tensor_info(entry) for name, entry in table.items()}
+    return Header(tensors=tensors, metadata=metadata, payload_start=raw.payload_start)
 
 
-def read_metadata(path: Path, error: type[SdloraError]) -> dict[str, str]:
-    """The metadata alone, without a look at the tensors' table: to list many files fast. Raises as ``read_header``."""
-    raw, _ = _read_raw_header(path, error)
-    if raw.startswith(METADATA_FIRST) and raw.count(b'"__metadata__"') == 1 and raw.rstrip().endswith(b"}"):
-        try:
-            metadata, _ = json.JSONDecoder().raw_decode(raw[len(METADATA_FIRST) :].decode("utf-8"))
-        except (ValueError, RecursionError):
-            metadata = None
-        if isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values()):
-            return metadata
-    return _parse(path, raw, error)[1]
-
-
-def _read_raw_header(path: Path, error: type[SdloraError]) -> tuple[bytes, int]:
-    """The header's text, and the size of the file."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            prefix = file.read(8)
-            if len(prefix) < 8:
-                raise error(f"{path}: not a safetensors file: only {len(prefix)} bytes long")
-            (length,) = struct.unpack("<Q", prefix)
-            if length > MAX_HEADER_BYTES or length > size - 8:
-                raise error(f"{path}: not a safetensors file, or truncated: its header would end after its last byte")
-            return file.read(length), size
-    except FileNotFoundError:
-        raise error(f"{path}: no such file") from None
-    except OSError as fault:
-        raise error(f"{path}: cannot be read: {fault.strerror}") from None
-
-
-def _parse(path: Path, raw: bytes, error: type[SdloraError]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The tensors' table, unchecked, and the metadata."""
-    try:
-        table = json.loads(raw)
-        if raw.count(b'"data_offsets"') != len(table) - ("__metadata__" in table):
-            # Names that occur twice, as a rule; looking at every pair takes several times as long.
-            table = json.loads(raw, object_pairs_hook=_without_duplicates)
-        metadata = table.pop("__metadata__", {})
-        if not all(isinstance(value, str) for value in metadata.values()):
-            raise TypeError
-    except _HeaderFaultError as fault:
-        raise error(f"{path}: damaged: {fault}") from None
-    except (ValueError, TypeError, AttributeError, RecursionError):
-        raise error(f"{path}: not a safetensors file: its header cannot be parsed") from None
-    return table, metadata
-
-
-class _HeaderFaultError(Exception):
-    """A header that parses and cannot be right; the text says what is wrong."""
-
-
-def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        names = Counter(name for name, _ in pairs)
-        raise _HeaderFaultError(f"its header names {names.most_common(1)[0][0]!r:.200} twice")
-    return table
-
-
-def _tensor_info(entry: Mapping) -> TensorInfo:
-    shape = tuple(entry["shape"])
+def _tensor_info(entry: Mapping[str, Any]) -> TensorInfo:
     start, end = entry["data_offsets"]
-    if not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
-        raise ValueError
-    if entry["dtype"] not in _DTYPES:
-        raise _HeaderFaultError(f"its header names an unknown dtype {entry['dtype']!r:.40}")
-    return TensorInfo(dtype=_DTYPES[entry["dtype"]], shape=shape, start=start, end=end)
+    return TensorInfo(dtype=_DTYPES[entry["dtype"]], shape=tuple(entry["shape"]), start=start, end=end)
 
 
 def lay_out(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, TensorInfo], bytes]:

@@ -10,14 +10,25 @@ from ..config.sections import BaseSection
 from ..errors import BaseModelError, LoraFileError, SdloraError
 from .hires import hires_pass
 from .loras import LoraChoice
+from .prompt_file import PromptLine
 from .request import ImageRequest, first_seed
+from .samplers import read_sampler
 from .start_image import ImageArgument, start_image
 
 LoraArgument = str | Path | LoraChoice
 """``FILE[:UNET[:TE]]``, a path, or a choice."""
 
 
-class DrawingOptions(TypedDict, total=False):
+class SamplingOptions(TypedDict, total=False):
+    """How ``generate`` samples, besides the sampler."""
+
+    schedule: str | None
+    """Spread of the steps over the noise levels, a name of ``schedules.SCHEDULES`` or A1111's; by default the sampler's."""
+    guidance_rescale: float
+    """How far guided predictions get the contrast of unguided ones back, from 0 (not at all, the default) to 1."""
+
+
+class DrawingOptions(SamplingOptions, total=False):
     """What else ``generate`` takes: an image to draw over, or a second pass."""
 
     image: ImageArgument | None
@@ -87,8 +98,12 @@ def constant_choices(loras: LoraArgument | Sequence[LoraArgument]) -> list[LoraC
     return choices
 
 
+PromptArgument = str | PromptLine
+"""A prompt, or one with values of its own (``read_prompts``)."""
+
+
 def image_requests(
-    prompts: str | Sequence[str],
+    prompts: PromptArgument | Sequence[PromptArgument],
     *,
     seed: int | None,
     count: int,
@@ -97,6 +112,8 @@ def image_requests(
     steps: int,
     cfg: float,
     sampler: str,
+    schedule: str | None = None,
+    guidance_rescale: float = 0.0,
     image: ImageArgument | None = None,
     strength: float | None = None,
     mask: ImageArgument | None = None,
@@ -111,9 +128,9 @@ def image_requests(
     Raises:
         SdloraError: with one line for each argument of another type than expected, and each file that cannot be read.
     """
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    texts = [prompts] if isinstance(prompts, str | PromptLine) else list(prompts)
     problems = []
-    if not texts or not all(isinstance(text, str) for text in texts):
+    if not texts or not all(isinstance(text, str | PromptLine) for text in texts):
         problems.append(f"prompts {prompts!r}: expected a text, or a list of at least one")
     if not _whole(count) or count < 1:
         problems.append(f"count {count!r}: expected a whole number, at least 1")
@@ -133,23 +150,22 @@ def image_requests(
         problems += error.problems
     if problems:
         raise SdloraError(problems)
-    first = first_seed(seed, count=count)
-    width_height = None if sides is None else (sides[0], sides[1])
-    return [
-        ImageRequest(
-            prompt=text,
-            negative=negative,
-            seed=first + number,
-            steps=steps,
-            cfg=cfg,
-            size=width_height,
-            sampler=sampler,
-            start=start,
-            hires=second,
-        )
-        for text in texts
-        for number in range(count)
-    ]
+    named, spread = read_sampler(sampler, schedule)
+    lines = [text if isinstance(text, PromptLine) else PromptLine(prompt=text) for text in texts]
+    common = ImageRequest(
+        prompt="",
+        negative=negative,
+        seed=first_seed(seed, count=max(line.count or count for line in lines)),
+        steps=steps,
+        cfg=cfg,
+        size=None if sides is None else (sides[0], sides[1]),
+        sampler=named,
+        schedule=spread,
+        guidance_rescale=guidance_rescale,
+        start=start,
+        hires=second,
+    )
+    return [request for line in lines for request in line.requests(common, count)]
 
 
 def _whole(value: object) -> bool:

@@ -11,8 +11,9 @@ from ..base.base import Base
 from ..base.conditioning import Framing, time_ids
 from ..progress import Progress, Stop, raise_if_stopped
 from .request import ImageRequest
-from .samplers import SAMPLERS, make_scheduler
+from .samplers import SAMPLERS
 from .scheduled_prompt import ScheduledConditioning
+from .schedulers import make_scheduler
 from .start import Start, begin
 
 
@@ -39,8 +40,7 @@ def denoise(
     """
     first = requests[0]
     sampler = SAMPLERS[first.sampler]
-    scheduler = make_scheduler(sampler, base.checkpoint.schedule)
-    scheduler.set_timesteps(first.steps, device="cpu")
+    scheduler = make_scheduler(sampler, base.checkpoint.schedule, first.steps, first.schedule)
     width, height = first.size_on(base.checkpoint)
     sizes = time_ids([Framing.whole(width, height)] * conditioning.batch_size).to(base.device)
     factor = base.checkpoint.latent_factor
@@ -48,19 +48,33 @@ def denoise(
     generators = [torch.Generator("cpu").manual_seed(request.seed) for request in requests]
     beginning = begin(scheduler, generators, shape, base.device, start)
     latents = beginning.latents
-    extra = {"generator": generators} if sampler.adds_noise else {}
-    timesteps = zip(beginning.timesteps, beginning.timesteps.to(base.device), strict=True)
-    for step, (timestep, on_device) in enumerate(timesteps):
+    extra = {**sampler.step_options, **({"generator": generators} if sampler.adds_noise else {})}
+    timesteps, on_device = beginning.timesteps, beginning.timesteps.to(base.device)
+    for call, timestep in enumerate(timesteps):
         raise_if_stopped(stop, "stopped while generating")
-        if before_step is not None:
+        step, part = divmod(call, scheduler.order)
+        if before_step is not None and part == 0:
             before_step(step)
         noisy = scheduler.scale_model_input(conditioning.repeated(latents), timestep)
-        predicted = base.predict(noisy, on_device, conditioning.at(step), sizes)
+        predicted = base.predict(noisy, on_device[call], conditioning.at(step), sizes)
         if conditioning.guided:
             unconditional, conditional = conditioning.split(predicted)
             predicted = unconditional + first.cfg * (conditional - unconditional)
+            if first.guidance_rescale:
+                predicted = _rescaled(predicted, conditional, first.guidance_rescale)
         latents = scheduler.step(predicted, timestep, latents, return_dict=False, **extra)[0]
-        if beginning.after_step is not None:
-            latents = beginning.after_step(latents, step)
-        progress.advance(len(requests))
+        # Samplers of second order call the UNet twice for a step, except for the last.
+        if part == scheduler.order - 1 or call == len(timesteps) - 1:
+            if beginning.after_step is not None:
+                latents = beginning.after_step(latents, call)
+            progress.advance(len(requests))
     return latents
+
+
+def _rescaled(guided: Tensor, conditional: Tensor, share: float) -> Tensor:
+    """``guided`` with, in ``share`` of it, the standard deviation of ``conditional``, of each image (b, 4, h, w).
+
+    φ x σ₊ / σ + (1 - φ) x (Lin et al. 2024, eq. 15 and 16).
+    """
+    factor = conditional.std((1, 2, 3), keepdim=True) / guided.std((1, 2, 3), keepdim=True)
+    return guided * (share * factor + 1 - share)

@@ -98,6 +98,7 @@ def generate_images(
             if hires := batch[0].hires:
                 start, steps = enlarged(base, batch, latents, decode), hires.steps_taken(batch[0].steps)
                 second = second_pass(batch, checkpoint)
+                conditioning = conditioning.after(batch[0].steps_taken)
                 latents = _denoised(base, second, conditioning, progress, stop, start, weigh(steps))
             raise_if_stopped(stop, "stopped while generating")
             pixels = as_arrays(decode(latents))
@@ -199,4 +200,5 @@ def _batches(requests: Sequence[ImageRequest], checkpoint: BaseCheckpoint) -> li
 
 
 def _settings(request: ImageRequest) -> tuple[ImageRequest, bool]:
-    return replace(request, prompt="", negative="", seed=0), is_guided(request)
+    common = replace(request, prompt="", negative="", prompt_template="", negative_template="", seed=0)
+    return common, is_guided(request)

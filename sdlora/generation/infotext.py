@@ -13,6 +13,11 @@ from .loras import WeightedLora
 from .request import ImageRequest
 from .samplers import SAMPLERS, a1111_schedule
 
+OWN_SCHEDULE = "Timestep spacing"
+"""The field of a schedule that A1111 has no name for."""
+RESCALE = "CFG Rescale"
+"""The field of the guidance rescale, as A1111's extension for it writes it."""
+
 
 def infotext(
     request: ImageRequest, *, base: BaseCheckpoint, base_autov2: str | None, loras: Sequence[WeightedLora]
@@ -23,11 +28,14 @@ def infotext(
     ``Model hash``, ``Lora hashes`` and ``Hashes``.
     """
     width, height = request.size_on(base)
+    schedule_type = a1111_schedule(SAMPLERS[request.sampler], base.schedule, request.steps, request.schedule)
     fields: dict[str, object] = {
         "Steps": request.steps,
         "Sampler": SAMPLERS[request.sampler].a1111_name,
-        "Schedule type": a1111_schedule(SAMPLERS[request.sampler], base.schedule, request.steps),
+        "Schedule type": schedule_type,
+        OWN_SCHEDULE: request.schedule if schedule_type is None else None,
         "CFG scale": f"{request.cfg:g}",
+        RESCALE: f"{request.guidance_rescale:g}" if request.guidance_rescale else None,
         "Seed": request.seed,
         "Size": f"{width}x{height}",
     }
@@ -40,6 +48,9 @@ def infotext(
     fields["Init image hash"] = None if request.start is None else request.start.digest
     fields["RNG"] = "CPU"
     fields |= _drawing_fields(request)
+    # As A1111's extension for wildcards writes them.
+    fields["Wildcard prompt"] = request.prompt_template or None
+    fields["Wildcard negative prompt"] = request.negative_template or None
     lora_hashes = {lora.tag_name: lora.fitted.autov3 for lora in loras if lora.fitted.autov3}
     if lora_hashes:
         fields["Lora hashes"] = ", ".join(f"{name}: {digest}" for name, digest in lora_hashes.items())

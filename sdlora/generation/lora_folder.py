@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import LoraFileError
 from ..formats.hashes import file_hashes
-from ..formats.safetensors_file import read_metadata
+from ..formats.safetensors_header import read_metadata
 from ..formats.tensor_files import PICKLES
 
 _ENDINGS = (".safetensors", *PICKLES)

@@ -36,16 +36,19 @@ def prompt_parts(prompt: str) -> tuple[PromptPart, ...]:
     return tuple(PromptPart(text=match[1], weight=float(match[2] or 1)) for match in matches if match)
 
 
-def texts_over_steps(prompt: str, steps: int) -> tuple[str, ...]:
-    """The text of ``prompt`` in each of ``steps`` steps, with the syntax of weights left in it.
+def texts_over_steps(prompt: str, steps: int, second_pass: int = 0) -> tuple[str, ...]:
+    """The text of ``prompt`` in each of ``steps`` steps, then in those of a second pass. The syntax of weights stays in it.
 
     ``when`` with a decimal point is a share of the steps, without one a number of steps; it is rounded down. After so many
-    steps the second text takes the place of the first. What is not well formed is text.
+    steps the second text takes the place of the first. Both go on counting in the second pass, whose middle is ``1.5``. What
+    is not well formed is text.
     """
     nodes = _parse(prompt)
     if all(isinstance(node, str) for node in nodes):
-        return (prompt,) * steps
-    return tuple(_text(nodes, step, steps) for step in range(1, steps + 1))
+        return (prompt,) * (steps + second_pass)
+    moments = [_Moment(step, steps) for step in range(1, steps + 1)]
+    moments += [_Moment(step, second_pass, steps) for step in range(1, second_pass + 1)]
+    return tuple(_text(nodes, moment) for moment in moments)
 
 
 def text_outside(prompt: str) -> str:
@@ -54,25 +57,37 @@ def text_outside(prompt: str) -> str:
 
 
 @dataclass(frozen=True)
+class _Moment:
+    step: int
+    """From 1."""
+    steps: int
+    """Number of steps of this pass."""
+    before: int = 0
+    """Number of steps of the pass before; 0 in the first."""
+
+    def is_after(self, when: str) -> bool:
+        value = float(when)
+        switch = (value - (self.before > 0)) * self.steps if "." in when else value - self.before
+        # Rounded down only after it is limited: no number that can be written is too large.
+        return self.step > int(max(0, min(self.steps, switch)))
+
+
+@dataclass(frozen=True)
 class _Edit:
-    before: tuple[_Node, ...]
-    after: tuple[_Node, ...]
+    first: tuple[_Node, ...]
+    then: tuple[_Node, ...]
     when: str
 
-    def at(self, step: int, steps: int) -> tuple[_Node, ...]:
-        value = float(self.when)
-        switch = value * steps if "." in self.when else value
-        # Rounded down only after it is limited: no number that can be written is too large.
-        return self.before if step <= int(max(0, min(steps, switch))) else self.after
+    def at(self, moment: _Moment) -> tuple[_Node, ...]:
+        return self.then if moment.is_after(self.when) else self.first
 
 
 @dataclass(frozen=True)
 class _Alternation:
     options: tuple[tuple[_Node, ...], ...]
 
-    def at(self, step: int, steps: int) -> tuple[_Node, ...]:
-        del steps
-        return self.options[(step - 1) % len(self.options)]
+    def at(self, moment: _Moment) -> tuple[_Node, ...]:
+        return self.options[(moment.step - 1) % len(self.options)]
 
 
 _Node = str | _Edit | _Alternation
@@ -105,8 +120,8 @@ class _Bracket:
         when = _WHEN.fullmatch("".join(map(str, parts[-1]))) if all(isinstance(x, str) for x in parts[-1]) else None
         if when is None or set(self.separators) != {":"} or len(self.separators) > _MOST_COLONS:
             return None
-        before, after = ((), parts[0]) if len(self.separators) == 1 else (parts[0], parts[1])
-        return [_Edit(before, after, when[1])]
+        first, then = ((), parts[0]) if len(self.separators) == 1 else (parts[0], parts[1])
+        return [_Edit(first, then, when[1])]
 
 
 def _parse(prompt: str) -> list[_Node]:
@@ -146,8 +161,8 @@ def _parse(prompt: str) -> list[_Node]:
     return root
 
 
-def _text(nodes: Sequence[_Node], step: int, steps: int) -> str:
-    """``nodes`` in step ``step``, from 1; without recursion, since brackets may be nested to any depth."""
+def _text(nodes: Sequence[_Node], moment: _Moment) -> str:
+    """``nodes`` at ``moment``; without recursion, since brackets may be nested to any depth."""
     found: list[str] = []
     rest = list(reversed(nodes))
     while rest:
@@ -155,5 +170,5 @@ def _text(nodes: Sequence[_Node], step: int, steps: int) -> str:
         if isinstance(node, str):
             found.append(node)
         else:
-            rest.extend(reversed(node.at(step, steps)))
+            rest.extend(reversed(node.at(moment)))
     return "".join(found)

@@ -9,11 +9,11 @@ from collections.abc import Iterable
 from ..errors import SdloraError
 from ..formats.recipe import TAG, LoraTag
 from .prompt_editing import text_outside
+from .wildcards import WILDCARD
 
 logger = logging.getLogger(__name__)
 
 _UNSUPPORTED = (
-    ("wildcards are", re.compile(r"__[\w./*-]+__")),
     ("alternatives are", re.compile(r"\{[^{}]*\|[^{}]*\}")),
     ("textual inversion is", re.compile(r"\bembedding:[^\s,()\[\]]+")),
 )
@@ -38,6 +38,11 @@ def check_syntax(prompts: Iterable[str], negatives: Iterable[str] = ()) -> None:
         raise SdloraError(list(problems))
     found = [(match[0], title) for text in texts for title, pattern in _UNSUPPORTED for match in pattern.finditer(text)]
     found += [(match[0], "AND in a negative prompt is") for text in negative for match in _AND.finditer(text)]
+    for written in dict.fromkeys(match[0] for text in texts for match in WILDCARD.finditer(text)):
+        logger.warning(
+            "prompt: %s: wildcards need sdlora generate --wildcards DIR (in Python wildcards=); it is read as text",
+            written,
+        )
     for written, title in dict.fromkeys(found):
         logger.warning("prompt: %s: %s not supported; it is read as text", written, title)
     malformed = [match[0] for text in texts for match in _MALFORMED.finditer(text_outside(text))]

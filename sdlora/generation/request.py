@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import SdloraError
 from .hires import Hires
-from .samplers import SAMPLERS
+from .samplers import sampler_problems
 from .start_image import StartImage
 
 if TYPE_CHECKING:
@@ -37,10 +37,17 @@ class ImageRequest:
     square."""
     sampler: str = "dpm++2m"
     """A name of ``samplers.SAMPLERS``."""
+    schedule: str | None = None
+    """A name of ``schedules.SCHEDULES``; None is the base's own spacing of timesteps, or else the sampler's."""
+    guidance_rescale: float = 0.0
+    """φ of Lin et al. 2024, section 3.4, from 0 to 1: how far guided predictions get the contrast of unguided ones back."""
     start: StartImage | None = None
     """The image that is drawn over, in image to image and inpainting."""
     hires: Hires | None = None
     """A second pass at a higher resolution."""
+    prompt_template: str = ""
+    """The prompt as written, where wildcards in it were replaced by entries; else empty."""
+    negative_template: str = ""
 
     def size_on(self, base: BaseCheckpoint) -> tuple[int, int]:
         """Width and height in pixels when generated on ``base``."""
@@ -89,15 +96,12 @@ def _problems(request: ImageRequest, base: BaseCheckpoint) -> list[str]:
     width, height = request.size_on(base)
     if width % step or height % step or min(width, height) <= 0:
         problems.append(f"size {width}x{height}: width and height must be multiples of {step} pixels on {base.name}")
-    if request.sampler not in SAMPLERS:
-        problems.append(f"sampler {request.sampler!r} is unknown; choose one of {', '.join(SAMPLERS)}")
-    elif base.schedule.prediction == "sample" and not SAMPLERS[request.sampler].reads_sample:
-        able = ", ".join(name for name, sampler in SAMPLERS.items() if sampler.reads_sample)
-        problems.append(
-            f"sampler {request.sampler!r} does not work on a base that predicts the image; choose one of {able}"
-        )
+    longest = max(request.steps, request.hires.schedule_steps(request.steps) if request.hires else 0)
+    problems += sampler_problems(request.sampler, request.schedule, longest, base.schedule.prediction)
     if not isinstance(request.cfg, int | float) or not 0 <= request.cfg <= MAX_CFG:
         problems.append(f"cfg {request.cfg}: expected a number from 0 to {MAX_CFG}")
+    if not isinstance(request.guidance_rescale, int | float) or not 0 <= request.guidance_rescale <= 1:
+        problems.append(f"guidance_rescale {request.guidance_rescale}: expected a number from 0 to 1")
     if request.steps < 1:
         problems.append(f"steps {request.steps}: at least 1 is needed")
     elif request.start is not None and request.steps_taken < 1:

@@ -30,7 +30,8 @@ class ScheduledConditioning:
 
     texts: Conditioning
     order: tuple[tuple[int, ...], ...]
-    """Number of the text in each row of the batch: one entry for each step, or a single one if nothing changes."""
+    """Number of the text in each row of the batch: one entry for each step of all passes, or a single one if nothing
+    changes."""
     weights: tuple[tuple[float, ...], ...]
     """Weights of the parts of each image's prompt."""
     guided: bool
@@ -87,6 +88,10 @@ class ScheduledConditioning:
         order = tuple(tuple(step[row] for row in rows) for step in self.order)
         return replace(self, order=order, weights=(self.weights[number],))
 
+    def after(self, steps: int) -> ScheduledConditioning:
+        """That of the second pass, after ``steps`` of the first."""
+        return self if len(self.order) == 1 else replace(self, order=self.order[steps:])
+
     def to(self, device: torch.device) -> ScheduledConditioning:
         """The same on ``device``."""
         return replace(self, texts=self.texts.to(device))
@@ -97,11 +102,16 @@ class ScheduledConditioning:
 
 
 def encode_requests(base: Base, requests: Sequence[ImageRequest]) -> ScheduledConditioning:
-    """The conditioning of ``requests``, which have the same number of steps and are all guided or all not."""
-    steps, guided = requests[0].steps, is_guided(requests[0])
+    """The conditioning of ``requests`` in all passes; they have the same steps and are all guided or all not."""
+    first, guided = requests[0], is_guided(requests[0])
+    second_pass = first.all_steps - first.steps_taken
+
+    def column(text: str, negative: bool) -> list[tuple[str, bool]]:
+        return [(one, negative) for one in texts_over_steps(text, first.steps_taken, second_pass)]
+
     parts = [prompt_parts(request.prompt) for request in requests]
-    columns = [[(text, True) for text in texts_over_steps(request.negative, steps)] for request in requests if guided]
-    columns += [[(text, False) for text in texts_over_steps(part.text, steps)] for one in parts for part in one]
+    columns = [column(request.negative, True) for request in requests if guided]
+    columns += [column(part.text, False) for one in parts for part in one]
     by_step = list(zip(*columns, strict=True))
     numbers = {key: number for number, key in enumerate(dict.fromkeys(key for keys in by_step for key in keys))}
     order = tuple(tuple(numbers[key] for key in keys) for keys in by_step)

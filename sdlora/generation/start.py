@@ -43,7 +43,7 @@ class Beginning:
     timesteps: Tensor
     """Those of the scheduler that are taken, on the CPU."""
     after_step: Callable[[Tensor, int], Tensor] | None = None
-    """Puts the unmasked part of the image back after a step, given its number."""
+    """Puts the unmasked part of the image back after a step, given the number of its last call of the UNet."""
 
 
 def start_of(base: Base, requests: Sequence[ImageRequest]) -> Start | None:
@@ -105,8 +105,8 @@ def begin(
     if mask is None:
         return Beginning(latents=latents, timesteps=timesteps)
 
-    def put_back(latents: Tensor, step: int) -> Tensor:
-        following = timesteps[step + 1 : step + 2]
+    def put_back(latents: Tensor, call: int) -> Tensor:
+        following = timesteps[call + 1 : call + 2]
         kept = _noised(scheduler, clean, noise, following) if len(following) else clean
         return (1 - mask) * kept + mask * latents
 

@@ -1,4 +1,4 @@
-"""The public functions ``generate`` and ``generate_strip``, and the loaded base that they generate on."""
+"""A loaded base that images are generated on, call after call."""
 
 from __future__ import annotations
 
@@ -20,13 +20,21 @@ from ..config.sections import BaseSection
 from ..errors import SdloraError
 from ..lora.stack import Stack
 from ..progress import Progress, progress_or_bar
-from .arguments import DrawingOptions, LoraArgument, base_argument, image_requests, lora_choices
+from .arguments import (
+    DrawingOptions,
+    LoraArgument,
+    PromptArgument,
+    SamplingOptions,
+    base_argument,
+    image_requests,
+    lora_choices,
+)
 from .grid import labelled_grid
-from .lora_folder import LoraFolder
 from .loras import FittedLora, WeightedLora, fit_loras
+from .prompt_folders import PromptFolders
 from .prompt_syntax import check_syntax
 from .request import ImageRequest, check_requests
-from .tags import check_named_once, missing_triggers, read_tags
+from .tags import check_named_once, missing_triggers
 
 if TYPE_CHECKING:
     from ..base.base import Base
@@ -37,105 +45,23 @@ STRENGTHS = (0.0, 0.5, 1.0)
 """Columns of a strip by default: what the weights of each LoRA are multiplied by."""
 
 
-def generate(
-    prompts: str | Sequence[str],
-    *,
-    base: str | Path | BaseSection = "mini",
-    loras: LoraArgument | Sequence[LoraArgument] = (),
-    negative: str = ImageRequest.negative,
-    seed: int | None = None,
-    count: int = 1,
-    steps: int = ImageRequest.steps,
-    cfg: float = ImageRequest.cfg,
-    size: int | tuple[int, int] | None = ImageRequest.size,
-    sampler: str = ImageRequest.sampler,
-    precision: str = "auto",
-    vae_tiling: bool = False,
-    lora_dir: str | Path | None = None,
-    progress: Progress | None = None,
-    stop: threading.Event | None = None,
-    on_image: Callable[[GeneratedImage], None] | None = None,
-    say: Callable[[str], None] = lambda line: None,
-    **drawing: Unpack[DrawingOptions],
-) -> list[GeneratedImage]:
-    """Generate ``count`` images of each prompt, with seeds ``seed``, ``seed + 1`` …, under all ``loras`` at once.
-
-    Args:
-        prompts: in A1111's syntax, ``(word:1.2)``, ``[word]``, ``BREAK``; of any length.
-        base: the value of ``base.path`` in a configuration, or a whole ``[base]`` section.
-        loras: one or several, each ``FILE[:UNET[:TE]]``, a path or a ``LoraChoice``.
-        lora_dir: where tags of prompts, ``<lora:name:0.8>``, find their files; they are added to ``loras``.
-        seed: seed of the first image of each prompt, 0 to 2**32 - 1; None or -1 for a random one.
-        cfg: classifier-free guidance scale; 1 switches guidance off.
-        size: (width, height) in pixels, or the side of a square; by default the base's own square.
-        precision: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
-        vae_tiling: decode in strips, in a fraction of the memory: the same image, later. It is done anyway where memory
-            runs out.
-        progress: receives reports; by default a bar in a terminal.
-        stop: set it, from any thread, to stop after the current step.
-        on_image: called with each image as soon as it is done.
-        say: called with the device, the precision and the free memory, before the base is loaded, and with trigger words
-            that a prompt lacks.
-        drawing: image to image and inpainting, see ``DrawingOptions``.
-
-    Raises:
-        SdloraError: a base, LoRA, size, sampler or precision that cannot be used, found before anything is generated.
-        Interrupted: ``stop`` was set.
-    """
-    with open(base, precision=precision, vae_tiling=vae_tiling, lora_dir=lora_dir) as studio:
-        return studio.generate(
-            prompts, loras=loras, negative=negative, seed=seed, count=count, steps=steps, cfg=cfg, size=size,
-            sampler=sampler, progress=progress, stop=stop, on_image=on_image, say=say, **drawing,
-        )  # fmt: skip
-
-
-def generate_strip(
-    prompts: str | Sequence[str],
-    *,
-    base: str | Path | BaseSection = "mini",
-    loras: LoraArgument | Sequence[LoraArgument],
-    strengths: Sequence[float] = STRENGTHS,
-    scale: int = 1,
-    negative: str = ImageRequest.negative,
-    seed: int | None = None,
-    steps: int = ImageRequest.steps,
-    cfg: float = ImageRequest.cfg,
-    size: int | tuple[int, int] | None = ImageRequest.size,
-    sampler: str = ImageRequest.sampler,
-    precision: str = "auto",
-    vae_tiling: bool = False,
-    progress: Progress | None = None,
-    stop: threading.Event | None = None,
-    say: Callable[[str], None] = lambda line: None,
-) -> tuple[Image.Image, str]:
-    """One labelled image: a row for each prompt, a column for each strength of each LoRA, and a last one for all LoRAs.
-
-    ``strengths`` multiply the weights of ``loras``; strength 0 is shown once. Each image is enlarged ``scale`` times.
-    Everything else is as in ``generate``, which raises the same. Returns the image and the parameters of all its parts.
-    """
-    with open(base, precision=precision, vae_tiling=vae_tiling) as studio:
-        return studio.generate_strip(
-            prompts, loras=loras, strengths=strengths, scale=scale, negative=negative, seed=seed, steps=steps, cfg=cfg,
-            size=size, sampler=sampler, progress=progress, stop=stop, say=say,
-        )  # fmt: skip
-
-
 def open(
     base: str | Path | BaseSection = "mini",
     *,
     precision: str = "auto",
     vae_tiling: bool = False,
     lora_dir: str | Path | None = None,
+    wildcards: str | Path | None = None,
 ) -> OpenStudio:
     """A base that stays loaded between calls. Its weights are read when the first image is generated.
 
-    ``base``, ``precision``, ``vae_tiling`` and ``lora_dir`` are as in ``generate``.
+    ``base``, ``precision``, ``vae_tiling``, ``lora_dir`` and ``wildcards`` are as in ``generate``.
 
     Raises:
         BaseModelError: the base is missing, incomplete, damaged or not supported.
     """
-    folder = None if lora_dir is None else LoraFolder(Path(lora_dir))
-    return OpenStudio(find_base(base_argument(base)), precision=precision, vae_tiling=vae_tiling, folder=folder)
+    folders = PromptFolders.of(lora_dir, wildcards)
+    return OpenStudio(find_base(base_argument(base)), precision=precision, vae_tiling=vae_tiling, folders=folders)
 
 
 class OpenStudio:
@@ -145,9 +71,9 @@ class OpenStudio:
     """
 
     def __init__(
-        self, checkpoint: BaseCheckpoint, *, precision: str, vae_tiling: bool, folder: LoraFolder | None = None
+        self, checkpoint: BaseCheckpoint, *, precision: str, vae_tiling: bool, folders: PromptFolders | None = None
     ):
-        self._checkpoint, self._folder = checkpoint, folder
+        self._checkpoint, self._folders = checkpoint, folders or PromptFolders()
         self._precision, self._vae_tiling = precision, vae_tiling
         self._base: Base | None = None
         self._stack: Stack | None = None
@@ -167,7 +93,7 @@ class OpenStudio:
 
     def generate(
         self,
-        prompts: str | Sequence[str],
+        prompts: PromptArgument | Sequence[PromptArgument],
         *,
         loras: LoraArgument | Sequence[LoraArgument] = (),
         negative: str = ImageRequest.negative,
@@ -190,19 +116,12 @@ class OpenStudio:
             Interrupted: ``stop`` was set.
         """
         requests = image_requests(
-            prompts,
-            seed=seed,
-            count=count,
-            size=size,
-            negative=negative,
-            steps=steps,
-            cfg=cfg,
-            sampler=sampler,
+            prompts, seed=seed, count=count, size=size, negative=negative, steps=steps, cfg=cfg, sampler=sampler,
             **drawing,
-        )
-        tagged = read_tags(requests, self._folder)
+        )  # fmt: skip
+        tagged = self._folders.read(requests)
         requests = [entry.request for entry in tagged]
-        check_syntax((request.prompt for request in requests), [negative])
+        check_syntax((request.prompt for request in requests), (request.negative for request in requests))
         common = lora_choices(loras)
         for entry in tagged:
             check_named_once([*common, *entry.loras])
@@ -238,12 +157,14 @@ class OpenStudio:
         progress: Progress | None = None,
         stop: threading.Event | None = None,
         say: Callable[[str], None] = lambda line: None,
+        **sampling: Unpack[SamplingOptions],
     ) -> tuple[Image.Image, str]:
         """As the function ``generate_strip``, on this base. Raises as ``generate``."""
         requests = image_requests(
-            prompts, seed=seed, count=1, size=size, negative=negative, steps=steps, cfg=cfg, sampler=sampler
-        )
-        check_syntax((request.prompt for request in requests), [negative])
+            prompts, seed=seed, count=1, size=size, negative=negative, steps=steps, cfg=cfg, sampler=sampler,
+            **sampling,
+        )  # fmt: skip
+        check_syntax((request.prompt for request in requests), (request.negative for request in requests))
         studio = self.prepared(requests, loras, say)
         columns = _columns(studio.loras, strengths)
         with progress_or_bar(progress) as reports:

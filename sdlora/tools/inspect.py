@@ -10,7 +10,8 @@ from ..base.detect import DetectedCheckpoint, detect_checkpoint
 from ..errors import LoraFileError
 from ..families import PART_TITLES, PARTS
 from ..formats.hashes import FileHashes, file_hashes
-from ..formats.lora_file import is_lora, lora_in, read_lora
+from ..formats.lora_file import lora_in, read_lora
+from ..formats.lora_names import is_lora
 from ..formats.tensor_files import open_tensor_file
 from ..progress import Progress, progress_or_bar
 from .inspect_image import IMAGES, image_report

@@ -3,59 +3,84 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ..progress import Progress, Stop
 from .checkpoint import Checkpoint
 from .fitted_steps import FittedSteps
+from .processes import add_up
 from .saving import RunFiles, save_state
 from .shortage import CLOSE_OTHERS, explained
 
 
 class BetweenSteps:
-    """Reads losses and writes files where the loop of the steps says so."""
+    """Counts the steps that are done, reads losses and writes files where the loop of the steps says so."""
 
     def __init__(self, fitted: FittedSteps, start: Checkpoint, files: RunFiles, progress: Progress):
         self._fitted, self._start, self._files, self._progress = fitted, start, files, progress
         session = fitted.session
         self._steps = session.plan.steps
-        self.losses = torch.zeros(self._steps - start.step, device=session.base.device)
-        """Loss of each step after ``start``, float32 on the device; filled by the loop."""
+        self._losses = torch.zeros(self._steps - start.step, device=session.base.device)
         self._reported = start.step
+        self.done = start.step
+        """Steps that are done in all."""
         progress.start("Training", self._steps, start.step)
 
-    def read(self, done: int) -> None:
-        """Read the losses of the steps up to ``done`` that were not read yet; waits for the device."""
-        if done == self._reported:
+    @property
+    def losses(self) -> Tensor:
+        """Loss of each step after the start, (steps,) float32 on the device; only this process's share until it was read."""
+        return self._losses[: self.done - self._start.step]
+
+    def step_done(self, loss: Tensor) -> None:
+        """A step is done; ``loss`` is this process's share of its loss, () float32 on the device."""
+        self._losses[self.done - self._start.step] = loss
+        self.done += 1
+
+    def read(self) -> None:
+        """Read the losses that were not read yet; waits for the device, and for every process, which does so too.
+
+        Raises:
+            ProcessLostError: another process has ended.
+        """
+        if self.done == self._reported:
             return
-        accelerator, first = self._fitted.session.accelerator, self._start.step
-        recent = self.losses[self._reported - first : done - first]
-        if accelerator.num_processes > 1:  # Each has its share of every loss.
-            torch.distributed.all_reduce(recent)
+        recent = self.losses[self._reported - self._start.step :]
+        if self._fitted.session.accelerator.num_processes > 1:  # Each has its share of every loss.
+            add_up(recent)
         if self._files.records.wanted:
             self._files.records.add(self._reported, recent.tolist())
-        self._progress.advance(done - self._reported, f"loss {recent.mean().item():.4f}")
-        self._reported = done
+        self._progress.advance(self.done - self._reported, f"loss {recent.mean().item():.4f}")
+        self._reported = self.done
 
-    def save(self, done: int) -> str:
-        """Save the state after ``done`` steps; returns what to say of that when stopping there."""
-        accelerator, records = self._fitted.session.accelerator, self._files.records
-        if records.wanted and done > self._reported and accelerator.num_processes == 1:
-            self.read(done)
-        records.draw()
-        if not accelerator.is_main_process:
+    def save(self) -> None:
+        """Read the losses, and save the state, in every process. Raises as ``read``."""
+        if self._fitted.session.accelerator.num_processes > 1 or self._files.records.wanted:
+            self.read()
+        self.save_here()
+
+    def save_here(self) -> str:
+        """Save the state, where this is the first process; returns what to say of that where the run stops.
+
+        No other process has to do anything.
+        """
+        session = self._fitted.session
+        self._files.records.draw()
+        if not session.accelerator.is_main_process or self.done == self._start.step:
             return ""
-        return save_state(self._files, self._start, done, self._fitted.session)
+        return save_state(self._files, self._start, self.done, session)
 
-    def look(self, done: int, stop: Stop) -> None:
-        """Measure the validation loss and draw the samples that are due after ``done`` steps, these until ``stop`` is set.
+    def look(self, stop: Stop) -> None:
+        """Measure the validation loss and draw the samples that are due, these until ``stop`` is set.
 
         Raises:
             DeviceMemoryError: not enough memory for the measurement.
+            ProcessLostError: another process has ended.
         """
         session, validation, samples = self._fitted.session, self._files.validation, self._files.samples
+        done = self.done
         looked = validation.due(done)
         if looked:
-            self.read(done)  # Recorded in order of the steps, as Weights & Biases wants it.
+            self.read()  # Recorded in order of the steps, as Weights & Biases wants it.
             with explained(f"measuring the validation loss after step {done}", CLOSE_OTHERS):
                 validation.measure(done, session, self._progress)
         if session.accelerator.is_main_process and samples.due(done):

@@ -148,6 +148,8 @@ class Checkpoint:
     tensors: Mapping[str, torch.Tensor]
     shape: StepShape | None
     """Shape of its last step; None where it is not known."""
+    processes: int = 1
+    """Number of processes that shared its last step."""
 
     @classmethod
     def none(cls, started_at: float) -> Checkpoint:
@@ -247,6 +249,7 @@ class RunFolder:
                 tensors = load_file(file)
                 step, started_at = int(metadata["step"]), float(metadata["started_at"])
                 shape = StepShape.from_json(metadata["shape"]) if "shape" in metadata else None
+                processes = int(metadata.get("processes", 1))
             except (ResumeError, OSError, ValueError, KeyError, TypeError):
                 continue
             moved = earlier.moved_to(self._identity)
@@ -257,7 +260,7 @@ class RunFolder:
                     f"{self._output}: a half-done run differs: {'; '.join(differences)}; "
                     f"undo that, {accept}choose another output.path, or start over with --restart"
                 )
-            return Checkpoint(step=step, started_at=started_at, tensors=tensors, shape=shape)
+            return Checkpoint(step=step, started_at=started_at, tensors=tensors, shape=shape, processes=processes)
         return None
 
     def save(self, checkpoint: Checkpoint) -> None:
@@ -266,6 +269,7 @@ class RunFolder:
             "identity": self._identity.to_json(),
             "step": str(checkpoint.step),
             "started_at": repr(checkpoint.started_at),
+            "processes": str(checkpoint.processes),
             **({} if checkpoint.shape is None else {"shape": checkpoint.shape.to_json()}),
         }
         header, payload = serialise(checkpoint.tensors, metadata)

@@ -29,7 +29,10 @@ class InterruptFlag:
 
 @contextmanager
 def interrupt_flag(stop: threading.Event | None = None) -> Generator[InterruptFlag]:
-    """A flag that ``stop`` sets and, in the main thread, the first Ctrl-C or SIGTERM; a second ends at once."""
+    """A flag that ``stop`` sets and, in the main thread, Ctrl-C or SIGTERM; a second Ctrl-C ends at once.
+
+    Further SIGTERMs change nothing: torchrun passes on the one that Slurm has sent to every process already.
+    """
     flag = InterruptFlag(stop)
     if threading.current_thread() is not threading.main_thread():
         yield flag
@@ -38,7 +41,8 @@ def interrupt_flag(stop: threading.Event | None = None) -> Generator[InterruptFl
 
     def on_interrupt(number: int, _: object) -> None:
         flag.set(number)
-        signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
 
     for number in previous:
         signal.signal(number, on_interrupt)

@@ -20,8 +20,8 @@ _held: set[Path] = set()
 
 
 @contextmanager
-def locked(output: Path) -> Generator[None]:
-    """Hold ``NAME.lock`` beside ``output`` for the length of the block.
+def locked(output: Path, choice: str = "output.path") -> Generator[None]:
+    """Hold ``NAME.lock`` beside ``output`` for the length of the block; ``choice`` is what chooses another output.
 
     The lock of a process that has ended on this machine is replaced. It holds the process and the machine, and nothing
     else does.
@@ -36,9 +36,9 @@ def locked(output: Path) -> Generator[None]:
     for _ in range(_ATTEMPTS):
         if write_new(lock, own.encode()):
             break
-        _refuse_or_remove(lock, output)
+        _refuse_or_remove(lock, output, choice)
     else:
-        raise ResumeError(f"{printable(output)}: another run is starting to write it; choose another output.path")
+        raise ResumeError(f"{printable(output)}: another run is starting to write it; choose another {choice}")
     _held.add(lock)
     try:
         yield
@@ -48,7 +48,7 @@ def locked(output: Path) -> Generator[None]:
             lock.unlink()
 
 
-def _refuse_or_remove(lock: Path, output: Path) -> None:
+def _refuse_or_remove(lock: Path, output: Path, choice: str) -> None:
     """Remove ``lock`` if its process has ended. Raises ``ResumeError`` if not, or if that cannot be known."""
     try:
         found = lock.read_bytes()
@@ -63,12 +63,12 @@ def _refuse_or_remove(lock: Path, output: Path) -> None:
         ) from None
     if host != socket.gethostname():
         raise ResumeError(
-            f"{printable(output)}: process {pid} on {host} is writing it; wait for it, choose another output.path, or "
+            f"{printable(output)}: process {pid} on {host} is writing it; wait for it, choose another {choice}, or "
             f"remove {printable(lock)} if that process has ended"
         )
     if _runs(pid, started) and (pid != os.getpid() or lock in _held):
         raise ResumeError(
-            f"{printable(output)}: process {pid} on this machine is writing it; wait for it or choose another output.path"
+            f"{printable(output)}: process {pid} on this machine is writing it; wait for it or choose another {choice}"
         )
     with suppress(OSError):
         if lock.read_bytes() == found:

@@ -17,33 +17,33 @@ from ..base.device import device_facts
 from ..base.device_memory import cast, move_to
 from ..base.load import decoding_dtype, load_base
 from ..base.precision import describe_precision, explain_precision
-from ..errors import CompatibilityError, DeviceMemoryError, Interrupted, LoraFileError, TargetError, TrainingError
+from ..errors import CompatibilityError, LoraFileError, TargetError, TrainingError
 from ..families import WORDS_IN_CHUNK
 from ..lora.change import Change
 from ..progress import Progress
-from .between_steps import BetweenSteps
 from .checkpoint import RUN_KEY, Checkpoint, RunFolder, finished, forget_run, record_run
 from .course import own_losses, run_warning, tail_length
 from .exports import write_run_file
 from .file_check import FileCheck, check_file
-from .fitted_steps import FittedSteps, fitted
-from .interruption import InterruptFlag, interrupt_flag
+from .fitted_steps import fitted
 from .plan import RunPlan
+from .processes import check_agreement, same_in_all, wait_for_all
 from .records import StepRecord
 from .report import TrainReport, TrainResult, complete_already
 from .sample_sheet import draw_samples, lacks_samples
 from .samples import check_samples
 from .saving import RunFiles
-from .session import TrainingSession, open_session
+from .session import open_session
 from .shortage import CLOSE_OTHERS, explained
+from .steps import train_steps
 from .tracker import check_tracker
 from .validation import validation_loss
 from .validation_course import check_validation
 from .validation_record import ValidationRecord
 
-REPORT_EVERY = 10
-"""Steps between readings of the loss: each reading waits for the device."""
-MAX_SKIPPED_SHARE = 0.5
+SETTINGS, COMPLETE = "settings, images, base, device or precision", "whether the output is complete"
+NEWEST = "the newest checkpoint"
+"""What every process of a run must see alike."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -84,6 +84,8 @@ def run_training(
         TrainingError: half of the steps produced gradients with NaN or Inf.
         TargetError: the file cannot be written; the message names the checkpoint that has the weights.
         DeviceMemoryError: not enough memory; the message says where, and what to change. The state is saved.
+        ProcessLostError: another process of the run has ended. The first one has saved the state.
+        ConfigError: the processes of the run see other settings, images or checkpoints than the first.
         Interrupted: Ctrl-C, SIGTERM or ``stop``; the state is saved.
     """
     began, config = time.time(), plan.config
@@ -98,16 +100,27 @@ def run_training(
     check_validation(plan)
     check_tracker(config.output)
     loaded = partial(load_base, plan.base, device=accelerator.device, dtype=chosen.dtype)
-    if restart:
+    complete = not restart and finished(output, plan.identity)
+    if restart and accelerator.is_main_process:
         files.remove()
-    elif finished(output, plan.identity):
+    wait_for_all(accelerator)
+    facts_seen = {SETTINGS: plan.identity.to_json(), COMPLETE: str(complete)}
+    if complete:
+        check_agreement(facts_seen, accelerator)
         result = complete_already(plan, folder)
         wanted = accelerator.is_main_process and lacks_samples(plan)
         drawn = draw_samples(plan, loaded, progress=progress, stop=stop) if wanted else None
         return TrainReport(result=result, samples=drawn)
     start = folder.newest(allow_device_change=allow_device_change) or Checkpoint.none(began)
+    check_agreement({**facts_seen, NEWEST: str(start.step)}, accelerator)
     files.open(start)
     say(describe_precision(facts, chosen))
+    if start.step and start.processes != accelerator.num_processes:
+        start = replace(start, shape=None)  # A process has another share of the batch now.
+        say(
+            f"resuming with train.batch_size shared among {accelerator.num_processes}, earlier among {start.processes} "
+            "processes: the images and the noise are the same, and the result is equal up to rounding"
+        )
     with explained("loading the base", CLOSE_OTHERS):
         # Its parts are in main memory until they work, and its VAE encodes in float32.
         base = loaded(vae_dtype=torch.float32, home=torch.device("cpu"))
@@ -116,7 +129,6 @@ def run_training(
     if accelerator.is_main_process:
         check = _written_and_checked(plan, base, trained, folder, progress)
         folder.close(plan.steps, keep=config.train.keep_state)
-    accelerator.wait_for_everyone()
     result = _result(output, trained, check, seconds=time.time() - began)
     if not accelerator.is_main_process:
         return TrainReport(result=result, samples=None)
@@ -184,6 +196,11 @@ def train_lora(
     session = open_session(plan, base, accelerator, progress, first=start.step, recorded=start.shape, say=say)
     if start.step:
         session.optimizer.restore(start.tensors)
+    if (
+        accelerator.num_processes > 1
+    ):  # Another machine may have drawn another start: signs of singular vectors are free.
+        for parameter in session.adapter.parameters:
+            same_in_all(parameter.detach())
     try:
         with fitted(session) as fitting:
             losses = train_steps(fitting, start, files, progress, stop)
@@ -211,73 +228,6 @@ def train_lora(
     )
 
 
-def train_steps(
-    fitted: FittedSteps,
-    start: Checkpoint,
-    files: RunFiles,
-    progress: Progress,
-    stop: threading.Event | None = None,
-) -> torch.Tensor:
-    """Do every step after ``start``, or those until ``validation.stop`` ends the run.
-
-    Returns the loss of each, (steps done here,) float32 on the device.
-
-    The state after the last step is saved too, so nothing is lost if the file cannot be written. A checkpoint that cannot
-    be written is a warning. Before a step for which there is not enough memory, the state is saved.
-
-    Raises:
-        DeviceMemoryError: not enough memory for a step, or, with ``train.fit``, for one image at once.
-    """
-    train, accelerator = fitted.session.plan.config.train, fitted.session.accelerator
-    steps, first, done = fitted.session.plan.steps, start.step, start.step
-    between = BetweenSteps(fitted, start, files, progress)
-    with interrupt_flag(stop) as interrupted:
-        between.look(first, interrupted)
-        while done < steps and not files.validation.over:
-            step = done
-            try:
-                loss = fitted.step(step)
-            except DeviceMemoryError:
-                if step > first:
-                    between.save(step)
-                raise
-            done += 1
-            between.losses[step - first] = loss
-            if done % REPORT_EVERY == 0 or done == steps:
-                between.read(done)
-            if accelerator.is_main_process:
-                files.exports.write(done, fitted.session, started_at=start.started_at)
-            if done % train.save_every == 0 and done < steps:
-                _check_skipped(fitted.session, done)
-                between.save(done)
-            between.look(done, interrupted)
-            if done < steps and _all_stop(accelerator, interrupted, done):
-                unsaved = between.save(done)
-                accelerator.wait_for_everyone()
-                text = f"stopped after step {done} of {steps}{unsaved}; run the same command to resume"
-                raise Interrupted(text, terminated=interrupted.terminated)
-    between.read(done)
-    _check_skipped(fitted.session, done)
-    if first < done:
-        between.save(done)
-    return between.losses[: done - first]
-
-
-def _all_stop(accelerator: Accelerator, interrupted: InterruptFlag, done: int) -> bool:
-    """Whether to stop after ``done`` steps: the same in every process, so that none waits for one that has stopped.
-
-    Several processes compare their flags only where the loss is read, as that waits for the device anyway.
-    """
-    if accelerator.num_processes == 1:
-        return interrupted.is_set()
-    if done % REPORT_EVERY:
-        return False
-    own = torch.tensor([float(interrupted.is_set()), float(interrupted.terminated)], device=accelerator.device)
-    pressed, terminated = accelerator.reduce(own, "sum").tolist()
-    interrupted.terminated = terminated > 0
-    return pressed > 0
-
-
 def _write_output(plan: RunPlan, base: Base, trained: TrainedLora, progress: Progress) -> None:
     output = Path(plan.config.output.path)
     stated = write_run_file(
@@ -296,14 +246,3 @@ def _write_output(plan: RunPlan, base: Base, trained: TrainedLora, progress: Pro
         forget_run(output)
     else:
         record_run(output, plan.identity)
-
-
-def _check_skipped(session: TrainingSession, done: int) -> None:
-    """Steps that only lowered the loss scale count where the run ends without any other."""
-    skipped, settling = session.optimizer.skipped_steps(), session.optimizer.settling_steps()
-    nothing_learned = skipped == done == session.plan.steps
-    if nothing_learned or skipped - settling > MAX_SKIPPED_SHARE * done:
-        raise TrainingError(
-            f"{skipped} of {done} steps produced gradients with NaN or Inf and were skipped; lower "
-            "optimizer.learning_rate, or set train.precision to float32"
-        )

@@ -16,6 +16,7 @@ from .optimizers.adamw import adamw
 from .optimizers.algorithm import Algorithm
 from .optimizers.ema import MovingAverage
 from .optimizers.library import LibraryOptimizer, Shapes
+from .processes import add_up
 from .rates import rate_factor
 
 
@@ -83,7 +84,7 @@ class GuardedAdamW:
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         if accelerator is not None and accelerator.num_processes > 1:
             for gradient in gradients:
-                torch.distributed.all_reduce(gradient)
+                add_up(gradient)
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
         finite = norm.isfinite()
         if self._scale is not None:

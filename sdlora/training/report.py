@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from accelerate import PartialState
+from accelerate import Accelerator
 
 from .checkpoint import RunFolder
 from .file_check import FileCheck
 from .plan import RunPlan
+from .processes import wait_for_all
 from .texts import changed_metadata, write_texts
 
 
@@ -49,10 +50,10 @@ class TrainReport:
 
 def complete_already(plan: RunPlan, folder: RunFolder) -> TrainResult:
     """The result of a run whose file exists; new texts are written into it."""
-    output, processes = Path(plan.config.output.path), PartialState()
+    output, processes = Path(plan.config.output.path), Accelerator()
     metadata = changed_metadata(output, plan.config)
     # Every process has read the file before one changes it.
-    processes.wait_for_everyone()
+    wait_for_all(processes)
     if processes.is_main_process:
         folder.close(plan.steps, keep=plan.config.train.keep_state)
         if metadata is not None:

@@ -20,6 +20,8 @@ from ..lint.run import examine_dataset
 from ..progress import Progress, Silence, progress_or_bar, raise_if_stopped
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from .plan import RunPlan
     from .records import StepRecord
     from .report import TrainReport
@@ -40,7 +42,8 @@ def train(
 ) -> TrainReport:
     """Train a LoRA, or resume its training, and write the file ``config.output.path``.
 
-    With several processes, only the main one reports.
+    Processes that ``torchrun`` started share the batch of each step, and the result is that of one process up to rounding.
+    Only the first of them reports and writes; see ``docs/several-devices.md``.
 
     Args:
         config: a configuration, or the path of its TOML file.
@@ -57,14 +60,13 @@ def train(
 
     Raises:
         SdloraError: a fault of the input, found before a model is loaded wherever that is possible.
+        ProcessLostError: another process has ended; the first one has saved the state, if it is this one.
         Interrupted: Ctrl-C or ``stop``; the state is saved, and the same call resumes from it.
     """
     config = as_config(config, "train")
     _check_extension(extend, restart=restart)
-    from accelerate import Accelerator
-
-    check_target(Path(config.output.path))
-    is_main = Accelerator().is_main_process  # Unlike PartialState, it makes a group of processes without GPU too.
+    group, output = _joined(config), Path(config.output.path)
+    is_main, say = group.is_main_process, say if group.is_main_process else _nothing
     with progress_or_bar(progress if is_main else Silence()) as reports:
         dataset = examine_dataset(config, progress=reports)
         raise_errors(dataset.findings)
@@ -74,27 +76,41 @@ def train(
         from .lock import locked
         from .loop import run_training
         from .plan import plan_run
+        from .processes import check_batch
 
         plan = plan_run(config, dataset) if restart else continued(plan_run(config, dataset), extend=extend)
-        if is_main:
-            for line in _known(dataset, plan):
-                say(line)
+        uneven = check_batch(plan.batches.batch_size, group.num_processes)
+        for line in [*_known(dataset, plan), *uneven]:
+            say(line)
         raise_if_stopped(stop, "stopped before the first step; run the same command to start")
-        lock = locked(Path(config.output.path)) if is_main else nullcontext()
-        with lock, deterministic_algorithms(plan.config.train.deterministic):
+        with locked(output) if is_main else nullcontext(), deterministic_algorithms(plan.config.train.deterministic):
             report = run_training(
                 plan,
                 restart=restart,
                 progress=reports,
                 stop=stop,
                 allow_device_change=allow_device_change,
-                say=say if is_main else lambda line: None,
+                say=say,
                 on_step=on_step,
                 on_validation=on_validation,
             )
-        if is_main and report.result.warning:
+        if report.result.warning:
             say(f"warning: {report.result.warning}")
         return report
+
+
+def _joined(config: Config) -> Accelerator:
+    """The processes that share the run. The first of them finds out whether the output can be written."""
+    from .processes import join_processes
+
+    group = join_processes()
+    if group.is_main_process:
+        check_target(Path(config.output.path))
+    return group
+
+
+def _nothing(line: str) -> None:
+    """What a process says that is not the first."""
 
 
 def _known(dataset: ExaminedDataset, plan: RunPlan) -> list[str]:

@@ -21,6 +21,7 @@ from ..files import write_png
 from ..formats.thumbnail import add_thumbnail
 from ..generation.grid import labelled_grid
 from ..generation.request import ImageRequest, check_requests
+from ..generation.samplers import read_sampler
 from ..generation.studio import Studio
 from ..progress import Progress
 from .moments import Moments
@@ -124,6 +125,7 @@ def sheet_file(output: Path) -> Path:
 def sample_requests(plan: RunPlan) -> list[ImageRequest]:
     """The request of each column of the sheet."""
     section, size = plan.config.samples, plan.config.samples.size
+    sampler, schedule = read_sampler(section.sampler or ImageRequest.sampler, section.schedule)
     request = ImageRequest(
         prompt="",
         negative=section.negative,
@@ -131,7 +133,8 @@ def sample_requests(plan: RunPlan) -> list[ImageRequest]:
         steps=section.steps or ImageRequest.steps,
         cfg=ImageRequest.cfg if section.guidance is None else section.guidance,
         size=(size, size) if isinstance(size, int) else size,
-        sampler=section.sampler or ImageRequest.sampler,
+        sampler=sampler,
+        schedule=schedule,
     )
     return [replace(request, prompt=prompt) for prompt in sample_prompts(plan)]
 

@@ -77,7 +77,15 @@ def save_state(files: RunFiles, start: Checkpoint, done: int, session: TrainingS
     folder = files.folder
     try:
         tensors = {**session.optimizer.state(), **files.validation.state()}
-        folder.save(Checkpoint(step=done, started_at=start.started_at, tensors=tensors, shape=session.shape))
+        folder.save(
+            Checkpoint(
+                step=done,
+                started_at=start.started_at,
+                tensors=tensors,
+                shape=session.shape,
+                processes=session.accelerator.num_processes,
+            )
+        )
     except (OSError, RuntimeError, MemoryError) as error:
         failed = f"step {done} cannot be saved ({why_not_written(error)}); kept: {folder.place()}"
         logger.warning("%s", failed)

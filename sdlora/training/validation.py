@@ -11,6 +11,7 @@ from ..randomness import Stream, generator
 from .batches import share
 from .loss import denoising_loss
 from .objective import trained_levels
+from .processes import add_up
 from .session import TrainingSession
 
 TIMESTEPS = 4
@@ -69,5 +70,5 @@ def validation_losses(session: TrainingSession, progress: Progress) -> np.ndarra
             )[0]
         progress.advance()
     if accelerator.num_processes > 1:
-        losses = accelerator.reduce(losses, "sum")
+        add_up(losses)
     return losses.cpu().numpy()

@@ -1,0 +1,134 @@
+"""Listing LoRAs: a thousand files for the first time and from the index, and a hundred thousand from the index.
+
+    python benchmarks/library.py [--folder out/library-bench] [--many 100000]
+
+Writes files with the headers of real ones and no numbers: the tables of tensors of Stable Diffusion 1.x and SDXL as kohya's
+trainer writes them (792 and 2,166 tensors), at many ranks, with tags of a hundred captions. Their payload is a hole in the
+file, which takes no room on most disks. Every listing is a process of its own, from start to end; the files are in the
+cache of the operating system.
+
+- ``mixed``: 1,000 files of 40 layouts (a family, a rank and a choice of modules each), as a collection has them;
+- ``all unlike``: 1,000 files of SD 1.x, no two of one layout, so that each table is parsed;
+- ``many``: as ``mixed``, more of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+FILES, LAYOUTS, ROUNDS = 1000, 40, 3
+
+
+def kohya_tables() -> dict[str, list[tuple[str, int, int]]]:
+    """Family -> (key, inputs, outputs) of the modules that kohya's trainer changes."""
+    import re
+
+    from benchmarks.lora_files import KOHYA_DEFAULT
+    from sdlora.families import FAMILIES
+    from sdlora.formats.keys import kohya_keys
+    from sdlora.formats.published import published_modules
+
+    found = {}
+    for name in ("sd1", "sdxl"):
+        modules = published_modules(name)
+        chosen = {module: shape for module, shape in modules.items() if re.search(KOHYA_DEFAULT, module)}
+        keys = kohya_keys(chosen, FAMILIES[name], modules)
+        found[name] = [(keys[module], shape[1], shape[0]) for module, shape in chosen.items()]
+    return found
+
+
+def header(modules: list[tuple[str, int, int]], rank: int, metadata: dict[str, str]) -> tuple[bytes, int]:
+    """The bytes before the tensors, and the size of the tensors."""
+    table: dict[str, Any] = {"__metadata__": metadata}
+    position = 0
+    for key, inputs, outputs in modules:
+        for name, shape in (("alpha", []), ("lora_down.weight", [rank, inputs]), ("lora_up.weight", [outputs, rank])):
+            size = 2
+            for extent in shape:
+                size *= extent
+            table[f"{key}.{name}"] = {"dtype": "F16", "shape": shape, "data_offsets": [position, position + size]}
+            position += size
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, position
+
+
+def write_files(folder: Path, count: int, *, layouts: int, families: tuple[str, ...]) -> None:
+    if (folder / f"{count - 1:06}.safetensors").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    modules = kohya_tables()
+    tags = json.dumps({"10_style": {f"tag number {number}": 100 - number % 90 for number in range(200)}})
+    for number in range(count):
+        layout = number % layouts
+        family = families[layout % len(families)]
+        some = modules[family][layout // 128 :]
+        stated = {
+            "ss_base_model_version": "sd_v1" if family == "sd1" else "sdxl_base_v1-0",
+            "ss_output_name": f"style-{number}",
+            "ss_tag_frequency": tags,
+            "modelspec.trigger_phrase": f"trigger{number}",
+            "sshs_model_hash": f"{number:064x}",
+        }
+        start, size = header(some, 1 + layout % 128, stated)
+        with (folder / f"{number:06}.safetensors").open("wb") as file:
+            file.write(start)
+            file.truncate(len(start) + size)
+
+
+def seconds(folder: Path, cache: Path, *options: str) -> float:
+    """The time of ``sdlora list`` as a process of its own."""
+    environment = os.environ | {"XDG_CACHE_HOME": str(cache)}
+    command = [sys.executable, "-m", "sdlora.cli", "list", str(folder), *options]
+    began = time.perf_counter()
+    subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
+    return time.perf_counter() - began
+
+
+def median(folder: Path, cache: Path, *options: str, cold: bool = False) -> float:
+    values = []
+    for _ in range(ROUNDS):
+        if cold:
+            (cache / "sdlora" / "library" / "index.sqlite").unlink(missing_ok=True)
+        values.append(seconds(folder, cache, *options))
+    return statistics.median(values)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("out/library-bench"))
+    parser.add_argument("--many", type=int, default=100_000)
+    given = parser.parse_args()
+    cache = given.folder / "cache"
+    start = statistics.median(seconds(given.folder / "none", cache, "--help") for _ in range(ROUNDS))
+    print(f"sdlora list --help: {start:.2f} s")
+    both = ("sd1", "sdxl")
+    for name, count, layouts, families in (
+        ("mixed", FILES, LAYOUTS, both),
+        ("all-unlike", FILES, FILES, ("sd1",)),
+        ("many", given.many, LAYOUTS, both),
+    ):
+        folder = given.folder / name
+        write_files(folder, count, layouts=layouts, families=families)
+        if name == "many":
+            first = seconds(folder, cache)
+        else:
+            seconds(folder, cache)
+            first = median(folder, cache, cold=True)
+        again, search = median(folder, cache), median(folder, cache, "--search", f"trigger{count - 1}")
+        print(
+            f"{name}: {count:,} files: first {first:.2f} s, from the index {again:.2f} s, a search {search:.2f} s",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

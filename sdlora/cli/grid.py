@@ -1,0 +1,71 @@
+"""``sdlora grid``: one prompt over axes of weights, LoRAs, seeds and settings."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ..config.choices import PRECISIONS
+from ..generation.request import MAX_SEED, ImageRequest
+from ..generation.samplers import SAMPLERS
+from .app import BaseOption, JsonOption, app, emit, examples, guard, parse_size
+
+_AXIS = "KIND:V,V"
+
+
+@app.command(
+    epilog=examples(
+        "sdlora grid 'zorb, a fox' --lora zorb.safetensors --x weight:0,0.5,1 --y seed:1-3",
+        "sdlora grid 'a fox' --lora zorb.safetensors --x step:500,1000,last --y prompt:fox,cat,tower --out out/steps.png",
+        more="Kinds of axes: lora, weight, step, prompt, seed, cfg, steps, sampler, size; ranges: 1-5, 1-9 (+2), 0-1 [5].",
+    )
+)
+@guard
+def grid(
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT")],
+    x: Annotated[str | None, typer.Option("--x", metavar=_AXIS, help="Columns, for example weight:0,0.5,1.")] = None,
+    y: Annotated[str | None, typer.Option("--y", metavar=_AXIS, help="Rows, for example seed:1,2,3.")] = None,
+    z: Annotated[str | None, typer.Option("--z", metavar=_AXIS, help="Grids below each other.")] = None,
+    base: BaseOption = "mini",
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE[:UNET[:TE]]", help="A LoRA in all cells with its weight (default 1); may be repeated."
+        ),
+    ] = None,
+    lora_dir: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Folder in which tags of prompts, <lora:name:0.8>, find their files."),
+    ] = None,
+    negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of all cells.")] = ImageRequest.seed,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps.")] = ImageRequest.steps,
+    cfg: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is off.")] = ImageRequest.cfg,
+    size: Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels; default: the base's own.")] = None,
+    sampler: Annotated[str, typer.Option(help=f"One of {', '.join(SAMPLERS)}.")] = ImageRequest.sampler,
+    scale: Annotated[int, typer.Option(min=1, max=8, help="Enlarge the labelled image.")] = 1,
+    precision: Annotated[str, typer.Option(help=f"Precision of the base: {', '.join(PRECISIONS)}.")] = "auto",
+    vae_tiling: Annotated[bool, typer.Option("--vae-tiling", help="Decode in strips: less memory, slower.")] = False,
+    out: Annotated[
+        str, typer.Option(metavar="FILE", help="The labelled image; cells go to NAME.cells.")
+    ] = "out/grid.png",
+    as_json: JsonOption = False,
+) -> None:
+    """Draw a grid of images over two or three axes; an interrupted grid goes on where it stopped."""
+    shape = parse_size(size)
+    if precision not in PRECISIONS:
+        raise typer.BadParameter(f"{precision!r} is not one of {', '.join(PRECISIONS)}", param_hint="--precision")
+    from ..grids.grid import grid as draw
+
+    made = draw(
+        prompt, x=x, y=y, z=z, out=out, base=base, loras=lora or (), lora_dir=lora_dir, negative=negative, seed=seed,
+        steps=steps, cfg=cfg, size=shape, sampler=sampler, scale=scale, precision=precision, vae_tiling=vae_tiling,
+        say=lambda line: typer.echo(line, err=True),
+    )  # fmt: skip
+    if as_json:
+        emit(made.to_json())
+        return
+    used = len(made.cells) - made.drawn
+    typer.echo(f"{made.file}: {len(made.cells)} cells{f', {used} of them drawn before' if used else ''}")
+    typer.echo(f"{made.folder}: the cells, and grid.json with their recipes")

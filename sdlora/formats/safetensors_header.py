@@ -1,0 +1,165 @@
+"""The header of a safetensors file, read and checked without torch, so that many files can be listed at once."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import SdloraError
+
+MAX_HEADER_BYTES = 100_000_000
+"""The limit of the reference reader."""
+DTYPE_BYTES: Mapping[str, int] = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "BOOL"), 1),
+}
+"""Name of a dtype in a header -> bytes of one number."""
+METADATA_FIRST = b'{"__metadata__":'
+"""How the header begins in files of safetensors, kohya and diffusers: the table need not be parsed to reach what follows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RawHeader:
+    """The text of a header, and the size of its file in bytes."""
+
+    text: bytes
+    file_bytes: int
+
+    @property
+    def payload_start(self) -> int:
+        """Offset in bytes of the first tensor."""
+        return 8 + len(self.text)
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes after the header."""
+        return self.file_bytes - self.payload_start
+
+
+def read_raw_header(path: Path, error: type[SdloraError]) -> RawHeader:
+    """Read the header's text. Raises ``error`` if the file is missing, or too short to be safetensors."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            if len(prefix) < 8:
+                raise error(f"{path}: not a safetensors file: only {len(prefix)} bytes long")
+            (length,) = struct.unpack("<Q", prefix)
+            if length > MAX_HEADER_BYTES or length > size - 8:
+                raise error(f"{path}: not a safetensors file, or truncated: its header would end after its last byte")
+            return RawHeader(text=file.read(length), file_bytes=size)
+    except FileNotFoundError:
+        raise error(f"{path}: no such file") from None
+    except OSError as fault:
+        raise error(f"{path}: cannot be read: {fault.strerror}") from None
+
+
+def split_header(raw: RawHeader) -> tuple[dict[str, str], bytes] | None:
+    """The metadata and the text after them, where the metadata come first, as most programs write them; else None.
+
+    What follows is not parsed. Files with tensors of the same names, shapes and places have the same bytes there.
+    """
+    text = raw.text.rstrip()
+    if not text.startswith(METADATA_FIRST) or text.count(b'"__metadata__"') != 1 or not text.endswith(b"}"):
+        return None
+    try:
+        after = text[len(METADATA_FIRST) :].decode("utf-8")
+        metadata, end = json.JSONDecoder().raw_decode(after)
+    except (ValueError, RecursionError):
+        return None
+    if isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values()):
+        # The place in bytes is further on than that in letters where some of these take several.
+        end = end if after.isascii() else len(after[:end].encode("utf-8"))
+        return metadata, text[len(METADATA_FIRST) + end :]
+    return None
+
+
+def parse_header(path: Path, raw: RawHeader, error: type[SdloraError]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The table of tensors, checked, and the metadata.
+
+    An entry of the table has ``dtype``, ``shape`` and ``data_offsets``, as the file states them.
+
+    Raises:
+        error: it is not the header of a safetensors file, or does not fit the size of the file.
+    """
+    table, metadata = _parsed(path, raw.text, error)
+    try:
+        extents = sorted((*_extent(entry), name) for name, entry in table.items())
+    except _HeaderFaultError as fault:
+        raise error(f"{path}: damaged: {fault}") from None
+    except (ValueError, TypeError, KeyError):
+        raise error(f"{path}: not a safetensors file: its header cannot be parsed") from None
+    position = 0
+    for start, end, count, name in extents:
+        if start != position or end - start != count:
+            raise error(f"{path}: damaged: the bytes of tensor {name} do not fit its shape or its neighbours")
+        position = end
+    check_payload(path, raw, position, error)
+    return table, metadata
+
+
+def check_payload(path: Path, raw: RawHeader, table_end: int, error: type[SdloraError]) -> None:
+    """Raise ``error`` unless the tensors, which end ``table_end`` bytes after the header, are all of the file."""
+    payload = raw.payload_bytes
+    if table_end != payload:
+        what = f"{table_end - payload:,} bytes are missing" if table_end > payload else "bytes are left over"
+        raise error(f"{path}: truncated or damaged: {what} at its end")
+
+
+def read_metadata(path: Path, error: type[SdloraError]) -> dict[str, str]:
+    """The metadata alone, without a look at the tensors' table: to list many files fast.
+
+    Raises:
+        error: the file is missing, or its header cannot be parsed.
+    """
+    raw = read_raw_header(path, error)
+    split = split_header(raw)
+    return _parsed(path, raw.text, error)[1] if split is None else split[0]
+
+
+def _parsed(path: Path, text: bytes, error: type[SdloraError]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The tensors' table, unchecked, and the metadata."""
+    try:
+        table = json.loads(text)
+        if text.count(b'"data_offsets"') != len(table) - ("__metadata__" in table):
+            # Names that occur twice, as a rule; looking at every pair takes several times as long.
+            table = json.loads(text, object_pairs_hook=_without_duplicates)
+        metadata = table.pop("__metadata__", {})
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise TypeError
+    except _HeaderFaultError as fault:
+        raise error(f"{path}: damaged: {fault}") from None
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        raise error(f"{path}: not a safetensors file: its header cannot be parsed") from None
+    return table, metadata
+
+
+class _HeaderFaultError(Exception):
+    """A header that parses and cannot be right; the text says what is wrong."""
+
+
+def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        names = Counter(name for name, _ in pairs)
+        raise _HeaderFaultError(f"its header names {names.most_common(1)[0][0]!r:.200} twice")
+    return table
+
+
+def _extent(entry: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Start and end of a tensor, in bytes from the first after the header, and the bytes that its shape needs."""
+    shape = entry["shape"]
+    start, end = entry["data_offsets"]
+    if not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
+        raise ValueError
+    if entry["dtype"] not in DTYPE_BYTES:
+        raise _HeaderFaultError(f"its header names an unknown dtype {entry['dtype']!r:.40}")
+    return start, end, math.prod(shape) * DTYPE_BYTES[entry["dtype"]]

@@ -1,0 +1,54 @@
+"""Where runs are trained: this machine, a cluster of Ray, or Slurm."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from ..errors import ConfigError
+from .jobs import Engine
+from .processes import LocalEngine
+
+EngineName = Literal["local", "ray", "slurm"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChosenEngine:
+    """An engine, and how many runs it gets at the same time."""
+
+    engine: Engine
+    at_once: int
+
+
+def engine_for(
+    name: str, options: Mapping[str, Mapping[str, Any]], *, jobs: int | None, runs: int, folder: Path
+) -> ChosenEngine:
+    """The engine ``name`` for a number of ``runs``.
+
+    Args:
+        options: name of an engine -> its table of the sweep file.
+        jobs: runs at the same time, where that is given.
+        folder: that of the sweep, which every machine sees under the same path.
+
+    Raises:
+        ConfigError: there is no such engine, its extra is not installed, or an option is wrong.
+    """
+    if name == "local":
+        at_once = min(jobs or 1, max(1, runs))
+        return ChosenEngine(engine=LocalEngine(at_once, visible_devices()), at_once=at_once)
+    raise ConfigError(f"--engine {name}: expected one of {', '.join(get_args(EngineName))}")
+
+
+def visible_devices() -> tuple[str, ...]:
+    """The GPUs that a process of this machine may use, as ``CUDA_VISIBLE_DEVICES`` names them; none without CUDA."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return ()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return tuple(part.strip() for part in named.split(",") if part.strip())[: torch.cuda.device_count()]
+    return tuple(map(str, range(torch.cuda.device_count())))

@@ -1,0 +1,101 @@
+"""Jobs as processes of this machine, each on a leash (``sdlora.sweeps.leash``)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from .jobs import ANSWER_NAME, LOG_NAME, Ended, Job
+
+_APART = 0.1
+
+
+class LeashedProcess:
+    """A job that runs; it saves and stops when it is cancelled or this process ends."""
+
+    def __init__(self, job: Job):
+        """Start it. Raises ``OSError`` where that cannot be done."""
+        self._began = time.monotonic()
+        environment = {**os.environ, **_package_path(), **job.environment}
+        with (job.folder / LOG_NAME).open("ab") as log, (job.folder / ANSWER_NAME).open("wb") as answer:
+            self._process = subprocess.Popen(
+                job.command,
+                cwd=job.folder,
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=answer,
+                stderr=log,
+                # Ctrl-C in a terminal reaches a whole group of processes; twice would end it before it has saved.
+                start_new_session=sys.platform != "win32",
+                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+            )
+        self._ended: Ended | None = None
+
+    def poll(self) -> Ended | None:
+        if self._ended is None and (code := self._process.poll()) is not None:
+            self.cancel()
+            self._ended = Ended(code=code, seconds=time.monotonic() - self._began)
+        return self._ended
+
+    def cancel(self) -> None:
+        if self._process.stdin is not None:
+            with suppress(OSError):
+                self._process.stdin.close()
+
+
+def run_job(job: Job) -> Ended:
+    """Run ``job`` to its end, on whatever machine this is called.
+
+    Any exception that reaches it, such as that of a cluster which takes the machine away, stops the job after a save.
+    """
+    process = LeashedProcess(job)
+    try:
+        while (end := process.poll()) is None:
+            time.sleep(_APART)
+        return end
+    except BaseException:
+        process.cancel()
+        while process.poll() is None:
+            time.sleep(_APART)
+        raise
+
+
+class LocalEngine:
+    """Runs up to ``at_once`` jobs on this machine, each with its share of the processors and a GPU."""
+
+    def __init__(self, at_once: int, devices: tuple[str, ...] = ()):
+        """``devices``: names of the GPUs as ``CUDA_VISIBLE_DEVICES`` has them; jobs take them in turn."""
+        self._devices = devices
+        self._slots: list[LeashedProcess | None] = [None] * at_once
+        self._threads = max(1, (os.cpu_count() or 1) // at_once)
+
+    def submit(self, job: Job) -> LeashedProcess:
+        slot = next(i for i, process in enumerate(self._slots) if process is None or process.poll() is not None)
+        environment = {**self._share(slot), **job.environment}
+        process = LeashedProcess(Job(name=job.name, folder=job.folder, command=job.command, environment=environment))
+        self._slots[slot] = process
+        return process
+
+    def close(self) -> None:
+        pass
+
+    def _share(self, slot: int) -> dict[str, str]:
+        """Variables that give a job its GPU, and its share of the processors where several run."""
+        share = {}
+        if self._devices:
+            share["CUDA_VISIBLE_DEVICES"] = self._devices[slot % len(self._devices)]
+        if len(self._slots) > 1 and "OMP_NUM_THREADS" not in os.environ:
+            share["OMP_NUM_THREADS"] = str(self._threads)
+        return share
+
+
+def _package_path() -> dict[str, str]:
+    """The variable by which a process in another folder finds this package, where it is not installed."""
+    home = Path(__file__).resolve().parents[2]
+    if {"site-packages", "dist-packages"} & set(home.parts):
+        return {}
+    return {"PYTHONPATH": os.pathsep.join(filter(None, (str(home), os.environ.get("PYTHONPATH"))))}
