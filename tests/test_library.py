@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import sdlora
@@ -26,7 +27,7 @@ from sdlora.formats.keys import part_of
 from sdlora.formats.lora_file import read_lora
 from sdlora.formats.lora_writer import write_lora
 from sdlora.formats.published import published_modules
-from sdlora.formats.safetensors_header import RawHeader
+from sdlora.formats.safetensors_header import RawHeader, read_raw_header, split_header
 from sdlora.generation.loras import LoraChoice, fit_loras
 from sdlora.library import equal, header, index
 from sdlora.library.entry import LoraEntry, LoraLibrary
@@ -193,6 +194,7 @@ def test_broken_files_are_a_line_each_and_stop_nothing(tmp_path: Path) -> None:
     for _ in ("read", "remembered"):
         library = listed(tmp_path)
         assert [entry.file for entry in library.loras] == ["sound.safetensors", "twin.safetensors"]
+        assert [file.file for file in listed(tmp_path, search="LONG").broken] == ["long.safetensors"]
         assert {file.file for file in library.broken} == set(expected)
         for file in library.broken:
             assert file.problem.startswith(expected[file.file])
@@ -246,6 +248,25 @@ def test_tables_of_one_layout_are_parsed_once(tmp_path: Path, monkeypatch: pytes
     loras = listed(tmp_path).loras
     assert [entry.alias for entry in loras] == ["n0", "n1", "n2", "n3", "n4", "n"]
     assert len({entry.layout for entry in loras}) == len(parsed) == 2
+
+
+@pytest.mark.parametrize("letters", [10, 65_500, 65_536, 70_000, 200_000])
+def test_metadata_of_any_length_are_split_off(tmp_path: Path, letters: int) -> None:
+    """Read in a piece, which their end may lie beyond or cut through."""
+    for name, letter in (("one", "x"), ("two", "é"), ("three", '"'), ("four", "}")):
+        write(tmp_path / f"{name}.safetensors", ss_output_name=name, a=letter * letters, z="ü" * letters)
+    library = listed(tmp_path)
+    assert {entry.name: len({entry.layout for entry in library.loras}) for entry in library.loras} == dict.fromkeys(
+        ("one", "two", "three", "four"), 1
+    )
+    for entry in library.loras:
+        split = split_header(read_raw_header(tmp_path / entry.file, LoraFileError))
+        assert split is not None
+        with safe_open(tmp_path / entry.file, "pt") as file:
+            assert split[0] == file.metadata()
+        assert set(json.loads("{" + bytes(split[1]).decode().removeprefix(","))) == set(
+            load_file(tmp_path / entry.file)
+        )
 
 
 def garbage(file: Path) -> None:
@@ -359,14 +380,14 @@ def test_equal_tensors_are_found_whatever_the_metadata(tmp_path: Path, monkeypat
 
 
 def test_hashes_are_those_of_the_bytes(tmp_path: Path) -> None:
-    file = write(tmp_path / "a.safetensors", sshs_model_hash="ab" * 32)
+    file = write(tmp_path / "a.safetensors", sshs_model_hash="ab" * 32, ss_output_name="other")
     (entry,) = listed(tmp_path, hashes=True).loras
     content = file.read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
     assert entry.autov2 == hashlib.sha256(content).hexdigest()[:10]
     assert entry.autov3 == hashlib.sha256(content[start:]).hexdigest()[:12] == hash_file(file, start).autov3
     assert entry.hashed
-    assert listed(tmp_path).loras == (entry,)
+    assert listed(tmp_path, search="other").loras == (entry,)
 
 
 def test_what_fits_a_base_is_what_can_be_put_on_it(tiny_files: dict[str, Path], tmp_path: Path) -> None:

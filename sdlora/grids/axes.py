@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import SdloraError
-from .changes import Change, add_lora, replace_text, set_field, set_seed, set_size, take_step, weigh
+from .changes import Change, add_lora, replace_text, set_field, set_seed, set_size, set_strength, take_step, weigh
 from .values import numbers, split_values
 
 AxisArgument = str | tuple[str, Sequence[object]]
@@ -84,6 +84,10 @@ KINDS: Mapping[str, Kind] = {
         read=lambda _, values: [(f"cfg {value:g}", set_field("cfg", value)) for value in numbers(values, whole=False)],
     ),
     "steps": Kind(shows="numbers of sampling steps", read=_whole("steps", "{} steps")),
+    "strength": Kind(
+        shows="how much of the image that is drawn over is repainted, above 0 to 1",
+        read=lambda _, values: [(f"strength {value:g}", set_strength(value)) for value in numbers(values, whole=False)],
+    ),
     "sampler": Kind(
         shows="samplers", read=lambda _, values: [(value, set_field("sampler", value)) for value in values]
     ),

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from .jobs import ANSWER_NAME, LOG_NAME, Ended, Job
 
+STOP_NAME = "stop"
+"""File in the folder of a job on another machine that asks it to stop."""
 _APART = 0.1
 
 
@@ -48,13 +50,19 @@ class LeashedProcess:
 
 
 def run_job(job: Job) -> Ended:
-    """Run ``job`` to its end, on whatever machine this is called.
+    """Run ``job`` to its end, on whatever machine this is called; see ``wait_for_end``."""
+    return wait_for_end(LeashedProcess(job), job)
 
-    Any exception that reaches it, such as that of a cluster which takes the machine away, stops the job after a save.
+
+def wait_for_end(process: LeashedProcess, job: Job) -> Ended:
+    """Wait until ``process`` has ended, and ask it to stop once the file ``STOP_NAME`` is in the folder of ``job``.
+
+    Any exception that arrives, such as that of a cluster which takes the machine away, stops it after a save.
     """
-    process = LeashedProcess(job)
     try:
         while (end := process.poll()) is None:
+            if (job.folder / STOP_NAME).exists():
+                process.cancel()
             time.sleep(_APART)
         return end
     except BaseException:

@@ -11,7 +11,7 @@ from ..errors import ConfigError, Interrupted
 from ..files import check_target
 from ..progress import Progress, Silence, progress_or_bar
 from .course import Course
-from .engines import ChosenEngine, EngineName, engine_for
+from .engines import ChosenEngine, EngineName, check_engine, engine_for
 from .jobs import Job, run_jobs
 from .planning import CONFIG_NAME, PlannedRun, check_runs, plan_sweep
 from .results import SweepReport, read_results
@@ -54,6 +54,7 @@ def sweep(
     if jobs is not None and jobs < 1:
         raise ConfigError(f"--jobs {jobs}: expected a whole number of runs at the same time, at least 1")
     described = read_sweep(path)
+    check_engine(engine, described.engines)
     runs = plan_sweep(described, folder, tuple(overrides))
     check_target(folder, "folder")
     course = Course(folder, runs, read_results(folder), retry=retry)
@@ -94,5 +95,5 @@ def _train(course: Course, chosen: ChosenEngine, progress: Progress, stop: threa
 
 
 def _job(run: PlannedRun) -> Job:
-    command = (sys.executable, "-m", "sdlora.sweeps.leash", "train", CONFIG_NAME, "--json")
+    command = (sys.executable, "-m", "sdlora.cli.leashed", "train", CONFIG_NAME, "--json")
     return Job(name=run.name, folder=run.folder.absolute(), command=command)

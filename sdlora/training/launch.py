@@ -178,7 +178,7 @@ def _running(processes: Sequence[_Process]) -> list[_Process]:
 
 def _ended(processes: Sequence[_Process], received: Sequence[int]) -> Ended:
     main, codes = processes[0], [process.popen.returncode for process in processes]
-    if not any(codes):
+    if codes[0] == 0 and (received or not any(codes)):  # The run was complete when the signal came.
         return Ended(code=0)
     if received:
         said = () if codes[0] > 0 else ("interrupted; run the same command to resume from the newest checkpoint",)
