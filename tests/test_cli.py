@@ -55,7 +55,7 @@ SURFACE = {
         ),
     },
     "list": {"folder", "search", "base", "duplicates", "with_hashes", "as_json"},
-    "sweep": {"file", "settings", "out", "engine", "jobs", "retry", "check", "as_json"},
+    "sweep": {"file", "settings", "out", "engine", "jobs", "processes", "retry", "check", "as_json"},
     "grid": {
         "prompt",
         "x",
