@@ -62,7 +62,10 @@ class _Process:
         """Ask it to save its state and end."""
         if self.runs:
             self.closed = True
-            self.popen.terminate()
+            if os.name == "nt" and self.popen.stdin is not None:  # There, ``terminate`` leaves no time for saving.
+                self.popen.stdin.close()
+            else:
+                self.popen.terminate()
 
     def kill(self) -> None:
         if self.runs:
@@ -183,7 +186,7 @@ def _running(processes: Sequence[_Process]) -> list[_Process]:
 
 def _ended(processes: Sequence[_Process], received: Sequence[int]) -> Ended:
     main, codes = processes[0], [process.popen.returncode for process in processes]
-    if not any(codes):
+    if codes[0] == 0 and (received or not any(codes)):  # The run was complete when the signal came.
         return Ended(code=0)
     if received:
         said = () if codes[0] > 0 else ("interrupted; run the same command to resume from the newest checkpoint",)
