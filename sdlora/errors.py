@@ -47,6 +47,10 @@ class LoraFileError(SdloraError):
     """A LoRA file."""
 
 
+class InversionFileError(SdloraError):
+    """A file of a textual inversion."""
+
+
 class CompatibilityError(SdloraError):
     """A LoRA and a base that do not belong together."""
 

@@ -116,13 +116,13 @@ class NotebookBar:
 
     def __init__(self) -> None:
         self._lines: list[str] = []
-        self._task: _Task | None = None
+        self._task: Task | None = None
         self._shown = float("-inf")
         self._handle: Any = None
 
     def start(self, task: str, total: int, done: int = 0) -> None:
         self._keep()
-        self._task = _Task(name=task, total=total, first=done)
+        self._task = Task(name=task, total=total, first=done)
         self._show()
 
     def advance(self, count: int = 1, note: str = "") -> None:
@@ -168,7 +168,7 @@ class Lines:
     """
 
     def __init__(self) -> None:
-        self._task: _Task | None = None
+        self._task: Task | None = None
         self._printed_at = self._printed_done = 0.0
         self._held, self._hold = "", True
         self._lock, self._timer = threading.RLock(), None
@@ -176,7 +176,7 @@ class Lines:
     def start(self, task: str, total: int, done: int = 0) -> None:
         with self._lock:
             self._finish()
-            self._task = _Task(name=task, total=total, first=done)
+            self._task = Task(name=task, total=total, first=done)
             if total > done:
                 self._print(str(self._task))
 
@@ -240,7 +240,7 @@ class Lines:
             self._finish()
 
 
-class _Task:
+class Task:
     """Counts one task, and spells it."""
 
     def __init__(self, *, name: str, total: int, first: int):

@@ -10,8 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
+from sdlora.base.checkpoint import find_base
 from sdlora.cli import app
 from tests.conftest import ROOT
 
@@ -49,6 +52,8 @@ def clone(
     mask = Image.new("L", (128, 128))
     mask.paste(255, (32, 32, 96, 96))
     mask.save(folder / "my-mask.png")
+    width = find_base("mini").parts["text_encoder"].shapes()["text_model.embeddings.token_embedding.weight"][1]
+    save_file({"emb_params": torch.ones(2, width) / 100}, folder / "my-style.safetensors")
     shutil.copytree(models["blip"], folder / "my-captioner")
     shutil.copytree(ROOT / "datasets" / "pixel", folder / "my-images", ignore=lambda _, names: sorted(names)[6:])
     before = Path.cwd()

@@ -24,7 +24,7 @@ from sdlora.lora.change import Change
 from sdlora.lora.low_rank import LowRank
 from sdlora.progress import Silence
 from sdlora.randomness import Stream, generator
-from sdlora.training import loop
+from sdlora.training import exports, loop
 from sdlora.training.exports import write_run_file
 from sdlora.training.file_check import FileCheck, PartChange, check_file
 from sdlora.training.plan import plan_config
@@ -79,14 +79,14 @@ def test_what_a_file_changes_is_that_of_the_formula(
 def test_the_difference_is_that_of_diffusers_own_unet(
     tiny_base: Path, finished: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """With the text encoder as it is: only the UNet is trained, on one caption that has no signs of weights."""
+    """With the text encoder as it is: only the UNet is trained, on one caption, whose signs are not those of a prompt."""
     images, file = write_images(tmp_path / "images", 1), tmp_path / "x.safetensors"
-    (images / "0.txt").write_text("zorb, a plain thing")
+    (images / "0.txt").write_text("zorb, [a plain: thing")
     more = ("train.steps=4", "optimizer.text_encoder_learning_rate=0")
     check = checked(tiny_base, images, file, *more)
     base = opened(tiny_base)
     encoder = base.text_encoders[0]
-    ids = encoder.tokenizer("zorb, a plain thing", padding="max_length", max_length=77, return_tensors="pt").input_ids
+    ids = encoder.tokenizer("zorb, [a plain: thing", padding="max_length", max_length=77, return_tensors="pt").input_ids
     unet = UNet2DConditionModel.from_pretrained(tiny_base, subfolder="unet")
     levels = len(base.schedule.alphas_cumprod)
     timesteps = torch.tensor([levels // 6, levels // 2, 5 * levels // 6])
@@ -171,6 +171,33 @@ def test_values_that_a_file_cannot_hold_are_not_written(tmp_path: Path) -> None:
         with pytest.raises(LoraFileError, match=said):
             write_lora(tmp_path / "x.safetensors", {name: change}, {}, dtype=torch.float16)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_beyond_its_precision_writes_no_file_and_says_why(
+    tiny_base: Path,
+    finished: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def large(path: Path, plan: object, base: object, weights: Mapping[str, Change], **facts: object) -> bool:
+        grown = {}
+        for name, change in weights.items():
+            assert isinstance(change, LowRank)
+            grown[name] = LowRank(down=change.down * 1e6, up=change.up, alpha=change.alpha)
+        return write_run_file(path, plan, base, grown, **facts)  # ty: ignore
+
+    for module in (loop, exports):
+        monkeypatch.setattr(module, "write_run_file", large)
+    output = tmp_path / "x.safetensors"
+    with pytest.raises(
+        TrainingError, match=r"too large for float16.*\n.*not written; .* lower optimizer.learning_rate"
+    ):
+        sdlora.train(config_for(tiny_base, finished[0], output, "train.steps=3", "output.save_every=2"))
+    (warning,) = (record.message for record in caplog.records if "the run goes on" in record.message)
+    assert "x-000002.safetensors cannot be written (" in warning
+    assert "unfinished" not in warning
+    assert not list(tmp_path.glob("*.safetensors"))
 
 
 TOO_HIGH, TOO_LOW = "learning_rate is probably too high", "optimizer.learning_rate is too low"

@@ -12,12 +12,15 @@ import pytest
 from PIL import Image
 
 import sdlora
+from sdlora.cli import app
 from sdlora.errors import Interrupted, SdloraError
 from sdlora.generation.lora_choice import LoraChoice
+from sdlora.generation.prompt_folders import PromptFolders
 from sdlora.generation.request import ImageRequest
 from sdlora.grids import drawing
 from sdlora.grids.axes import KINDS, read_axes
 from sdlora.grids.cells import Cell, in_drawing_order, make_cells
+from sdlora.grids.sheet import labelled_sheet
 from sdlora.grids.values import numbers, split_values
 from sdlora.lora.stack import Stack
 from sdlora.progress import Silence
@@ -37,7 +40,7 @@ def loras(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Pat
 
 def cells_of(prompt: str = "a fox", loras: tuple[str, ...] = (), *, negative: str = "", **axes: Any) -> list[Cell]:
     request = ImageRequest(prompt=prompt, negative=negative)
-    return make_cells(request, [LoraChoice.parse(lora) for lora in loras], read_axes(axes), None)
+    return make_cells(request, [LoraChoice.parse(lora) for lora in loras], read_axes(axes), PromptFolders())
 
 
 @pytest.mark.parametrize(
@@ -64,7 +67,7 @@ def test_values_with_commas_are_quoted() -> None:
 
 
 WRONG = {
-    "wight:0,1": "x: 'wight' is no axis; expected one of lora, weight, step, prompt, seed, cfg, steps, sampler, size",
+    "wight:0,1": f"x: 'wight' is no axis; expected one of {', '.join(KINDS)}",
     "weight": "x: 'weight' is not an axis; expected KIND:VALUE,VALUE, for example weight:0,0.5,1",
     "weight:": "x: weight has no values; expected weights of all LoRAs; weight@NAME of one, with commas between them",
     "weight:0,abc": "x: weight: 'abc' is not a number",
@@ -74,6 +77,7 @@ WRONG = {
     "seed:-1": "x: seed: -1 is not a seed from 0 to 4294967295",
     "seed:1-9 (-1)": "x: seed: '1-9 (-1)' never ends: its step leads away from 9",
     "seed:1-99999": "x: seed: '1-99999' has 99,999 values; at most 1000 are allowed",
+    "strength:0": "x: strength: 0 is not a strength above 0 and at most 1",
     "size:12x": "x: size: '12x' is not a size; expected 512 or 512x768",
     "seed@one:1": "x: 'seed@one' names no LoRA; expected weight@NAME or step@NAME",
     "step:5k": "x: step: '5k' is not a step; expected a whole number, or last",
@@ -132,10 +136,12 @@ def test_a_file_is_chosen_before_it_is_weighed_whichever_axis_is_first() -> None
 def test_every_kind_changes_what_it_names() -> None:
     values: dict[str, list[Any]] = {
         "lora": ["a.safetensors"], "weight": [0.5], "step": [500], "prompt": ["fox", "cat"], "seed": [3], "cfg": [7.5],
-        "steps": [9], "sampler": ["euler"], "size": [(64, 96)],
+        "steps": [9], "strength": [0.5], "sampler": ["euler"], "schedule": ["karras"], "size": [(64, 96)],
     }  # fmt: skip
     assert set(values) == set(KINDS)
     for kind, given in values.items():
+        if kind == "strength":
+            continue  # See below.
         cell = cells_of("a fox", ("b.safetensors",), negative="red fox", x=(kind, given))[-1]
         made, plain = cell.request, ImageRequest(prompt="a fox", negative="red fox")
         if kind in ("lora", "weight", "step"):
@@ -145,6 +151,13 @@ def test_every_kind_changes_what_it_names() -> None:
             assert (made.prompt, made.negative) == ("a cat", "red cat")
         else:
             assert getattr(made, kind) == given[0]
+
+
+def test_a_sampler_may_bring_its_schedule() -> None:
+    cells = cells_of(x=("sampler", ["DPM++ 2M Karras", "euler"]), y="schedule:auto")
+    assert [(cell.request.sampler, cell.request.schedule) for cell in cells] == [("dpm++2m", None), ("euler", None)]
+    cells = cells_of(x=("sampler", ["DPM++ 2M Karras", "euler"]))
+    assert [(cell.request.sampler, cell.request.schedule) for cell in cells] == [("dpm++2m", "karras"), ("euler", None)]
 
 
 def test_loras_change_as_seldom_as_there_are_different_sets() -> None:
@@ -245,6 +258,20 @@ def test_a_stopped_grid_goes_on(
     assert (tmp_path / "cut.png").read_bytes() == (tmp_path / "whole.png").read_bytes()
 
 
+def test_strengths_of_an_image_that_is_drawn_over(tiny_base: Path, tmp_path: Path) -> None:
+    over = Image.radial_gradient("L").convert("RGB").resize((64, 64))
+    given: dict[str, Any] = {"base": tiny_base, "out": tmp_path / "g.png", "y": "seed:1,2"} | SMALL | {"steps": 4}
+    made = sdlora.grid("a fox", x="strength:0.5,1", image=over, **given)
+    (alone,) = sdlora.generate("a fox", base=tiny_base, image=over, strength=0.5, seed=2, **SMALL | {"steps": 4})
+    assert made.cells[2]["parameters"] == alone.parameters
+    with Image.open(made.folder / made.cells[2]["file"]) as image:
+        assert max(abs(a - b) for a, b in zip(image.tobytes(), alone.image.tobytes(), strict=True)) <= 1
+    assert sdlora.grid("a fox", x="strength:0.5,1", image=over.copy(), **given).drawn == 0
+    assert sdlora.grid("a fox", x="strength:0.5,1", image=over.rotate(90), **given).drawn == 4
+    with pytest.raises(SdloraError, match="x: strength is that of an image to draw over; name one with image"):
+        sdlora.grid("a fox", x="strength:0.5", **given)
+
+
 def test_loras_are_set_once_for_each_weight(
     tiny_base: Path, loras: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -269,6 +296,7 @@ def test_faults_are_found_before_anything_is_loaded(
     given: dict[str, Any] = {"base": tiny_base, "out": tmp_path / "g.png", "x": "seed:1,2"} | SMALL
     for wrong, problem in (
         ({"x": "sampler:euler,fast"}, "sampler 'fast' is unknown"),
+        ({"x": "schedule:karras,fast"}, "schedule 'fast' is unknown"),
         ({"x": "size:64,63"}, "size 63x63: width and height must be multiples"),
         ({"x": "lora:none.safetensors"}, "none.safetensors: no such file"),
         ({"x": "step:500", "loras": str(loras[0])}, "one-000500.safetensors: no such file"),
@@ -283,30 +311,37 @@ def test_faults_are_found_before_anything_is_loaded(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command(sdlora: Any, tiny_base: Path, loras: list[Path], tmp_path: Path) -> None:
-    command = (
-        "grid",
-        "a fox",
-        "--base",
-        tiny_base,
-        "--lora",
-        loras[0],
-        "--x",
-        "weight=0,1",
-        "--steps",
-        1,
-        "--out",
-        "g.jpg",
-    )
-    result = sdlora(*command)
-    assert (result.returncode, result.stdout.splitlines()[0]) == (0, "g.jpg: 2 cells"), result.stderr
-    result = sdlora(*command, "--json")
-    report = json.loads(result.stdout)
+def test_the_command(
+    tiny_base: Path,
+    loras: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["grid", "a fox", "--base", str(tiny_base), "--lora", str(loras[0]), "--x", "weight=0,1", "--steps", "1"]
+    command += ["--out", "g.jpg"]
+    assert not app(command, standalone_mode=False)
+    assert capsys.readouterr().out.splitlines() == [
+        "g.jpg: 2 cells",
+        "g.cells: the cells, and grid.json with their recipes",
+    ]
+    assert not app([*command, "--json"], standalone_mode=False)
+    report = json.loads(capsys.readouterr().out)
     assert (report["drawn"], len(report["cells"]), report["image"]) == (0, 2, "g.jpg")
     assert (tmp_path / report["folder"] / report["cells"][1]["file"]).is_file()
-    result = sdlora(*command, "--y", "weight:1", "--z", "foo:1")
-    assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr.splitlines() == [
-        "error: z: 'foo' is no axis; expected one of lora, weight, step, prompt, seed, cfg, steps, sampler, size",
+    assert app([*command, "--y", "weight:1", "--z", "foo:1"], standalone_mode=False) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.splitlines() == [
+        f"error: z: 'foo' is no axis; expected one of {', '.join(KINDS)}",
         "error: y: weight is the axis x already",
     ]
+
+
+def test_long_labels_of_rows_are_wrapped(tiny_base: Path, tmp_path: Path) -> None:
+    images = {(0, y, 0): Image.new("RGB", (64, 64)) for y in range(2)}
+    axes = read_axes(
+        {"y": ("prompt", ["a fox", "a very long text that would take more room than the image itself " * 3])}
+    )
+    assert labelled_sheet(images, axes, scale=1).width < 3 * 64

@@ -12,6 +12,7 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 import sdlora
+from sdlora.base.base import Base
 from sdlora.cli import app
 from sdlora.errors import SdloraError
 from sdlora.formats.recipe import parse_recipe
@@ -128,3 +129,19 @@ def test_the_command_makes_a_second_pass(tiny_base: Path, tmp_path: Path) -> Non
     with Image.open(tmp_path / "made.png") as made:
         assert made.size == (128, 128)
         assert "Hires upscale: 2, Hires steps: 1, Hires upscaler: Latent" in made.info["parameters"]
+
+
+def test_prompts_do_not_change_any_more_in_the_second_pass(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in A1111, whose shares of the steps end with the first pass."""
+    seen: list[torch.Tensor] = []
+    predict = Base.predict
+
+    def watched(
+        self: Base, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: Any, sizes: torch.Tensor
+    ) -> Any:
+        seen.append(conditioning.context[-1])
+        return predict(self, noisy, timesteps, conditioning, sizes)
+
+    monkeypatch.setattr(Base, "predict", watched)
+    sdlora.generate("a [fox:dog:0.5]", base=tiny_base, seed=1, steps=4, hires=1.5, hires_steps=2)
+    assert [torch.equal(one, seen[0]) for one in seen] == [True] * 2 + [False] * 4

@@ -58,9 +58,9 @@ def reference(kind: Any, base: Path, sampler: str, **options: Any) -> torch.Tens
     ).images[0]  # fmt: skip
 
 
-def ours(base: Path, sampler: str = "ddim", **options: Any) -> Any:
+def ours(base: Path, sampler: str = "ddim", *, prompt: str = "a red fox", **options: Any) -> Any:
     settings = {"negative": "blue", "seed": 7, "steps": 5, "cfg": 4.0, "precision": "float32"} | options
-    return sdlora.generate("a red fox", base=base, sampler=sampler, **settings)[0]
+    return sdlora.generate(prompt, base=base, sampler=sampler, **settings)[0]
 
 
 @pytest.mark.parametrize("sampler", SCHEDULERS)
@@ -215,3 +215,24 @@ def test_all_faults_are_named_at_once(tiny_base: Path, tmp_path: Path) -> None:
 def test_what_cannot_be_is_refused(tiny_base: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(SdloraError, match=message):
         ours(tiny_base, **options)
+
+
+def test_shares_of_a_prompt_are_those_of_the_steps_that_are_taken(tiny_base: Path) -> None:
+    options: dict[str, Any] = {"image": photo(), "strength": 0.5, "steps": 8}
+    changing = [ours(tiny_base, prompt=f"a [fox:dog:{when}]", **options).latents for when in ("0.5", "2", "4")]
+    assert torch.equal(changing[0], changing[1])
+    assert torch.equal(changing[2], ours(tiny_base, prompt="a fox", **options).latents)
+    assert (changing[0] - changing[2]).abs().max() > 1e-3
+
+
+def test_too_little_memory_to_encode_is_one_line(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("sdlora.generation.start.encode_pixels", full)
+    with pytest.raises(
+        SdloraError, match="too little memory to encode an image of 80 x 64 pixels; choose a smaller size"
+    ):
+        ours(tiny_base, image=photo(80, 64))
+    with pytest.raises(SdloraError, match="too little memory to encode an image of 128 x 128 pixels"):
+        ours(tiny_base, hires=2, hires_upscaler="lanczos")

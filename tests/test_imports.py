@@ -29,20 +29,8 @@ RANKS = [
         "data",
         "cache",
     ),
-    *(
-        "lint",
-        "captioning",
-        "library",
-        "generation",
-        "grids",
-        "pipelines",
-        "tools",
-        "training",
-        "sweeps",
-        "publish",
-        "cli",
-        "__main__",
-    ),
+    *("lint", "captioning", "library", "generation", "grids", "pipelines", "tools", "training", "sweeps", "publish"),
+    *("cli", "__main__"),
 ]
 """Every wing of the package, from the ground up: a wing imports from those before it and from itself, nothing else."""
 

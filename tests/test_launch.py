@@ -111,6 +111,18 @@ def test_a_signal_is_passed_on_once_and_what_it_starts_is_waited_for(
     assert capfd.readouterr().err == "stopped after step 4\n"
 
 
+def test_a_run_that_is_complete_when_the_signal_comes_is_a_success(tmp_path: Path) -> None:
+    def press() -> None:
+        while len(list(tmp_path.glob("ready-*"))) < 2:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=press).start()
+    finished = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0 if rank == 0 else 143))\n"
+    ready = f"open(os.path.join({str(tmp_path)!r}, f'ready-{{rank}}'), 'w')\n"
+    assert ended(finished + ready + "time.sleep(60)") == Ended(code=0)
+
+
 def test_processes_end_when_the_one_that_started_them_is_killed(tmp_path: Path) -> None:
     program = f"""
 import sys

@@ -12,6 +12,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -23,7 +24,7 @@ from sdlora.errors import ConfigError, Interrupted, ResumeError
 from sdlora.formats.safetensors_file import read_header
 from sdlora.training.checkpoint import RunFolder
 from sdlora.training.interruption import interrupt_flag
-from sdlora.training.processes import check_batch, check_devices, described_processes
+from sdlora.training.processes import check_agreement, check_batch, check_devices, described_processes
 from sdlora.training.step_shape import StepShape
 from tests.conftest import ROOT
 from tests.training_runs import config_for, everything, overrides, same_but_for_times
@@ -63,7 +64,7 @@ def settings(base: Path, folder: Path, output: Path) -> list[str]:
     sets = folder / "sets.json"
     if not sets.exists():
         sets.write_text(json.dumps(everything(folder)))
-    return overrides(base, None, output, *more, "output.log=true", *json.loads(sets.read_text()))
+    return overrides(base, None, output, *more, *json.loads(sets.read_text()))
 
 
 def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
@@ -265,6 +266,34 @@ def test_a_group_of_another_size_than_the_environment_says_is_noticed(
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="WORLD_SIZE = 2, but this process computes in a group of 1"):
         package.train(config_for(tmp_path, tmp_path, tmp_path / "x.safetensors"))
+
+
+def test_processes_that_see_other_things_are_refused_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OfTwo:
+        num_processes = 2
+
+    def gathered(seen: list[Any], own: Any) -> None:
+        seen[:] = [("node1", {"the images": "a", "the newest checkpoint": "50"}), own]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gathered)
+    check_agreement({"the images": "a", "the newest checkpoint": "50"}, OfTwo())  # type: ignore[arg-type]
+    with pytest.raises(ConfigError) as caught:
+        check_agreement({"the images": "a", "the newest checkpoint": "0"}, OfTwo())  # type: ignore[arg-type]
+    (problem,) = caught.value.problems
+    assert problem.startswith(
+        "rank 1 differs from rank 0 in the newest checkpoint, and is on another machine, which needs"
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_more_processes_than_gpus_are_refused(tmp_path: Path) -> None:
+    devices = torch.cuda.device_count()
+    command = [sys.executable, "-m", "sdlora", "train", "--processes", str(devices + 1)]
+    images = ["--images", str(ROOT / "datasets" / "pixel"), "--trigger", "x", "--out", str(tmp_path / "x.safetensors")]
+    result = subprocess.run([*command, *images], capture_output=True, text=True, check=False, timeout=300)
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"error: {devices + 1} processes on a machine with {devices} GPU")
 
 
 def test_each_process_of_a_machine_needs_a_gpu() -> None:

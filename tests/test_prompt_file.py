@@ -38,6 +38,8 @@ def written(folder: Path, text: str) -> Path:
             ),
         ),
         ("--prompt photo of a fox --steps 7", PromptLine(prompt="photo of a fox", steps=7)),
+        ('--prompt "a --big fox" --steps=7', PromptLine(prompt="a --big fox", steps=7)),
+        ("a fox --steps=7", PromptLine(prompt="a fox", steps=7)),
         ("--prompt \"a fox's den\" --seed -1", PromptLine(prompt="a fox's den", seed=-1)),
         ('--prompt "a fox" --negative_prompt ""', PromptLine(prompt="a fox", negative="")),
         # kohya's documentation of --sample_prompts.

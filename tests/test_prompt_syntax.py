@@ -50,7 +50,6 @@ def test_tags_in_prompts_of_previews_are_refused(tmp_path: Path) -> None:
             "__colour/warm__: wildcards need sdlora generate --wildcards DIR (in Python wildcards=)",
         ),
         ("a {red|blue} fox", "{red|blue}: alternatives are not supported"),
-        ("embedding:easynegative, fox", "embedding:easynegative: textual inversion is not supported"),
     ],
 )
 def test_other_syntax_is_reported(text: str, named: str, caplog: pytest.LogCaptureFixture) -> None:

@@ -13,9 +13,11 @@ import pytest
 from sdlora.config.loading import load_config
 from sdlora.errors import ConfigError, ResumeError, SdloraError, TargetError
 from sdlora.progress import Silence
+from sdlora.sweeps.means import mean_lines, means_of
 from sdlora.sweeps.naming import LONGEST
 from sdlora.sweeps.planning import PlannedRun, check_runs, plan_sweep
-from sdlora.sweeps.results import RunResult, SweepReport, read_results, table_lines, write_results
+from sdlora.sweeps.results import RunResult, State, SweepReport, read_results, table_lines, write_results
+from sdlora.sweeps.run import sweep
 from sdlora.sweeps.run_folder import check_same, prepare
 from sdlora.sweeps.sweep_file import read_sweep
 from tests.conftest import write_images
@@ -232,6 +234,15 @@ def test_what_is_wrong_is_said(tmp_path: Path, text: str, overrides: tuple[str, 
     assert any(problem in line for line in problems_of(tmp_path, text, *overrides))
 
 
+def test_numbers_of_runs_and_processes_are_checked(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        sweep(tmp_path / "nothing.toml", jobs=0, processes=-1)
+    assert caught.value.problems == (
+        "--jobs 0: expected a whole number, at least 1",
+        "--processes -1: expected a whole number, at least 1",
+    )
+
+
 def test_images_are_checked_for_every_run_before_any_is_trained(tmp_path: Path, tiny_base: Path) -> None:
     write_images(tmp_path / "good")
     (tmp_path / "empty").mkdir()
@@ -294,3 +305,23 @@ def test_a_file_that_has_no_results_is_left_alone(tmp_path: Path, text: str) -> 
     (tmp_path / "results.json").write_text(text)
     with pytest.raises(TargetError, match="has no results of a sweep; move it, or choose another --out"):
         read_results(tmp_path)
+
+
+def test_runs_that_differ_in_the_seed_alone_have_a_mean(tmp_path: Path) -> None:
+    """Losses 1, 2 and 6: mean 3, sample deviation sqrt(7), t of 2 degrees of freedom 4.30265: 4.30265 sqrt(7 / 3)."""
+
+    def run(rank: int, seed: int, loss: float | None, state: State = "done") -> RunResult:
+        settings = {"lora.rank": rank, "train.seed": seed}
+        return RunResult(run=f"rank={rank},seed={seed}", state=state, settings=settings, loss=loss, validation_loss=2.5)
+
+    runs = [run(4, 0, 1.0), run(8, 0, 1.0), run(4, 1, 2.0), run(8, 1, None, "failed"), run(4, 2, 6.0)]
+    (mean,) = means_of(runs)
+    assert (mean.runs, mean.seeds, mean.loss, mean.settings) == ("rank=4", 3, 3.0, {"lora.rank": 4})
+    assert mean.loss_interval == pytest.approx(4.302653 * (7 / 3) ** 0.5, rel=1e-6)
+    assert (mean.validation_loss, mean.validation_loss_interval) == (2.5, 0.0)
+    assert mean_lines([mean]) == [
+        "mean over seeds  seeds             loss       validation",
+        "rank=4               3  3.0000 ± 6.5724  2.5000 ± 0.0000",
+    ]
+    assert means_of(runs[:2]) == ()
+    assert mean_lines(()) == []

@@ -101,6 +101,19 @@ def test_jobs_share_devices_in_turn_and_processors(tmp_path: Path, monkeypatch: 
     assert [(tmp_path / name / ANSWER_NAME).read_text() for name in "abc"] == ["0 4\n", "3 4\n", "0 4\n"]
 
 
+def test_a_job_of_several_processes_has_as_many_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    show = (
+        "import os, pathlib, time\npathlib.Path('here').touch()\n"
+        "while len(list(pathlib.Path('..').glob('*/here'))) < 2: time.sleep(0.01)\n"
+        "print(os.environ['CUDA_VISIBLE_DEVICES'], os.environ['OMP_NUM_THREADS'])"
+    )
+    jobs = [job(tmp_path, name, show) for name in "ab"]
+    run_jobs(jobs, LocalEngine(2, ("0", "1", "2", "3"), 2), Seen(), at_once=2, stop=NEVER)
+    assert [(tmp_path / name / ANSWER_NAME).read_text() for name in "ab"] == ["0,1 3\n", "2,3 3\n"]
+
+
 def test_a_job_saves_and_ends_when_the_process_that_runs_it_is_killed(tmp_path: Path) -> None:
     waiting = job(tmp_path, "a", WAITING)
     code = (

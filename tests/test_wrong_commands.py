@@ -148,7 +148,7 @@ WRONG = [
     ("lint dsbad", 1, "0.png: empty file"),
     ("lint bare", 1, "bare: no image among its 0 files"),
     # generate
-    ("generate", 2, "Missing argument"),
+    ("generate", 2, "there is no prompt"),
     ("generate x --size big", 2, "expected WIDTHxHEIGHT, for example 128x160"),
     ("generate x --steps 0", 2, "Invalid value for '--steps'"),
     ("generate x --count 0", 2, "Invalid value for '--count'"),
@@ -165,7 +165,7 @@ WRONG = [
     ("generate x --lora text.safetensors", 1, "text.safetensors"),
     ("generate x --lora empty.safetensors", 1, "empty.safetensors"),
     ("generate x --vae none.safetensors", 1, "none.safetensors"),
-    ("generate x --sampler heun", 1, "heun"),
+    ("generate x --sampler magic", 1, "'magic' is unknown"),
     # inspect, convert, export
     ("inspect", 2, "Missing argument"),
     ("inspect nowhere", 1, "nowhere: no such"),

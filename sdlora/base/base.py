@@ -12,6 +12,7 @@ from .checkpoint import BaseCheckpoint
 from .conditioning import Conditioning
 from .models import AutoencoderKL, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, UNet2DConditionModel
 from .schedule import NoiseSchedule
+from .word_vectors import WordVectors
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -22,6 +23,8 @@ class TextEncoder:
     model: CLIPTextModel | CLIPTextModelWithProjection
     tokenizer: CLIPTokenizer
     pad_id: int
+    word_vectors: WordVectors | None = None
+    """Words with vectors of their own, from textual inversions."""
 
     @property
     def nesting(self) -> str:

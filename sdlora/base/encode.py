@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -47,7 +48,10 @@ def encode_ids(base: Base, ids: Sequence[Tensor], weights: Sequence[Tensor] = ()
 def _encode(base: Base, encoder: TextEncoder, ids: Tensor) -> tuple[Tensor, Tensor | None]:
     """Ids (n, 77) -> the layer that ``clip_skip`` selects, (n, 77, width), and the pooled output, (n, width), or None."""
     layer, normed = base.checkpoint.clip_skip, base.checkpoint.family.clip_norm
-    output = encoder.model(ids, output_hidden_states=layer > 1 or not normed)
+    words = encoder.word_vectors
+    inserted = nullcontext(ids) if words is None else words.inserted(encoder.model.get_input_embeddings(), ids)
+    with inserted as plain:
+        output = encoder.model(plain, output_hidden_states=layer > 1 or not normed)
     pooled = output.text_embeds if encoder.facts.pooled else None
     if layer == 1 and normed:
         return output.last_hidden_state, pooled

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -72,6 +73,15 @@ def _ids(encoder: TextEncoder, text: str) -> list[int]:
     return encoder.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
 
+def _pieces(encoder: TextEncoder, text: str) -> Iterator[tuple[int, ...]]:
+    """The tokens of ``text``, one by one; all vectors of a textual inversion together."""
+    for part in [text] if encoder.word_vectors is None else encoder.word_vectors.split(text):
+        if isinstance(part, str):
+            yield from ((word,) for word in _ids(encoder, part))
+        else:
+            yield part
+
+
 def _chunk_ids(encoder: TextEncoder, words: Sequence[int]) -> Tensor:
     """At most 75 token ids -> (1, 77) int64 with start, end and padding."""
     row = [encoder.tokenizer.bos_token_id, *words, encoder.tokenizer.eos_token_id]
@@ -82,20 +92,22 @@ def _tokenize(encoder: TextEncoder, prompt: Sequence[Span], limit: int | None) -
     commas = set(_ids(encoder, ","))
     chunks: list[list[tuple[int, float]]] = []
     current: list[tuple[int, float]] = []
-    tokens_left = limit
+    tokens_left = sys.maxsize if limit is None else limit
     for span in prompt:
         if span.opens_chunk:
             chunks.append(current)
             current = []
             continue
-        ids = _ids(encoder, span.text)[:tokens_left]
-        tokens_left = None if tokens_left is None else tokens_left - len(ids)
-        for word in ids:
-            if len(current) == WORDS_IN_CHUNK:
-                current, rest = _split_at_comma(current, commas, word)
+        for piece in _pieces(encoder, span.text):
+            tokens_left -= len(piece)
+            if tokens_left < 0:
+                break
+            if len(current) + len(piece) > WORDS_IN_CHUNK:
+                # As in A1111, the vectors of a word stay together, and a full chunk before them is not split.
+                current, rest = _split_at_comma(current, commas, piece[0]) if len(piece) == 1 else (current, [])
                 chunks.append(current)
                 current = rest
-            current.append((word, span.weight))
+            current += [(word, span.weight) for word in piece]
     if current or not chunks:
         chunks.append(current)
     weights = torch.ones(len(chunks), TOKENS_IN_CHUNK)

@@ -100,7 +100,7 @@ def emit(value: dict[str, Any]) -> None:
 
 _PATHS = {
     *("file", "images", "base", "lora", "loras", "source", "sources", "target", "out", "vae", "text_encoder", "tuned"),
-    *("first", "second", "lora_dir", "wildcards", "prompts", "image", "mask"),
+    *("first", "second", "lora_dir", "wildcards", "prompts", "image", "mask", "embedding"),
 }
 """Parameters of verbs that are paths, but not of the type ``Path``."""
 

@@ -14,7 +14,9 @@ from ..files import check_target
 from ..generation.request import ImageRequest, first_seed
 from ..generation.saving import ImageTarget
 from .app import BaseOption, JsonOption, app, emit, examples, guard, parse_size
+from .from_recipe import FromOption, from_recipe
 from .generate_options import (
+    EmbeddingOption,
     HiresOption,
     HiresStepsOption,
     HiresStrengthOption,
@@ -34,9 +36,11 @@ from .generate_options import (
     TextEncoderOption,
     stated,
 )
-from .prompt_options import PromptArgument, PromptsOption, WildcardsOption, prompt_lines
+from .preview import preview_progress
+from .prompt_options import PreviewOption, PromptArgument, PromptsOption, WildcardsOption, prompt_lines
 
 if TYPE_CHECKING:
+    from ..config.sections import BaseSection
     from ..generation.images import GeneratedImage
     from ..generation.prompt_file import PromptLine
 
@@ -53,8 +57,10 @@ _ANY_PRECISION = f"{', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}"
 )
 @guard
 def generate(
+    context: typer.Context,
     prompt: PromptArgument = None,
     prompts: PromptsOption = None,
+    source: FromOption = None,
     base: BaseOption = "mini",
     lora: LoraOption = None,
     lora_dir: LoraDirOption = None,
@@ -76,7 +82,9 @@ def generate(
     hires_strength: HiresStrengthOption = None,
     hires_steps: HiresStepsOption = None,
     hires_upscaler: HiresUpscalerOption = None,
+    embedding: EmbeddingOption = None,
     strip: StripOption = False,
+    preview: PreviewOption = None,
     precision: Annotated[str, typer.Option(help=f"Precision of the base: {_ANY_PRECISION}.")] = "auto",
     vae_tiling: Annotated[bool, typer.Option("--vae-tiling", help="Decode in strips: less memory, slower.")] = False,
     clip_skip: Annotated[int | None, typer.Option(help="Layer of the text encoder, counted from the end.")] = None,
@@ -88,55 +96,57 @@ def generate(
     as_json: JsonOption = False,
 ) -> None:
     """Generate images with any number of weighted LoRAs; each file contains its recipe."""
-    shape = parse_size(size)
-    lines = prompt_lines(prompt or [], prompts)
-    if strip:
-        _check_strip(count, lora_dir=lora_dir, wildcards=wildcards, prompts=prompts)
-    if precision not in PRECISIONS:
-        raise typer.BadParameter(f"{precision!r} is not {_ANY_PRECISION}", param_hint="--precision")
-    encoders = [*(text_encoder or ()), None, None]
-    from ..config.loading import base_section
-
-    section = base_section(
-        path=base, vae=vae, text_encoder=encoders[0], text_encoder_2=encoders[1], prediction=prediction,
-        clip_skip=clip_skip, attention=attention,
-    )  # fmt: skip
-    target = ImageTarget.parse(out)
-    first = first_seed(seed, count=max(line.count or count for line in lines))
-    options: dict[str, Any] = {"negative": negative, "seed": first, "steps": steps, "cfg": cfg}
-    options |= {"size": shape, "sampler": sampler, "precision": precision, "base": section}
-    options |= {"loras": lora or (), **stated(schedule=schedule, guidance_rescale=guidance_rescale)}
+    lines = prompt_lines(prompt or [], prompts, required=source is None)
     drawing = stated(
         image=image, strength=strength, mask=mask, mask_blur=mask_blur, hires=hires, hires_strength=hires_strength,
-        hires_steps=hires_steps, hires_upscaler=hires_upscaler,
+        hires_steps=hires_steps, hires_upscaler=hires_upscaler, embeddings=embedding,
     )  # fmt: skip
-    if strip and drawing:
-        option = next(iter(drawing)).replace("_", "-")
-        raise typer.BadParameter(f"a strip is text to image in one pass; remove --{option}", param_hint="--strip")
-    options |= drawing
-    options |= {"vae_tiling": vae_tiling} | ({} if strip else {"lora_dir": lora_dir, "wildcards": wildcards})
+    folders = stated(lora_dir=lora_dir, wildcards=wildcards)
+    if strip:
+        _check_strip(count, **stated(source=source, prompts=prompts, preview=preview), **folders, **drawing)
+    if precision not in PRECISIONS:
+        raise typer.BadParameter(f"{precision!r} is not {_ANY_PRECISION}", param_hint="--precision")
+    section = _base(text_encoder, path=base, vae=vae, prediction=prediction, clip_skip=clip_skip, attention=attention)
+    target, first = ImageTarget.parse(out), first_seed(seed, count=max([count, *(line.count or 0 for line in lines)]))
+    options: dict[str, Any] = {"negative": negative, "seed": first, "steps": steps, "cfg": cfg, "loras": lora or ()}
+    options |= {"size": parse_size(size), "sampler": sampler, "precision": precision, "base": section}
+    options |= {"vae_tiling": vae_tiling, **stated(schedule=schedule, guidance_rescale=guidance_rescale)}
+    options |= drawing | folders
+    if source is not None:
+        lines, options = from_recipe(source, context, lines, options, _say)
     check_target(target.path, "folder" if target.is_folder else "file")
-    files = _write_strip(prompt or [], target, options) if strip else _write_images(lines, count, target, options)
+    files = _write_strip(lines, target, options) if strip else _write_images(lines, count, target, options, preview)
     if as_json:
-        written = [line.prompt for line in lines]
-        emit({"images": [str(file) for file in files], "seed": first, "prompts": written, "loras": list(lora or ())})
+        made = {"seed": options["seed"], "prompts": [line.prompt for line in lines], "loras": list(lora or ())}
+        emit({"images": [str(file) for file in files], **made})
     else:
-        _print_files(files, None if seed == first else first)
+        _print_files(files, None if seed == options["seed"] else options["seed"])
 
 
-def _check_strip(count: int, **others: str | None) -> None:
+def _base(text_encoders: list[str] | None, **stated: Any) -> BaseSection:
+    from ..config.loading import base_section
+
+    first, second, *_ = [*(text_encoders or ()), None, None]
+    return base_section(text_encoder=first, text_encoder_2=second, **stated)
+
+
+def _check_strip(count: int, **others: object) -> None:
     """Refuse what a strip does not follow."""
     reasons = {
         "lora_dir": "shows the LoRAs of --lora",
         "wildcards": "shows prompts as written",
         "prompts": "has the prompts of the command",
+        "source": "has the prompts of the command",
+        "preview": "has no preview",
     }
-    found = [
-        f"{reasons[name]}; remove --{name.replace('_', '-')}" for name, value in others.items() if value is not None
-    ]
+    found = [f"{reasons.get(name, 'is text to image in one pass')}; remove --{_option(name)}" for name in others]
     found += ["shows one seed; remove --count"] if count > 1 else []
     if found:
         raise typer.BadParameter(f"a strip {found[0]}", param_hint="--strip")
+
+
+def _option(name: str) -> str:
+    return {"source": "from", "embeddings": "embedding"}.get(name, name.replace("_", "-"))
 
 
 def _print_files(files: list[Path], random_seed: int | None) -> None:
@@ -146,15 +156,18 @@ def _print_files(files: list[Path], random_seed: int | None) -> None:
         typer.echo(str(file))
 
 
-def _write_strip(prompts: list[str], target: ImageTarget, options: dict[str, Any]) -> list[Path]:
+def _write_strip(lines: list[PromptLine], target: ImageTarget, options: dict[str, Any]) -> list[Path]:
     from ..generation.generate import generate_strip
 
+    prompts = [line.prompt for line in lines]
     image, parameters = generate_strip(prompts, scale=2, say=_say, **options)
     title = f"{_slug(prompts[0])}-strip"
     return [target.save(image, parameters, seed=options["seed"], title=title, alone=True)]
 
 
-def _write_images(prompts: list[PromptLine], count: int, target: ImageTarget, options: dict[str, Any]) -> list[Path]:
+def _write_images(
+    prompts: list[PromptLine], count: int, target: ImageTarget, options: dict[str, Any], preview: str | None
+) -> list[Path]:
     from ..generation.generate import generate
 
     files: list[Path] = []
@@ -166,7 +179,8 @@ def _write_images(prompts: list[PromptLine], count: int, target: ImageTarget, op
         files.append(target.save(image.image, image.parameters, **names, alone=total == 1))
 
     try:
-        generate(prompts, count=count, on_image=write, say=_say, **options)
+        with preview_progress(preview) as progress:
+            generate(prompts, count=count, progress=progress, on_image=write, say=_say, **options)
     except (Interrupted, KeyboardInterrupt):
         done = f", the last is {files[-1]}" if files else ""
         raise Interrupted(f"interrupted: {len(files)} of {total} images are written{done}") from None

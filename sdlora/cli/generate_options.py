@@ -63,6 +63,10 @@ HiresUpscalerOption = Annotated[
     str | None,
     typer.Option(metavar="NAME", help=f"One of {', '.join(UPSCALERS)}; default {Hires.upscaler}."),
 ]
+EmbeddingOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="FILE", help="A textual inversion; prompts use it by the file's name. May be repeated."),
+]
 StripOption = Annotated[
     bool,
     typer.Option("--strip", help="One labelled image: without LoRA, each LoRA at half and full weight, all together."),

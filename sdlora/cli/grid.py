@@ -8,8 +8,23 @@ import typer
 
 from ..config.choices import PRECISIONS
 from ..generation.request import MAX_SEED, ImageRequest
-from ..generation.samplers import SAMPLERS
 from .app import BaseOption, JsonOption, app, emit, examples, guard, parse_size
+from .generate_options import (
+    HiresOption,
+    HiresStepsOption,
+    HiresStrengthOption,
+    HiresUpscalerOption,
+    ImageOption,
+    LoraDirOption,
+    MaskBlurOption,
+    MaskOption,
+    RescaleOption,
+    SamplerOption,
+    ScheduleOption,
+    StrengthOption,
+    stated,
+)
+from .prompt_options import WildcardsOption
 
 _AXIS = "KIND:V,V"
 
@@ -18,7 +33,8 @@ _AXIS = "KIND:V,V"
     epilog=examples(
         "sdlora grid 'zorb, a fox' --lora zorb.safetensors --x weight:0,0.5,1 --y seed:1-3",
         "sdlora grid 'a fox' --lora zorb.safetensors --x step:500,1000,last --y prompt:fox,cat,tower --out out/steps.png",
-        more="Kinds of axes: lora, weight, step, prompt, seed, cfg, steps, sampler, size; ranges: 1-5, 1-9 (+2), 0-1 [5].",
+        more="Kinds of axes: lora, weight, step, prompt, seed, cfg, steps, strength, sampler, schedule, size. Ranges: "
+        "1-5, 1-9 (+2), 0-1 [5].",
     )
 )
 @guard
@@ -34,19 +50,29 @@ def grid(
             metavar="FILE[:UNET[:TE]]", help="A LoRA in all cells with its weight (default 1); may be repeated."
         ),
     ] = None,
-    lora_dir: Annotated[
-        str | None,
-        typer.Option(metavar="DIR", help="Folder in which tags of prompts, <lora:name:0.8>, find their files."),
-    ] = None,
+    lora_dir: LoraDirOption = None,
+    wildcards: WildcardsOption = None,
     negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of all cells.")] = ImageRequest.seed,
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps.")] = ImageRequest.steps,
     cfg: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is off.")] = ImageRequest.cfg,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels; default: the base's own.")] = None,
-    sampler: Annotated[str, typer.Option(help=f"One of {', '.join(SAMPLERS)}.")] = ImageRequest.sampler,
+    sampler: SamplerOption = ImageRequest.sampler,
+    schedule: ScheduleOption = None,
+    guidance_rescale: RescaleOption = None,
+    image: ImageOption = None,
+    strength: StrengthOption = None,
+    mask: MaskOption = None,
+    mask_blur: MaskBlurOption = None,
+    hires: HiresOption = None,
+    hires_strength: HiresStrengthOption = None,
+    hires_steps: HiresStepsOption = None,
+    hires_upscaler: HiresUpscalerOption = None,
     scale: Annotated[int, typer.Option(min=1, max=8, help="Enlarge the labelled image.")] = 1,
     precision: Annotated[str, typer.Option(help=f"Precision of the base: {', '.join(PRECISIONS)}.")] = "auto",
     vae_tiling: Annotated[bool, typer.Option("--vae-tiling", help="Decode in strips: less memory, slower.")] = False,
+    clip_skip: Annotated[int | None, typer.Option(help="Layer of the text encoder, counted from the end.")] = None,
+    vae: Annotated[str | None, typer.Option(metavar="FILE", help="Replaces the base's own.")] = None,
     out: Annotated[
         str, typer.Option(metavar="FILE", help="The labelled image; cells go to NAME.cells.")
     ] = "out/grid.png",
@@ -56,12 +82,18 @@ def grid(
     shape = parse_size(size)
     if precision not in PRECISIONS:
         raise typer.BadParameter(f"{precision!r} is not one of {', '.join(PRECISIONS)}", param_hint="--precision")
+    from ..config.loading import base_section
     from ..grids.grid import grid as draw
 
+    drawing = stated(
+        image=image, strength=strength, mask=mask, mask_blur=mask_blur, hires=hires, hires_strength=hires_strength,
+        hires_steps=hires_steps, hires_upscaler=hires_upscaler, schedule=schedule, guidance_rescale=guidance_rescale,
+    )  # fmt: skip
+    section = base_section(path=base, clip_skip=clip_skip, vae=vae)
     made = draw(
-        prompt, x=x, y=y, z=z, out=out, base=base, loras=lora or (), lora_dir=lora_dir, negative=negative, seed=seed,
-        steps=steps, cfg=cfg, size=shape, sampler=sampler, scale=scale, precision=precision, vae_tiling=vae_tiling,
-        say=lambda line: typer.echo(line, err=True),
+        prompt, x=x, y=y, z=z, out=out, base=section, loras=lora or (), lora_dir=lora_dir, wildcards=wildcards,
+        negative=negative, seed=seed, steps=steps, cfg=cfg, size=shape, sampler=sampler, scale=scale,
+        precision=precision, vae_tiling=vae_tiling, say=lambda line: typer.echo(line, err=True), **drawing,
     )  # fmt: skip
     if as_json:
         emit(made.to_json())

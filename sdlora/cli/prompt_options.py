@@ -20,17 +20,22 @@ WildcardsOption = Annotated[
     str | None,
     typer.Option(metavar="DIR", help="Folder of text files: __animal__ is a line of animal.txt, by the seed."),
 ]
+PreviewOption = Annotated[
+    str | None,
+    typer.Option(metavar="WHERE", help="Show images under way: 'terminal', or a .png file that is rewritten."),
+]
 
 
-def prompt_lines(prompts: list[str], file: str | None) -> list[PromptLine]:
+def prompt_lines(prompts: list[str], file: str | None, *, required: bool) -> list[PromptLine]:
     """The prompts of the command, then those of ``file``.
 
     Raises:
-        typer.BadParameter: there are none.
+        typer.BadParameter: there are none, where one is ``required``.
         SdloraError: the file cannot be read, or has faults.
     """
     from ..generation.prompt_file import PromptLine, read_prompts
 
-    if not prompts and file is None:
-        raise typer.BadParameter("there is no prompt; write one, or name a file with --prompts", param_hint="PROMPT")
+    if required and not prompts and file is None:
+        remedy = "write one, or name a file with --prompts, or an image with --from"
+        raise typer.BadParameter(f"there is no prompt; {remedy}", param_hint="PROMPT")
     return [*(PromptLine(prompt=prompt) for prompt in prompts), *([] if file is None else read_prompts(file))]

@@ -35,6 +35,9 @@ def sweep(
         int | None,
         typer.Option(metavar="N", help="Runs at the same time; default: 1 on this machine, all on a cluster."),
     ] = None,
+    processes: Annotated[
+        int, typer.Option(metavar="N", help="Processes that share each run, one for each GPU, as train has it.")
+    ] = 1,
     retry: Annotated[bool, typer.Option("--retry", help="Run those again that failed.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Check everything and list the runs; train nothing.")] = False,
     as_json: JsonOption = False,
@@ -45,10 +48,20 @@ def sweep(
 
     with progress_bar() as progress:
         report = run_sweep(
-            file, settings or (), out=out, engine=engine, jobs=jobs, retry=retry, only_check=check, progress=progress
+            file,
+            settings or (),
+            out=out,
+            engine=engine,
+            jobs=jobs,
+            processes=processes,
+            retry=retry,
+            only_check=check,
+            progress=progress,
         )
     if as_json:
-        emit(report.to_json())
+        from ..sweeps.means import means_of
+
+        emit({**report.to_json(), "means": [mean.to_json() for mean in means_of(report.runs)]})
     else:
         typer.echo("\n".join(_lines(report, checked=check)))
     if report.count("failed") and not check:

@@ -86,15 +86,15 @@ def train(
         ("--learning-rate", "optimizer.learning_rate"): learning_rate,
         ("--out", "output.path"): out,
     }
-    loaded = run_config(arguments or (), options, from_kohya)
-    if explain:
-        _explain(loaded, as_json=as_json)
-        return
-    if processes is not None and processes > 1:
+    if processes is not None and processes > 1 and not explain:
         flags = {"--restart": restart, "--allow-device-change": allow_device_change, "--json": as_json}
         more = {"--extend": extend, "--from-kohya": from_kohya}
         given = {name: value for (name, _), value in options.items()} | more
         _shared(processes, given, [name for name, is_set in flags.items() if is_set], arguments or [])
+        return
+    loaded = run_config(arguments or (), options, from_kohya)
+    if explain:
+        _explain(loaded, as_json=as_json)
         return
     report = _trained(loaded.config, restart=restart, extend=extend, allow_device_change=allow_device_change)
     from accelerate import Accelerator
@@ -120,7 +120,7 @@ ANSWER = (
 
 
 def _shared(processes: int, options: Mapping[str, object], flags: Sequence[str], arguments: Sequence[str]) -> None:
-    """Run this command as several processes."""
+    """Run this command as several processes, the first of which answers for them."""
     from ..training.launch import run_processes
 
     given = [f"{name}={value}" for name, value in options.items() if value is not None]

@@ -82,12 +82,7 @@ class Recipe:
 
 def parse_recipe(text: str) -> Recipe:
     """Read the ``parameters`` of an image. Any text is one: what has no form of its own belongs to the prompt."""
-    *lines, last = text.strip().split("\n")
-    found = _FIELD.findall(last)
-    if len(found) < _LEAST_FIELDS:
-        lines, found = [*lines, last], []
-    start = next((number for number, line in enumerate(lines) if line.startswith(_NEGATIVE)), len(lines))
-    prompt, negative = "\n".join(lines[:start]), "\n".join(lines[start:]).removeprefix(_NEGATIVE).strip()
+    prompt, negative, found = _parts(text)
     loras, problems = [], []
     for match in TAG.finditer(prompt):
         if match[1] == "hypernet":
@@ -103,6 +98,22 @@ def parse_recipe(text: str) -> Recipe:
         fields={key: _unquoted(value) for key, value in found},
         problems=tuple(problems),
     )
+
+
+def tagged_prompt(text: str) -> str:
+    """The prompt of an image's ``parameters`` as written, with its tags."""
+    return _parts(text)[0].strip()
+
+
+def _parts(text: str) -> tuple[str, str, list[tuple[str, str]]]:
+    """The prompt, the negative prompt, and the fields of the last line, quoted as they are."""
+    *lines, last = text.strip().split("\n")
+    found = _FIELD.findall(last)
+    if len(found) < _LEAST_FIELDS:
+        lines, found = [*lines, last], []
+    start = next((number for number, line in enumerate(lines) if line.startswith(_NEGATIVE)), len(lines))
+    prompt, negative = "\n".join(lines[:start]), "\n".join(lines[start:]).removeprefix(_NEGATIVE).strip()
+    return prompt, negative, found
 
 
 def _number(text: str) -> float:

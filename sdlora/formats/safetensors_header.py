@@ -25,6 +25,11 @@ DTYPE_BYTES: Mapping[str, int] = {
 METADATA_FIRST = b'{"__metadata__":'
 """How the header begins in files of safetensors, kohya and diffusers: the table need not be parsed to reach what follows."""
 
+_PIECE = 1 << 16
+"""Bytes in which the end of the metadata is looked for first."""
+_PADDING = 64
+"""Spaces that a header may end in; the format asks for no more than 7."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RawHeader:
@@ -62,23 +67,31 @@ def read_raw_header(path: Path, error: type[SdloraError]) -> RawHeader:
         raise error(f"{path}: cannot be read: {fault.strerror}") from None
 
 
-def split_header(raw: RawHeader) -> tuple[dict[str, str], bytes] | None:
+def split_header(raw: RawHeader) -> tuple[dict[str, str], memoryview] | None:
     """The metadata and the text after them, where the metadata come first, as most programs write them; else None.
 
-    What follows is not parsed. Files with tensors of the same names, shapes and places have the same bytes there.
+    What follows is neither parsed nor copied. Files with tensors of the same names, shapes and places have the same bytes
+    there.
     """
-    text = raw.text.rstrip()
-    if not text.startswith(METADATA_FIRST) or text.count(b'"__metadata__"') != 1 or not text.endswith(b"}"):
+    text = raw.text
+    if not text.startswith(METADATA_FIRST) or text.count(b'"__metadata__"') != 1:
         return None
-    try:
-        after = text[len(METADATA_FIRST) :].decode("utf-8")
-        metadata, end = json.JSONDecoder().raw_decode(after)
-    except (ValueError, RecursionError):
+    padding = len(text[-_PADDING:]) - len(text[-_PADDING:].rstrip())
+    if text[len(text) - padding - 1 : len(text) - padding] != b"}":
         return None
-    if isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values()):
-        # The place in bytes is further on than that in letters where some of these take several.
-        end = end if after.isascii() else len(after[:end].encode("utf-8"))
-        return metadata, text[len(METADATA_FIRST) + end :]
+    start = len(METADATA_FIRST)
+    # Metadata are a small part of the text as a rule; a piece that ends in their middle does not parse.
+    for end in (text.rfind(b'"', start, start + _PIECE) + 1, len(text)):
+        try:
+            piece = text[start:end].decode("utf-8")
+            metadata, length = json.JSONDecoder().raw_decode(piece)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values()):
+            # The place in bytes is further on than that in letters where some of these take several.
+            length = length if piece.isascii() else len(piece[:length].encode("utf-8"))
+            return metadata, memoryview(text)[start + length : len(text) - padding]
+        return None
     return None
 
 

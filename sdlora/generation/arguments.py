@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 from ..config.sections import BaseSection
 from ..errors import BaseModelError, LoraFileError, SdloraError
 from .hires import hires_pass
+from .inversions import EmbeddingArgument, read_inversions
 from .loras import LoraChoice
 from .prompt_file import PromptLine
 from .request import ImageRequest, first_seed
@@ -29,7 +30,7 @@ class SamplingOptions(TypedDict, total=False):
 
 
 class DrawingOptions(SamplingOptions, total=False):
-    """What else ``generate`` takes: an image to draw over, or a second pass."""
+    """What else ``generate`` takes: an image to draw over, a second pass, textual inversions."""
 
     image: ImageArgument | None
     """The image that is drawn over: a file, or an image of Pillow."""
@@ -47,6 +48,8 @@ class DrawingOptions(SamplingOptions, total=False):
     """Steps that the second pass takes; by default as many as the first."""
     hires_upscaler: str | None
     """How the first image is enlarged, a name of ``hires.UPSCALERS``; ``latent`` by default."""
+    embeddings: EmbeddingArgument | Sequence[EmbeddingArgument]
+    """Files of textual inversions; prompts use them by the file's name or their token."""
 
 
 def base_argument(base: object) -> str | BaseSection:
@@ -122,6 +125,7 @@ def image_requests(
     hires_strength: float | None = None,
     hires_steps: int | None = None,
     hires_upscaler: str | None = None,
+    embeddings: EmbeddingArgument | Sequence[EmbeddingArgument] = (),
 ) -> list[ImageRequest]:
     """``count`` requests for each prompt, with seeds from ``seed`` on.
 
@@ -139,7 +143,11 @@ def image_requests(
         problems.append(f"size {size!r}: expected pixels, 512 or (512, 768) for width and height")
     if not _whole(steps):
         problems.append(f"steps {steps!r}: expected a whole number, at least 1")
-    start, second = None, None
+    start, second, inversions = None, None, ()
+    try:
+        inversions = read_inversions(embeddings)
+    except SdloraError as error:
+        problems += error.problems
     try:
         start = start_image(image, strength=strength, mask=mask, mask_blur=mask_blur)
     except SdloraError as error:
@@ -164,6 +172,7 @@ def image_requests(
         guidance_rescale=guidance_rescale,
         start=start,
         hires=second,
+        inversions=inversions,
     )
     return [request for line in lines for request in line.requests(common, count)]
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..base.base import Base
 from ..base.conditioning import Framing, time_ids
 from ..progress import Progress, Stop, raise_if_stopped
+from .preview import Watch
 from .request import ImageRequest
 from .samplers import SAMPLERS
 from .scheduled_prompt import ScheduledConditioning
@@ -25,12 +26,14 @@ def denoise(
     stop: Stop | None = None,
     before_step: Callable[[int], None] | None = None,
     start: Start | None = None,
+    watch: Watch | None = None,
 ) -> Tensor:
     """Latents, (b, 4, h/8, w/8) float32, of b requests that differ in nothing but prompts and seeds.
 
     ``conditioning`` is that of ``encode_requests``, ``start`` that of ``start_of``. ``before_step`` is called with the
-    number of each step, from 0. A step reads nothing back from the device, and copies nothing to it but the new noise of
-    samplers that draw some: the schedule stays in main memory, where samplers compute their factors.
+    number of each step, from 0, and ``watch`` after each prediction. Without it, a step reads nothing back from the device,
+    and copies nothing to it but the new noise of samplers that draw some: the schedule stays in main memory, where samplers
+    compute their factors.
 
     Guidance is ε = ε₀ + g (ε₁ - ε₀) (Ho & Salimans 2022, eq. 6, with g = 1 + w). Noise is drawn on the CPU, so a seed
     gives the same image on every device.
@@ -62,6 +65,8 @@ def denoise(
             predicted = unconditional + first.cfg * (conditional - unconditional)
             if first.guidance_rescale:
                 predicted = _rescaled(predicted, conditional, first.guidance_rescale)
+        if watch is not None:
+            watch(noisy[: len(requests)], predicted, timestep)
         latents = scheduler.step(predicted, timestep, latents, return_dict=False, **extra)[0]
         # Samplers of second order call the UNet twice for a step, except for the last.
         if part == scheduler.order - 1 or call == len(timesteps) - 1:

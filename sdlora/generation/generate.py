@@ -13,7 +13,8 @@ from ..config.sections import BaseSection
 from ..progress import Progress
 from .arguments import DrawingOptions, LoraArgument, PromptArgument, SamplingOptions
 from .request import ImageRequest
-from .studio import STRENGTHS, open
+from .strip import STRENGTHS
+from .studio import open
 
 if TYPE_CHECKING:
     from .images import GeneratedImage

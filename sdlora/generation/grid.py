@@ -18,13 +18,14 @@ def labelled_grid(
 ) -> Image.Image:
     """A grid of ``rows``, all of the same length and of images of equal size.
 
-    ``columns`` are the labels above, wrapped to the images' width, ``row_labels`` those on the left. Each image is
+    ``columns`` are the labels above, ``row_labels`` those on the left, all wrapped to the images' width. Each image is
     enlarged ``scale`` times without smoothing. The images are at the bottom right, 6 pixels apart.
     """
     width, height = rows[0][0].width * scale, rows[0][0].height * scale
     letters = Lettering(max(11, height // 12))
     line = letters.height + _GAP
-    left = max((int(letters.length(label)) + 2 * _GAP for label in row_labels), default=0)
+    beside = [letters.wrapped(label, width, lines=LABEL_LINES) for label in row_labels]
+    left = max((int(letters.length(text)) + 2 * _GAP for label in beside for text in label), default=0)
     labels = [letters.wrapped(label, width, lines=LABEL_LINES) for label in columns]
     above = line * max((len(label) for label in labels), default=1) or line
     size = (left + len(columns) * (width + _GAP) - _GAP, above + len(rows) * (height + _GAP) - _GAP)
@@ -36,8 +37,10 @@ def labelled_grid(
             letters.draw(pen, (middle - letters.length(text) / 2, top + number * line + _GAP / 2), text, _INK)
     for y, row in enumerate(rows):
         top = above + y * (height + _GAP)
-        if y < len(row_labels):
-            letters.draw(pen, (_GAP, top + (height - letters.height) / 2), row_labels[y], _INK)
+        label = beside[y] if y < len(beside) else []
+        first = top + (height - letters.height - line * (len(label) - 1)) / 2
+        for number, text in enumerate(label):
+            letters.draw(pen, (_GAP, first + number * line), text, _INK)
         for x, image in enumerate(row):
             enlarged = image.resize((width, height), Image.Resampling.NEAREST)
             canvas.paste(enlarged, (left + x * (width + _GAP), top))

@@ -22,7 +22,9 @@ from ..lora.stack import Stack
 from ..progress import Progress, raise_if_stopped
 from .denoise import denoise
 from .infotext import infotext
+from .inversions import with_inversions
 from .loras import WeightedLora, stacked
+from .preview import Watch, watch_of
 from .request import ImageRequest
 from .saving import encoded
 from .scheduled_prompt import ScheduledConditioning, encode_requests, is_guided
@@ -75,12 +77,12 @@ def generate_images(
     """
     if not requests:
         return []
-    checkpoint = base.checkpoint
+    base, checkpoint = with_inversions(base, requests, loras), base.checkpoint
     base_autov2 = file_hashes(checkpoint.file, progress).autov2 if checkpoint.file else None
     images: list[GeneratedImage] = []
     progress.start("Generating", sum(request.all_steps for request in requests))
     varying = [lora.choice for lora in loras if lora.choice.varies]
-    decode = LatentDecoder(base, tiled=vae_tiling)
+    decode, watch = LatentDecoder(base, tiled=vae_tiling), watch_of(base, progress)
     batches = _batches(requests, checkpoint)
 
     def weigh(steps: int) -> Callable[[int], None] | None:
@@ -93,13 +95,13 @@ def generate_images(
     ):
         for batch, conditioning in zip(batches, conditionings, strict=True):
             latents = _denoised(
-                base, batch, conditioning, progress, stop, start_of(base, batch), weigh(batch[0].steps_taken)
+                base, batch, conditioning, progress, stop, start_of(base, batch), weigh(batch[0].steps_taken), watch
             )
             if hires := batch[0].hires:
                 start, steps = enlarged(base, batch, latents, decode), hires.steps_taken(batch[0].steps)
                 second = second_pass(batch, checkpoint)
                 conditioning = conditioning.after(batch[0].steps_taken)
-                latents = _denoised(base, second, conditioning, progress, stop, start, weigh(steps))
+                latents = _denoised(base, second, conditioning, progress, stop, start, weigh(steps), watch)
             raise_if_stopped(stop, "stopped while generating")
             pixels = as_arrays(decode(latents))
             for request, latent, array in zip(batch, latents, pixels, strict=True):
@@ -153,6 +155,7 @@ def _denoised(
     stop: threading.Event | None,
     start: Start | None,
     before_step: Callable[[int], None] | None,
+    watch: Watch | None,
 ) -> Tensor:
     """``denoise``, one image after another where memory does not suffice for all of ``batch``.
 
@@ -160,7 +163,7 @@ def _denoised(
         DeviceMemoryError: it does not suffice for one.
     """
     try:
-        return denoise(base, batch, conditioning, progress, stop, before_step, start)
+        return denoise(base, batch, conditioning, progress, stop, before_step, start, watch)
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
@@ -179,7 +182,14 @@ def _denoised(
     return torch.cat(
         [
             _denoised(
-                base, [request], conditioning.of_image(number), progress, stop, start and start.row(number), before_step
+                base,
+                [request],
+                conditioning.of_image(number),
+                progress,
+                stop,
+                start and start.row(number),
+                before_step,
+                watch,
             )
             for number, request in enumerate(batch)
         ]

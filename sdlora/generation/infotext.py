@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from .._version import __version__
 from ..base.checkpoint import BaseCheckpoint
 from .hires import UPSCALERS
+from .inversions import used_inversions
 from .loras import WeightedLora
 from .request import ImageRequest
 from .samplers import SAMPLERS, a1111_schedule
@@ -51,12 +52,16 @@ def infotext(
     # As A1111's extension for wildcards writes them.
     fields["Wildcard prompt"] = request.prompt_template or None
     fields["Wildcard negative prompt"] = request.negative_template or None
+    used = {inversion.words[0]: inversion.sha256 for inversion in used_inversions(request) if inversion.sha256}
+    if used:
+        fields["TI hashes"] = ", ".join(f"{word}: {digest[:12]}" for word, digest in used.items())
     lora_hashes = {lora.tag_name: lora.fitted.autov3 for lora in loras if lora.fitted.autov3}
     if lora_hashes:
         fields["Lora hashes"] = ", ".join(f"{name}: {digest}" for name, digest in lora_hashes.items())
     line = ", ".join(f"{key}: {_quoted(str(value))}" for key, value in fields.items() if value is not None)
     all_hashes = {"model": base_autov2} if base_autov2 else {}
     all_hashes |= {f"lora:{name}": digest for name, digest in lora_hashes.items()}
+    all_hashes |= {f"embed:{word}": digest[:10] for word, digest in used.items()}
     if all_hashes:
         # JSON without quotes around it, as Civitai's own extension writes it and its pattern reads it.
         line += f", Hashes: {json.dumps(all_hashes)}"

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 _MOST_STEPS = 1000
 _MOST_IMAGES = 10_000
 _OPTION = re.compile(r"(?:^|\s+)--([A-Za-z_]\w*)(?=[\s=]|$)[\s=]*")
+_WORD = re.compile(r"--([A-Za-z_]\w*)(?:=(.*))?", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,10 +149,10 @@ def _options(line: str) -> Iterator[tuple[str, str]]:
         raise SdloraError("has a quote without its end; close it, or write \\' for an apostrophe") from None
     name, value = "", list[str]()
     for word in words:
-        if _OPTION.fullmatch(word):
+        if match := _WORD.fullmatch(word):
             if name:
                 yield name, " ".join(value)
-            name, value = word[2:], []
+            name, value = match[1], [match[2]] if match[2] is not None else []
         else:
             value.append(word)
     yield name, " ".join(value)

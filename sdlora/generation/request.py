@@ -15,6 +15,7 @@ from .start_image import StartImage
 
 if TYPE_CHECKING:
     from ..base.checkpoint import BaseCheckpoint
+    from ..formats.inversion_file import Inversion
 
 MAX_CFG = 100
 MAX_SEED = 2**32 - 1
@@ -48,6 +49,9 @@ class ImageRequest:
     prompt_template: str = ""
     """The prompt as written, where wildcards in it were replaced by entries; else empty."""
     negative_template: str = ""
+    """Likewise of the negative prompt."""
+    inversions: tuple[Inversion, ...] = ()
+    """Textual inversions whose words the prompts may use."""
 
     def size_on(self, base: BaseCheckpoint) -> tuple[int, int]:
         """Width and height in pixels when generated on ``base``."""
@@ -87,6 +91,10 @@ def first_seed(seed: int | None, *, count: int) -> int:
 def check_requests(requests: Sequence[ImageRequest], base: BaseCheckpoint) -> None:
     """Raise ``SdloraError`` with one line for each value that does not work on ``base``."""
     problems = [problem for request in requests for problem in _problems(request, base)]
+    if inversions := dict.fromkeys(inversion for request in requests for inversion in request.inversions):
+        from ..base.inversion_fit import misfit
+
+        problems += [problem for inversion in inversions if (problem := misfit(inversion, base))]
     if problems:
         raise SdloraError(list(dict.fromkeys(problems)))
 

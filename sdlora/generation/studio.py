@@ -34,6 +34,7 @@ from .loras import FittedLora, WeightedLora, fit_loras
 from .prompt_folders import PromptFolders
 from .prompt_syntax import check_syntax
 from .request import ImageRequest, check_requests
+from .strip import STRENGTHS, strip_columns
 from .tags import check_named_once, missing_triggers
 
 if TYPE_CHECKING:
@@ -41,8 +42,6 @@ if TYPE_CHECKING:
     from .images import GeneratedImage
 
 logger = logging.getLogger(__name__)
-STRENGTHS = (0.0, 0.5, 1.0)
-"""Columns of a strip by default: what the weights of each LoRA are multiplied by."""
 
 
 def open(
@@ -132,14 +131,8 @@ class OpenStudio:
         suggestions = map(missing_triggers, (request.prompt for request in requests), drawn)
         for line in dict.fromkeys(line for lines in suggestions for line in lines):
             say(line)
-        images: list[GeneratedImage] = []
-        with progress_or_bar(progress) as reports:
-            for shown, group in groupby(zip(drawn, requests, strict=True), key=lambda pair: pair[0]):
-                of_loras = replace(studio, loras=tuple(shown))
-                images += of_loras.images(
-                    [request for _, request in group], progress=reports, stop=stop, on_image=on_image
-                )
-        return images
+        cells = list(zip(requests, drawn, strict=True))
+        return images_in_turn(studio, cells, progress=progress, stop=stop, on_image=on_image)
 
     def generate_strip(
         self,
@@ -166,14 +159,13 @@ class OpenStudio:
         )  # fmt: skip
         check_syntax((request.prompt for request in requests), (request.negative for request in requests))
         studio = self.prepared(requests, loras, say)
-        columns = _columns(studio.loras, strengths)
-        with progress_or_bar(progress) as reports:
-            images = [
-                replace(studio, loras=shown).images(requests, progress=reports, stop=stop) for _, shown in columns
-            ]
-        rows = [[column[row].image for column in images] for row in range(len(requests))]
-        sheet = labelled_grid(rows, columns=[label for label, _ in columns], scale=scale)
-        return sheet, "\n\n".join(column[row].parameters for row in range(len(requests)) for column in images)
+        columns = strip_columns(studio.loras, strengths)
+        cells = [(request, shown) for _, shown in columns for request in requests]
+        images = images_in_turn(studio, cells, progress=progress, stop=stop)
+        rows = [images[row :: len(requests)] for row in range(len(requests))]
+        labels = [label for label, _ in columns]
+        sheet = labelled_grid([[image.image for image in row] for row in rows], columns=labels, scale=scale)
+        return sheet, "\n\n".join(image.parameters for row in rows for image in row)
 
     def prepared(
         self,
@@ -205,16 +197,6 @@ class OpenStudio:
         if self._stack is None:
             self._stack = Stack(self._base.modules())
         return Studio(base=self._base, loras=fitted, vae_tiling=self._vae_tiling, stack=self._stack)
-
-
-def _columns(loras: tuple[WeightedLora, ...], strengths: Sequence[float]) -> list[tuple[str, tuple[WeightedLora, ...]]]:
-    """Label and LoRAs of each column of a strip."""
-    columns: list[tuple[str, tuple[WeightedLora, ...]]] = [("no LoRA", ())] if 0 in strengths else []
-    scaled = [lora.times(strength) for lora in loras for strength in strengths if strength]
-    columns += [(f"{lora.choice.name} {lora.choice.unet:g}", (lora,)) for lora in scaled]
-    if len(loras) > 1:
-        columns.append(("both" if len(loras) == 2 else "all", loras))
-    return columns
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -264,3 +246,21 @@ class Studio:
             return generate_images(
                 self.base, requests, self.loras, reports, stop, on_image, vae_tiling=self.vae_tiling, stack=self.stack
             )
+
+
+def images_in_turn(
+    studio: Studio,
+    cells: Sequence[tuple[ImageRequest, Sequence[WeightedLora]]],
+    *,
+    progress: Progress | None,
+    stop: threading.Event | None,
+    on_image: Callable[[GeneratedImage], None] | None = None,
+) -> list[GeneratedImage]:
+    """Generate each request under its own LoRAs, which change where those of a cell and of the one before differ."""
+    images: list[GeneratedImage] = []
+    with progress_or_bar(progress) as reports:
+        for shown, group in groupby(cells, key=lambda cell: list(cell[1])):
+            of_loras = replace(studio, loras=tuple(shown))
+            some = [request for request, _ in group]
+            images += of_loras.images(some, progress=reports, stop=stop, on_image=on_image)
+    return images

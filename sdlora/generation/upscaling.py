@@ -13,11 +13,10 @@ from torch.nn.functional import interpolate
 
 from ..base.base import Base
 from ..base.checkpoint import BaseCheckpoint
-from ..base.encode import encode_pixels
 from ..data.images import as_pixels
 from .hires import UPSCALERS
 from .request import ImageRequest
-from .start import Start
+from .start import Start, encoded_alone
 
 
 def second_pass(requests: Sequence[ImageRequest], checkpoint: BaseCheckpoint) -> list[ImageRequest]:
@@ -42,7 +41,7 @@ def enlarged(
     ``decode`` returns pixels (b, 3, 8h, 8w) in [0, 1]; only upscalers of pixels call it.
 
     Raises:
-        BaseModelError: the VAE produced NaN or Inf.
+        BaseModelError, DeviceMemoryError: as ``encoded_alone``.
     """
     first = requests[0]
     assert first.hires is not None
@@ -59,7 +58,7 @@ def enlarged(
     for pixels in as_arrays(decode(latents)):
         image = Image.fromarray(pixels).resize((width, height), method)
         # One by one: encoding needs more memory than denoising.
-        posteriors.append(encode_pixels(base, as_pixels(np.asarray(image))[None]))
+        posteriors.append(encoded_alone(base, as_pixels(np.asarray(image))[None]))
     mean = torch.cat([posterior.mean for posterior in posteriors])
     return Start(mean=mean, std=torch.cat([posterior.std for posterior in posteriors]), skipped=skipped)
 

@@ -8,7 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import SdloraError
-from .changes import Change, add_lora, replace_text, set_field, set_seed, set_size, take_step, weigh
+from .changes import (
+    Change,
+    add_lora,
+    replace_text,
+    set_field,
+    set_sampler,
+    set_schedule,
+    set_seed,
+    set_size,
+    set_strength,
+    take_step,
+    weigh,
+)
 from .values import numbers, split_values
 
 AxisArgument = str | tuple[str, Sequence[object]]
@@ -84,9 +96,12 @@ KINDS: Mapping[str, Kind] = {
         read=lambda _, values: [(f"cfg {value:g}", set_field("cfg", value)) for value in numbers(values, whole=False)],
     ),
     "steps": Kind(shows="numbers of sampling steps", read=_whole("steps", "{} steps")),
-    "sampler": Kind(
-        shows="samplers", read=lambda _, values: [(value, set_field("sampler", value)) for value in values]
+    "strength": Kind(
+        shows="how much of the image that is drawn over is repainted, above 0 to 1",
+        read=lambda _, values: [(f"strength {value:g}", set_strength(value)) for value in numbers(values, whole=False)],
     ),
+    "sampler": Kind(shows="samplers", read=lambda _, values: [(value, set_sampler(value)) for value in values]),
+    "schedule": Kind(shows="schedules, or auto", read=lambda _, values: [(v, set_schedule(v)) for v in values]),
     "size": Kind(shows="512 or 512x768", read=lambda _, values: [(value, set_size(value)) for value in values]),
 }
 """Name -> kind, in the order in which they change an image: a file is chosen before it is weighed."""

@@ -5,17 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from itertools import product
 from pathlib import Path
+from typing import Any
+
+from PIL import Image
 
 from .._version import __version__
 from ..base.checkpoint import BaseCheckpoint
 from ..errors import SdloraError
 from ..generation.lora_choice import LoraChoice
-from ..generation.lora_folder import LoraFolder
+from ..generation.prompt_folders import PromptFolders
 from ..generation.request import ImageRequest
-from ..generation.tags import check_named_once, read_tags
+from ..generation.tags import check_named_once
 from .axes import DIRECTIONS, Axis
 from .changes import Draft
 
@@ -31,9 +34,9 @@ class Cell:
 
 
 def make_cells(
-    request: ImageRequest, loras: Sequence[LoraChoice], axes: Sequence[Axis], folder: LoraFolder | None
+    request: ImageRequest, loras: Sequence[LoraChoice], axes: Sequence[Axis], folders: PromptFolders
 ) -> list[Cell]:
-    """All cells, by sheet, row and column. ``folder`` is where tags of prompts find their LoRAs.
+    """All cells, by sheet, row and column. ``folders`` are where prompts find what they name.
 
     Raises:
         SdloraError: with one line for each axis that has nothing to change, and each wrong tag.
@@ -50,7 +53,7 @@ def make_cells(
         for axis in ordered:
             draft = axis.changes[place[DIRECTIONS.index(axis.direction)]](draft)
         drafts.append(draft)
-    tagged = read_tags([draft.request for draft in drafts], folder)
+    tagged = folders.read([draft.request for draft in drafts])
     cells = []
     for place, draft, entry in zip(places, drafts, tagged, strict=True):
         named = [*draft.loras, *entry.loras]
@@ -74,6 +77,8 @@ def _check(start: Draft, axes: Sequence[Axis]) -> None:
                 problems.append(f"{axis.direction}: {axis.target} is none of the LoRAs; they are {known}")
             elif axis.kind == "step" and axis.target is None and len(set(names)) > 1:
                 problems.append(f"{axis.direction}: step is that of which LoRA? Write step@NAME with one of {known}")
+        if axis.kind == "strength" and start.request.start is None:
+            problems.append(f"{axis.direction}: strength is that of an image to draw over; name one with image")
         if axis.search is not None and axis.search not in f"{start.request.prompt}\n{start.request.negative}":
             problems.append(
                 f"{axis.direction}: the prompt does not have the text {axis.search!r}, which is to be replaced"
@@ -114,8 +119,17 @@ def cell_key(cell: Cell, hashes: Mapping[Path, str], base: BaseCheckpoint, *, pr
         "version": __version__,
         "base": [base.fingerprint, asdict(base.schedule), base.clip_skip, base.resolution, base.quantization],
         "precision": precision,
-        "request": asdict(cell.request),
+        "request": _facts(cell.request),
         "loras": [{**asdict(lora), "file": hashes[lora.file]} for lora in cell.loras],
     }
-    text = json.dumps(facts, sort_keys=True, default=str)
+    text = json.dumps(facts, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _facts(value: Any) -> Any:
+    """``value`` as JSON can hold it; an image as the hash of its pixels."""
+    if is_dataclass(value):
+        return {field.name: _facts(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, Image.Image):
+        return [value.mode, value.size, hashlib.sha256(value.tobytes()).hexdigest()]
+    return value

@@ -10,6 +10,8 @@ from typing import Any
 from ..errors import LoraFileError
 from ..generation.lora_choice import MOST_WEIGHT, LoraChoice
 from ..generation.request import MAX_SEED, ImageRequest
+from ..generation.samplers import read_sampler
+from ..generation.start_image import StartImage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,46 @@ def set_size(text: str) -> Change:
     if match is None:
         raise ValueError(f"{text!r} is not a size; expected 512 or 512x768")
     return set_field("size", (int(match[1]), int(match[2] or match[1])))
+
+
+def set_sampler(text: str) -> Change:
+    """Set the sampler, and the schedule where the name holds one, as A1111's ``DPM++ 2M Karras`` does.
+
+    Names that there are none of are for ``check_requests`` to report, as those of ``set_schedule``.
+    """
+    name, schedule = read_sampler(text)
+
+    def change(draft: Draft) -> Draft:
+        request = replace(draft.request, sampler=name, schedule=schedule or draft.request.schedule)
+        return replace(draft, request=request)
+
+    return change
+
+
+def set_schedule(text: str) -> Change:
+    """Set the spread of the steps; ``auto`` leaves it to the sampler."""
+    return set_field("schedule", None if text == "auto" else read_sampler(ImageRequest.sampler, text)[1])
+
+
+def set_strength(value: float) -> Change:
+    """Set how much of the image that is drawn over is repainted.
+
+    Raises:
+        ValueError: ``value`` is out of range.
+    """
+    if not 0 < value <= 1:
+        raise ValueError(f"{value:g} is not a strength above 0 and at most 1")
+    # Images of one start image are drawn together only where it is the same object.
+    made: dict[int, StartImage] = {}
+
+    def change(draft: Draft) -> Draft:
+        start = draft.request.start
+        if start is None:
+            return draft
+        start = made.setdefault(id(start), replace(start, strength=value))
+        return replace(draft, request=replace(draft.request, start=start))
+
+    return change
 
 
 def add_lora(text: str) -> tuple[str, Change]:

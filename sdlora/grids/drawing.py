@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from itertools import groupby
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +17,7 @@ from ..generation.lora_choice import LoraChoice
 from ..generation.loras import fit_loras
 from ..generation.request import check_requests
 from ..generation.saving import save_png
-from ..generation.studio import OpenStudio
+from ..generation.studio import OpenStudio, images_in_turn
 from ..generation.tags import missing_triggers
 from ..progress import Progress
 from .cells import Cell, cell_key, in_drawing_order
@@ -75,20 +73,17 @@ def draw_cells(
         for line in missing_triggers(cell.request.prompt, [by_choice[choice] for choice in cell.loras]):
             say(line)
     written: list[Path] = []
-    progress.start("Drawing cells", sum(cell.request.steps for cell in ordered))
+    waiting = iter(ordered)
+
+    def write(image: GeneratedImage) -> None:
+        file = folder / f"{names[id(next(waiting))]}.png"
+        save_png(image.image, file, image.parameters)
+        written.append(file)
+
+    progress.start("Drawing cells", sum(cell.request.all_steps for cell in ordered))
+    own = [(cell.request, [by_choice[choice] for choice in cell.loras]) for cell in ordered]
     try:
-        for loras, group in groupby(ordered, key=lambda cell: cell.loras):
-            some = list(group)
-            waiting = iter(some)
-
-            def write(image: GeneratedImage, waiting: Iterator[Cell] = waiting) -> None:
-                file = folder / f"{names[id(next(waiting))]}.png"
-                save_png(image.image, file, image.parameters)
-                written.append(file)
-
-            replace(prepared, loras=tuple(by_choice[choice] for choice in loras)).images(
-                [cell.request for cell in some], progress=_OneTask(progress), stop=stop, on_image=write
-            )
+        images_in_turn(prepared, own, progress=_OneTask(progress), stop=stop, on_image=write)
     except (Interrupted, KeyboardInterrupt) as error:
         done = len(cells) - len(missing) + len(written)
         raise Interrupted(

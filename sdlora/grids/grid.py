@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from PIL import Image
 
@@ -16,8 +16,8 @@ from ..base.checkpoint import BaseCheckpoint, find_base
 from ..config.sections import BaseSection
 from ..errors import SdloraError
 from ..files import check_target, write_whole
-from ..generation.arguments import LoraArgument, base_argument, image_requests, lora_choices
-from ..generation.lora_folder import LoraFolder
+from ..generation.arguments import DrawingOptions, LoraArgument, base_argument, image_requests, lora_choices
+from ..generation.prompt_folders import PromptFolders
 from ..generation.prompt_syntax import check_syntax
 from ..generation.request import ImageRequest
 from ..generation.saving import FORMATS, encoded
@@ -60,6 +60,7 @@ def grid(
     base: str | Path | BaseSection = "mini",
     loras: LoraArgument | Sequence[LoraArgument] = (),
     lora_dir: str | Path | None = None,
+    wildcards: str | Path | None = None,
     negative: str = ImageRequest.negative,
     seed: int = ImageRequest.seed,
     steps: int = ImageRequest.steps,
@@ -72,6 +73,7 @@ def grid(
     progress: Progress | None = None,
     stop: threading.Event | None = None,
     say: Callable[[str], None] = lambda line: None,
+    **drawing: Unpack[DrawingOptions],
 ) -> Grid:
     """Draw ``prompt`` for all combinations of the values of the axes; write the labelled image and what it is made of.
 
@@ -84,7 +86,8 @@ def grid(
         loras: what all cells have; an axis ``lora`` adds to them.
         seed: 0 to 2**32 - 1. Not random: a cell is known again by its seed.
         scale: how many times the labelled image is enlarged, without smoothing.
-        base, lora_dir, negative, steps, cfg, size, sampler, precision, vae_tiling, progress, stop, say: as in ``generate``.
+        base, lora_dir, wildcards, negative, steps, cfg, size, sampler, precision, vae_tiling: as in ``generate``.
+        progress, stop, say, drawing: as in ``generate``.
 
     Raises:
         SdloraError: the prompt, a setting, an axis, a LoRA or the base cannot be used, found before anything is drawn.
@@ -98,11 +101,10 @@ def grid(
             f"seed {seed}: a cell of a grid is known again by its seed; give one from 0, or an axis seed:1,2"
         )
     (request,) = image_requests(
-        prompt, seed=seed, count=1, size=size, negative=negative, steps=steps, cfg=cfg, sampler=sampler
+        prompt, seed=seed, count=1, size=size, negative=negative, steps=steps, cfg=cfg, sampler=sampler, **drawing
     )
-    folder = None if lora_dir is None else LoraFolder(Path(lora_dir))
-    cells = make_cells(request, lora_choices(loras), axes, folder)
-    check_syntax(text for cell in cells for text in (cell.request.prompt, cell.request.negative))
+    cells = make_cells(request, lora_choices(loras), axes, PromptFolders.of(lora_dir, wildcards))
+    check_syntax((cell.request.prompt for cell in cells), (cell.request.negative for cell in cells))
     checkpoint = find_base(base_argument(base))
     _check_size(cells, checkpoint, scale)
     place = file.with_name(f"{file.stem}.cells")
@@ -138,7 +140,7 @@ def _finished(
     stated = tuple({"direction": a.direction, "kind": a.kind, "lora": a.target, "values": list(a.labels)} for a in axes)
     _write(file, sheet, "\n\n".join(dict.fromkeys(record["parameters"] for record in records)))
     report = {"version": __version__, "base": base.name, "axes": stated, "cells": records}
-    write_whole(place / "grid.json", json.dumps(report, ensure_ascii=False, indent=1, default=str).encode())
+    write_whole(place / "grid.json", json.dumps(report, ensure_ascii=False, indent=1).encode())
     return Grid(image=sheet, file=file, folder=place, axes=stated, cells=tuple(records), drawn=drawn)
 
 
@@ -152,7 +154,7 @@ def _target(out: str | Path) -> Path:
 
 
 def _check_size(cells: Sequence[Cell], base: BaseCheckpoint, scale: int) -> None:
-    width, height = map(max, zip(*(cell.request.size_on(base) for cell in cells), strict=True))
+    width, height = map(max, zip(*(cell.request.final_size_on(base) for cell in cells), strict=True))
     if len(cells) * width * height * scale**2 > MOST_PIXELS:
         raise SdloraError(
             f"{len(cells):,} cells of {width} x {height} pixels are over {MOST_PIXELS / 1e6:.0f} million pixels together; "
@@ -168,9 +170,12 @@ def _record(cell: Cell, axes: Sequence[Axis], key: str, parameters: str, base: B
         for direction, number in zip(DIRECTIONS, cell.place, strict=True)
         if direction in by_direction
     }
-    settings = {name: value for name, value in asdict(cell.request).items() if value is not None}
+    request = cell.request
+    settings: dict[str, Any] = {field.name: getattr(request, field.name) for field in fields(request)}
+    settings["start"] = None if request.start is None else {"strength": request.start.strength}
+    settings["hires"] = None if request.hires is None else asdict(request.hires)
     loras = [{"name": lora.name, "weights": lora.tag} for lora in cell.loras]
-    made = settings | {"size": cell.request.size_on(base), "loras": loras, "parameters": parameters}
+    made = settings | {"size": cell.request.final_size_on(base), "loras": loras, "parameters": parameters}
     return labels | {"file": f"{key}.png"} | made
 
 

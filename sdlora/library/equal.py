@@ -38,7 +38,7 @@ def hash_files(index: Index, files: Iterable[IndexedFile], progress: Progress, s
         except OSError:  # It has gone since, or cannot be read.
             continue
         hashed[file.path] = replace(file, sha256=hashes.sha256, payload_sha256=hashes.payload_sha256)
-        index.write([hashed[file.path]], {})
+        index.keep_hashes(hashed[file.path])
         progress.advance(note=Path(file.path).name)
     return [hashed.get(file.path, file) for file in files]
 

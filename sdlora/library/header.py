@@ -35,8 +35,6 @@ class HeaderFacts:
     made_for: str | None
     trigger: tuple[str, ...]
     stated_autov3: str | None
-    words: str
-    """Where searches look besides the names of file and folder: alias, title, trigger, base, tags; in lower case."""
 
     def to_json(self) -> dict[str, Any]:
         """All fields by their names."""
@@ -56,8 +54,10 @@ class HeaderReader:
         """``known``: digest of a table -> what it shows."""
         self.tables: dict[str, TableFacts] = dict(known)
 
-    def read(self, found: FoundFile) -> tuple[str, HeaderFacts]:
-        """The digest of the file's table, which is among ``tables`` afterwards, and what its metadata say.
+    def read(self, found: FoundFile) -> tuple[str, HeaderFacts, str]:
+        """The digest of the file's table, which is among ``tables`` afterwards; what its metadata say; its words.
+
+        Searches look at the words, a line each in lower case: names of the file and its folder, title, trigger, base, tags.
 
         Raises:
             LoraFileError: it is damaged, or not a safetensors file.
@@ -65,14 +65,22 @@ class HeaderReader:
         path = Path(found.path)
         raw = read_raw_header(path, LoraFileError)
         split = split_header(raw)
-        metadata, text = split or (None, raw.text)
+        metadata, text = split or (None, memoryview(raw.text))
         digest = hashlib.blake2b(text, digest_size=16).hexdigest()
         if split is None or digest not in self.tables:
             table, metadata = parse_header(path, raw, LoraFileError)
             self.tables[digest] = facts_of(table)
         else:
             check_payload(path, raw, self.tables[digest].payload_bytes, LoraFileError)
-        return digest, _facts(found, metadata or {})
+        facts = _facts(found, metadata or {})
+        tags = list(stated_tags(metadata or {}))[:_TAGS_SEARCHED]
+        more = (facts.alias, facts.title, facts.made_for, *facts.trigger, *tags)
+        return digest, facts, "\n".join([*names_of(path), *(word for word in more if word)]).casefold()
+
+
+def names_of(path: Path) -> tuple[str, str]:
+    """Where searches look even in a file that cannot be read: its name, and that of its folder."""
+    return path.name, path.parent.name
 
 
 def _facts(found: FoundFile, metadata: Mapping[str, str]) -> HeaderFacts:
@@ -85,7 +93,6 @@ def _facts(found: FoundFile, metadata: Mapping[str, str]) -> HeaderFacts:
     made_for = next((value for value in stated if value), None)
     trigger = trigger_words(metadata) or _card_trigger(found.card)
     digest = (metadata.get("sshs_model_hash") or metadata.get("modelspec.hash_sha256", "")).lower().removeprefix("0x")
-    tags = list(stated_tags(metadata))[:_TAGS_SEARCHED]
     return HeaderFacts(
         alias=alias,
         title=title,
@@ -93,7 +100,6 @@ def _facts(found: FoundFile, metadata: Mapping[str, str]) -> HeaderFacts:
         made_for=made_for,
         trigger=trigger,
         stated_autov3=digest[:12] if re.fullmatch(r"[0-9a-f]{64}", digest) else None,
-        words="\n".join(word for word in (alias, title, made_for, *trigger, *tags) if word).casefold(),
     )
 
 

@@ -19,7 +19,7 @@ from ..files import cache_folder
 from .facts import TableFacts
 from .header import HeaderFacts
 
-VERSION = 1
+VERSION = 2
 """Raised whenever what is kept, or what is read from a header, changes: an older index is replaced."""
 WAIT = 5.0
 """Seconds to wait while another process writes."""
@@ -54,12 +54,8 @@ class IndexedFile:
     """Hash of the whole file; None until it was computed, as the next."""
     payload_sha256: str | None = None
 
-    @property
-    def words(self) -> str:
-        """Where searches look, in lower case."""
-        path = Path(self.path)
-        more = "" if self.facts is None else self.facts.words
-        return f"{path.parent.name}\n{path.name}\n{more}".casefold()
+    words: str = ""
+    """Where searches look; written, and not read back."""
 
 
 def index_file() -> Path:
@@ -161,6 +157,14 @@ class Index:
                     )
                     for file in files
                 ],
+            )
+
+    def keep_hashes(self, file: IndexedFile) -> None:
+        """Keep the hashes of ``file``, and what else is known of it as it is."""
+        with self._connection:
+            self._connection.execute(
+                "UPDATE files SET sha256 = ?, payload_sha256 = ? WHERE path = ?",
+                (file.sha256, file.payload_sha256, os.fsencode(file.path)),
             )
 
     def remove(self, paths: Iterable[str]) -> None:

@@ -12,7 +12,7 @@ from .entry import BrokenFile, LoraEntry, LoraLibrary
 from .equal import equal_files, hash_files, is_listed
 from .facts import TableFacts
 from .fitting import with_fits
-from .header import HeaderReader
+from .header import HeaderReader, names_of
 from .index import Index, IndexedFile, with_index
 from .scan import FoundFile, found_files
 
@@ -111,11 +111,12 @@ def _update(index: Index, folder: Path, found: Mapping[str, FoundFile], progress
 
 def _read(reader: HeaderReader, file: FoundFile) -> IndexedFile:
     try:
-        layout, facts = reader.read(file)
+        layout, facts, words = reader.read(file)
     except LoraFileError as error:
         problem = str(error).removeprefix(f"{file.path}: ").replace("\n", " ")
-        return IndexedFile(path=file.path, stamp=file.stamp, layout=None, facts=None, problem=problem)
-    return IndexedFile(path=file.path, stamp=file.stamp, layout=layout, facts=facts, problem=None)
+        words = "\n".join(names_of(Path(file.path))).casefold()
+        return IndexedFile(path=file.path, stamp=file.stamp, layout=None, facts=None, problem=problem, words=words)
+    return IndexedFile(path=file.path, stamp=file.stamp, layout=layout, facts=facts, problem=None, words=words)
 
 
 def _entry(file: FoundFile, known: IndexedFile, layout: TableFacts) -> LoraEntry:

@@ -45,8 +45,8 @@ class FoundFile:
     @property
     def name(self) -> str:
         """By which prompts call it."""
-        parts = Path(self.file).parts
-        return parts[-2] if parts[-1] == _ADAPTER and len(parts) > 1 else Path(self.file).stem
+        folder, _, name = self.file.rpartition("/")
+        return folder.rpartition("/")[2] if folder and name == _ADAPTER else name.removesuffix(".safetensors")
 
 
 def found_files(folder: Path) -> list[FoundFile]:

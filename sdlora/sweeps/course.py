@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,8 @@ from .run_folder import answer_of, check_same, prepare, steps_kept
 
 _INTERRUPTED = (130, 143)
 """Exit codes of a run that has saved and stopped."""
+_NOTED, _NOTED_APART = 60, 1.0
+"""Characters of a log's last line that are shown beside the bar, and seconds between two of them."""
 _TAIL = 4096
 """Bytes at the end of a log that are looked at."""
 
@@ -34,6 +37,7 @@ class Course:
         self._folder, self._runs = folder, {run.name: run for run in runs}
         self._results = {run.name: _known(run, earlier.get(run.name), folder, retry=retry) for run in runs}
         self._logs: dict[str, int] = {}
+        self._next_note = 0.0
         self._progress: Progress | None = None
         self._stop: Stop | None = None
 
@@ -67,10 +71,13 @@ class Course:
 
     def running(self, jobs: Sequence[Job]) -> None:
         assert self._progress is not None
+        if time.monotonic() < self._next_note:
+            return
+        self._next_note = time.monotonic() + _NOTED_APART
         first = jobs[0]
         line = _last_line(first.folder / LOG_NAME, self._logs.get(first.name, 0))
         more = f" and {len(jobs) - 1} more" if len(jobs) > 1 else ""
-        self._progress.advance(0, note=f"{first.name}{more}{f': {line}' if line else ''}")
+        self._progress.advance(0, note=f"{first.name}{more}{f': {line[:_NOTED]}' if line else ''}")
 
     def ended(self, job: Job, end: Ended) -> None:
         assert self._progress is not None

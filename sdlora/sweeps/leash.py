@@ -1,40 +1,25 @@
 """A process that stops, after saving, when the process that started it ends or asks it to.
 
 Its standard input is the leash: a pipe that the other process holds open. It ends when that process closes it, and also when
-that process is killed, on every system; so no run outlives its sweep. ``python -m sdlora.sweeps.leash train run.toml`` is
-``sdlora train run.toml`` on a leash.
+that process is killed, on every system; so no run outlives its sweep.
 """
 
 from __future__ import annotations
 
-import _thread
-import os
 import signal
-import sys
-import threading
+
+from ..training.launch import end_with_input
 
 
 def hold() -> None:
     """From now on, an end of standard input interrupts the main thread as Ctrl-C does."""
+    # A shell that starts a command in the background has it ignore Ctrl-C, and all processes that it starts. The processes
+    # of Ray block it, and so do those that they start.
+    if signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, signal.SIG_DFL, None):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
     # Slurm signals every process of a job before its time is over. The process at the other end answers it.
     if hasattr(signal, "SIGUSR2"):
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    threading.Thread(target=_wait_for_the_end, name="leash", daemon=True).start()
-
-
-def _wait_for_the_end() -> None:
-    while os.read(0, 4096):
-        pass
-    if sys.platform == "win32":
-        _thread.interrupt_main()  # A signal to a process of one's own ends it at once there.
-    else:
-        os.kill(os.getpid(), signal.SIGINT)
-
-
-if __name__ == "__main__":
-    # A shell that starts a command in the background has it ignore Ctrl-C, and all processes that it starts.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    hold()
-    from ..cli import main
-
-    main()
+    end_with_input(signal.SIGINT)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from .jobs import ANSWER_NAME, LOG_NAME, Ended, Job
 
+STOP_NAME = "stop"
+"""File in the folder of a job on another machine that asks it to stop."""
 _APART = 0.1
 
 
@@ -48,13 +50,19 @@ class LeashedProcess:
 
 
 def run_job(job: Job) -> Ended:
-    """Run ``job`` to its end, on whatever machine this is called.
+    """Run ``job`` to its end, on whatever machine this is called; see ``wait_for_end``."""
+    return wait_for_end(LeashedProcess(job), job)
 
-    Any exception that reaches it, such as that of a cluster which takes the machine away, stops the job after a save.
+
+def wait_for_end(process: LeashedProcess, job: Job) -> Ended:
+    """Wait until ``process`` has ended, and ask it to stop once the file ``STOP_NAME`` is in the folder of ``job``.
+
+    Any exception that arrives, such as that of a cluster which takes the machine away, stops it after a save.
     """
-    process = LeashedProcess(job)
     try:
         while (end := process.poll()) is None:
+            if (job.folder / STOP_NAME).exists():
+                process.cancel()
             time.sleep(_APART)
         return end
     except BaseException:
@@ -67,11 +75,15 @@ def run_job(job: Job) -> Ended:
 class LocalEngine:
     """Runs up to ``at_once`` jobs on this machine, each with its share of the processors and a GPU."""
 
-    def __init__(self, at_once: int, devices: tuple[str, ...] = ()):
-        """``devices``: names of the GPUs as ``CUDA_VISIBLE_DEVICES`` has them; jobs take them in turn."""
-        self._devices = devices
+    def __init__(self, at_once: int, devices: tuple[str, ...] = (), processes: int = 1):
+        """
+        Args:
+            devices: names of the GPUs as ``CUDA_VISIBLE_DEVICES`` has them; jobs take them in turn.
+            processes: how many processes, and so GPUs, each job has.
+        """
+        self._devices, self._processes = devices, processes
         self._slots: list[LeashedProcess | None] = [None] * at_once
-        self._threads = max(1, (os.cpu_count() or 1) // at_once)
+        self._threads = max(1, (os.cpu_count() or 1) // (at_once * processes))
 
     def submit(self, job: Job) -> LeashedProcess:
         slot = next(i for i, process in enumerate(self._slots) if process is None or process.poll() is not None)
@@ -87,7 +99,9 @@ class LocalEngine:
         """Variables that give a job its GPU, and its share of the processors where several run."""
         share = {}
         if self._devices:
-            share["CUDA_VISIBLE_DEVICES"] = self._devices[slot % len(self._devices)]
+            first, count = slot * self._processes, min(self._processes, len(self._devices))
+            own = (self._devices[(first + i) % len(self._devices)] for i in range(count))
+            share["CUDA_VISIBLE_DEVICES"] = ",".join(own)
         if len(self._slots) > 1 and "OMP_NUM_THREADS" not in os.environ:
             share["OMP_NUM_THREADS"] = str(self._threads)
         return share

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -98,14 +98,20 @@ def table_lines(runs: Sequence[RunResult]) -> list[str]:
             run.run,
             run.state,
             str(run.steps or ""),
-            _number(run.loss),
-            _number(run.validation_loss),
+            number(run.loss),
+            number(run.validation_loss),
             f"{run.seconds:.0f} s" if run.seconds else "",
         )
         for run in runs
     ]
+    return table(rows, right=("steps", "loss", "validation", "time"))
+
+
+def table(rows: Sequence[Sequence[str]], *, right: Collection[str]) -> list[str]:
+    """``rows``, the first of which has the titles, as aligned lines without empty columns; those named in ``right`` are
+    aligned to the right."""
     shown = [cells for cells in zip(*rows, strict=True) if any(cells[1:])]
-    columns = [_aligned(cells, right=cells[0] in ("steps", "loss", "validation", "time")) for cells in shown]
+    columns = [_aligned(cells, right=cells[0] in right) for cells in shown]
     return ["  ".join(cells).rstrip() for cells in zip(*columns, strict=True)]
 
 
@@ -115,7 +121,8 @@ def _aligned(cells: Iterable[str], *, right: bool) -> list[str]:
     return [cell.rjust(width) if right else cell.ljust(width) for cell in cells]
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """A loss with four decimals; "" for None."""
     return "" if value is None else f"{value:.4f}" if math.isfinite(value) else str(value)
 
 

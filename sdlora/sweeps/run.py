@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ..errors import ConfigError, Interrupted
 from ..files import check_target
 from ..progress import Progress, Silence, progress_or_bar
 from .course import Course
-from .engines import ChosenEngine, EngineName, engine_for
+from .engines import ChosenEngine, EngineName, check_engine, engine_for
 from .jobs import Job, run_jobs
 from .planning import CONFIG_NAME, PlannedRun, check_runs, plan_sweep
 from .results import SweepReport, read_results
@@ -25,6 +25,7 @@ def sweep(
     out: str | Path | None = None,
     engine: EngineName = "local",
     jobs: int | None = None,
+    processes: int = 1,
     retry: bool = False,
     only_check: bool = False,
     progress: Progress | None = None,
@@ -40,6 +41,7 @@ def sweep(
         out: folder of all runs; by default ``out/NAME`` in the working folder, NAME as in ``NAME.toml``.
         engine: where the processes run.
         jobs: runs at the same time; by default one on this machine, and all on a cluster.
+        processes: how many processes share each run, as ``--processes`` of ``sdlora train`` has it.
         retry: run those again that failed in an earlier call.
         only_check: check everything, train nothing.
         progress: receives reports; by default a bar in a terminal.
@@ -51,9 +53,9 @@ def sweep(
     """
     path = Path(file).expanduser()
     folder = Path("out") / path.stem if out is None else Path(out).expanduser()
-    if jobs is not None and jobs < 1:
-        raise ConfigError(f"--jobs {jobs}: expected a whole number of runs at the same time, at least 1")
+    _check_counts({"--jobs": jobs, "--processes": processes})
     described = read_sweep(path)
+    check_engine(engine, described.engines)
     runs = plan_sweep(described, folder, tuple(overrides))
     check_target(folder, "folder")
     course = Course(folder, runs, read_results(folder), retry=retry)
@@ -63,15 +65,25 @@ def sweep(
             course.write()
         if not course.due or only_check:
             return course.report
-        chosen = engine_for(engine, described.engines, jobs=jobs, runs=len(course.due), folder=folder)
+        due = len(course.due)
+        chosen = engine_for(engine, described.engines, jobs=jobs, processes=processes, runs=due, folder=folder)
         try:
-            _train(course, chosen, reports, stop)
+            _train(course, chosen, reports, stop, processes)
         finally:
             chosen.engine.close()
     return course.report
 
 
-def _train(course: Course, chosen: ChosenEngine, progress: Progress, stop: threading.Event | None) -> None:
+def _check_counts(counts: Mapping[str, int | None]) -> None:
+    """Raise ``ConfigError`` where one of ``counts`` is given and not at least 1."""
+    wrong = {name: count for name, count in counts.items() if count is not None and count < 1}
+    if wrong:
+        raise ConfigError([f"{name} {count}: expected a whole number, at least 1" for name, count in wrong.items()])
+
+
+def _train(
+    course: Course, chosen: ChosenEngine, progress: Progress, stop: threading.Event | None, processes: int
+) -> None:
     """Train what is due.
 
     Raises:
@@ -83,7 +95,7 @@ def _train(course: Course, chosen: ChosenEngine, progress: Progress, stop: threa
 
     with interrupt_flag(stop) as flag, locked(course.report.folder / "results", "--out"):
         course.begin(progress, flag)
-        jobs = [_job(run) for run in course.due]
+        jobs = [_job(run, processes) for run in course.due]
         run_jobs(jobs, chosen.engine, course, at_once=chosen.at_once, stop=flag)
     report = course.report
     if flag.is_set() and report.count("done") + report.count("failed") < len(report.runs):
@@ -93,6 +105,7 @@ def _train(course: Course, chosen: ChosenEngine, progress: Progress, stop: threa
         )
 
 
-def _job(run: PlannedRun) -> Job:
-    command = (sys.executable, "-m", "sdlora.sweeps.leash", "train", CONFIG_NAME, "--json")
+def _job(run: PlannedRun, processes: int) -> Job:
+    shared = ("--processes", str(processes)) if processes > 1 else ()
+    command = (sys.executable, "-m", "sdlora.cli.leashed", "train", CONFIG_NAME, "--json", *shared)
     return Job(name=run.name, folder=run.folder.absolute(), command=command)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ..base.base import Base
-from ..errors import ResumeError
+from ..errors import LoraFileError, ResumeError
 from ..families import WORDS_IN_CHUNK
 from ..files import printable, rename_whole
 from ..formats.lora_writer import write_lora
@@ -115,6 +115,9 @@ class Exports:
             self._write(file, step, session, started_at)
         except (OSError, RuntimeError, MemoryError) as error:
             reason = why_not_written(error)
+            logger.warning("%s cannot be written (%s); the run goes on without it", printable(file), reason)
+        except LoraFileError as error:  # Values that its precision cannot hold: the run may come back from them.
+            reason = str(error).removeprefix(f"{self._folder.unfinished_file()}: ")
             logger.warning("%s cannot be written (%s); the run goes on without it", printable(file), reason)
 
     def _write(self, file: Path, step: int, session: TrainingSession, started_at: float) -> None:

@@ -16,7 +16,7 @@ from ..base.base import Base
 from ..base.conditioning import Conditioning, Framing, time_ids
 from ..base.device_memory import out_of_memory, release_memory, working_on
 from ..base.encode import encode_prompts
-from ..base.tokens import plain, tokenize
+from ..base.tokens import padded, plain, tokenize
 from ..errors import LoraFileError
 from ..families import PART_TITLES
 from ..files import printable
@@ -213,8 +213,9 @@ def _predictions(plan: RunPlan, base: Base, progress: Progress) -> Tensor:
     factor = base.checkpoint.latent_factor
     side = min(LARGEST_SIDE, base.checkpoint.resolution // factor)
     caption = next(iter(training_captions(plan)), plan.config.trigger)
+    tokens = tokenize(base, plain(caption), limit=plan.config.data.max_token_length)
     with working_on(base.device, *base.encoder_models()):
-        prompt = encode_prompts(base, [tokenize(base, plain(caption))]).to(base.device)
+        prompt = encode_prompts(base, [padded(base, tokens, max(each.chunks for each in tokens))])
     levels = trained_levels(plan.config.objective, len(base.schedule.alphas_cumprod))
     timesteps = [levels[(2 * number + 1) * len(levels) // (2 * LEVELS)] for number in range(LEVELS)]
     rng = generator(plan.config.train.seed, Stream.COMPARISON_NOISE)

@@ -62,7 +62,10 @@ class _Process:
         """Ask it to save its state and end."""
         if self.runs:
             self.closed = True
-            self.popen.terminate()
+            if os.name == "nt" and self.popen.stdin is not None:  # There, ``terminate`` leaves no time for saving.
+                self.popen.stdin.close()
+            else:
+                self.popen.terminate()
 
     def kill(self) -> None:
         if self.runs:
@@ -106,15 +109,20 @@ def run_processes(count: int, command: Sequence[str]) -> Ended:
 
 def end_with_launcher() -> None:
     """In a process of ``run_processes``: do as on SIGTERM when the process that started it is no longer there."""
-    if LAUNCHED not in os.environ:
-        return
+    if LAUNCHED in os.environ:
+        end_with_input(signal.SIGTERM)
+
+
+def end_with_input(number: signal.Signals) -> None:
+    """From now on, do as on signal ``number`` when standard input ends: a pipe that the process which started this one
+    holds open, and which is closed on every system when that process is gone."""
 
     def wait() -> None:
-        os.read(0, 1)  # Its pipe has an end, and nothing else, when it is gone.
+        os.read(0, 1)  # The pipe has an end, and nothing else.
         if os.name == "nt":
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(number)
         else:  # To the process: its main thread may be asleep.
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
     threading.Thread(target=wait, name="sdlora-launcher", daemon=True).start()
 
@@ -178,7 +186,7 @@ def _running(processes: Sequence[_Process]) -> list[_Process]:
 
 def _ended(processes: Sequence[_Process], received: Sequence[int]) -> Ended:
     main, codes = processes[0], [process.popen.returncode for process in processes]
-    if not any(codes):
+    if codes[0] == 0 and (received or not any(codes)):  # The run was complete when the signal came.
         return Ended(code=0)
     if received:
         said = () if codes[0] > 0 else ("interrupted; run the same command to resume from the newest checkpoint",)

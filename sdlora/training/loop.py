@@ -153,8 +153,9 @@ def _written_and_checked(
     except (LoraFileError, CompatibilityError) as error:
         output.unlink(missing_ok=True)
         forget_run(output)
-        kept = f"it was removed, the newest checkpoint is kept: {folder.place()}"
-        raise TrainingError([*error.problems, kept]) from None
+        kept = f"{output}: not written; the newest checkpoint is kept: {folder.place()}"
+        diverged = "if the run has diverged, lower optimizer.learning_rate and start over with --restart"
+        raise TrainingError([*error.problems, f"{kept}; {diverged}"]) from None
 
 
 def _result(output: Path, trained: TrainedLora, check: FileCheck | None, *, seconds: float) -> TrainResult:

@@ -165,12 +165,8 @@ def check_agreement(facts: Mapping[str, str], accelerator: Accelerator) -> None:
         torch.distributed.all_gather_object(seen, (socket.gethostname(), dict(facts)))
     first = seen[0][1]
     problems = [
-        f"process {number} differs from process 0 in {name}"
-        + (
-            ", and is on another machine: it needs the same files, and a folder for the output that they share"
-            if far
-            else ""
-        )
+        f"rank {number} differs from rank 0 in {name}"
+        + (", and is on another machine, which needs the same files and the same folder for the output" if far else "")
         for number, (host, own) in enumerate(seen)
         for far in [host != seen[0][0]]
         for name in first
