@@ -32,7 +32,8 @@ from sdlora.base.checkpoint import find_base
 from sdlora.base.load import load_base
 from sdlora.base.precision import choose_device, choose_precision
 from sdlora.generation.request import ImageRequest
-from sdlora.generation.samplers import SAMPLERS, make_scheduler
+from sdlora.generation.samplers import SAMPLERS
+from sdlora.generation.schedulers import make_scheduler
 from sdlora.generation.studio import Studio
 from sdlora.progress import Silence
 from tests.real_size import write_hollow_checkpoint
@@ -66,7 +67,7 @@ def diffusers_side(base: Base, requests: list[ImageRequest]) -> Draw:
         vae=base.vae,
         text_encoder=encoder.model,
         tokenizer=encoder.tokenizer,
-        scheduler=make_scheduler(SAMPLERS[first.sampler], base.checkpoint.schedule),
+        scheduler=make_scheduler(SAMPLERS[first.sampler], base.checkpoint.schedule, first.steps),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from sdlora.lora import merging
 from sdlora.lora.change import Change
 from sdlora.lora.kinds import Decomposed, Full, Hadamard, Kronecker, Orthogonal, Scaling
 from sdlora.lora.low_rank import LowRank
@@ -73,6 +74,36 @@ def test_merging_is_the_formula_in_float64_rounded_once_in_the_same_tensors(dtyp
 class Broken(LowRank):
     def matrices(self, like: Tensor) -> tuple[Tensor, Tensor]:
         raise torch.OutOfMemoryError("no memory left")
+
+
+@pytest.mark.parametrize("shape", [(90, 40), (33, 8, 3, 3), (1, 7)])
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+def test_rows_merged_at_a_time_have_the_bits_of_the_whole_sum(
+    shape: tuple[int, ...], memory: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In 16 bits, over its own pristine values, in parts that do not divide the weight."""
+    monkeypatch.setattr(merging, "ELEMENTS_AT_ONCE", 300)
+    out, *inner = shape
+    pairs: list[tuple[Change, float]] = [
+        (LowRank(down=torch.randn(4, *inner), up=torch.randn(out, 4, *(1 for _ in inner[1:])), alpha=2.0), strength)
+        for strength in (0.7, -0.3)
+    ]
+    weight = torch.randn(shape).bfloat16()
+    weight = weight.to(memory_format=memory) if len(shape) == 4 else weight
+    whole = merging.merged_weight(weight, pairs).bfloat16()
+    exact = weight.double() + sum(change.delta(weight.double()) * strength for change, strength in pairs)
+    merging.merge_into(weight, weight, pairs)
+    assert torch.equal(weight, whole)
+    torch.testing.assert_close(weight.double(), exact, rtol=2**-8, atol=1e-5)
+
+
+def test_a_change_of_other_outputs_is_refused_before_anything_is_written() -> None:
+    weight = torch.ones(HIGH, WIDE)
+    with pytest.raises(RuntimeError):
+        merging.merge_into(weight, weight, [(low_rank(high=HIGH + 1), 1.0)])
+    with pytest.raises(RuntimeError):
+        merging.merge_into(weight, weight, [(low_rank(wide=WIDE + 1), 1.0)])
+    assert torch.equal(weight, torch.ones(HIGH, WIDE))
 
 
 def test_everything_is_restored_where_merging_fails_half_way() -> None:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from .change import Change
 from .low_rank import LowRank, joined
 
+ELEMENTS_AT_ONCE = 2**18
+"""Elements of a weight that are summed at once on the CPU: a megabyte of float32."""
 Weighted = tuple[Change, float]
 """A change and what it is multiplied by."""
 
@@ -29,6 +31,32 @@ def merged_weight(weight: Tensor, changes: Sequence[Weighted]) -> Tensor:
         down, up = joined(low_rank, total)
         total.view(len(total), -1).addmm_(up, down)
     return total
+
+
+def merge_into(weight: Tensor, pristine: Tensor, changes: Sequence[Weighted]) -> None:
+    """Write ``merged_weight`` into ``weight``, which may be ``pristine`` itself, rounded once to its dtype.
+
+    Low-rank changes are added to some rows at a time on the CPU, so that the float32 sum stays in its cache: the same bits,
+    in half the time for large weights.
+
+    Raises:
+        RuntimeError: a change does not fit; some rows may be written then.
+    """
+    low_rank = [(change, strength) for change, strength in changes if isinstance(change, LowRank)]
+    in_rows = weight.device.type == "cpu" and weight.is_contiguous() and pristine.is_contiguous()
+    if len(low_rank) < len(changes) or not in_rows:
+        weight.copy_(merged_weight(pristine, changes))
+        return
+    down, up = joined(low_rank, torch.empty(0))
+    target, source = weight.view(len(weight), -1), pristine.view(len(weight), -1)
+    if len(up) != len(target):
+        raise RuntimeError(f"a change of {len(up)} outputs does not fit a weight of {len(target)}")
+    at_once = min(len(target), max(1, ELEMENTS_AT_ONCE // target.shape[1]))
+    buffer = torch.empty(at_once, target.shape[1])
+    for first in range(0, len(target), at_once):
+        rows = slice(first, min(first + at_once, len(target)))
+        total = buffer[: rows.stop - first].copy_(source[rows])
+        target[rows] = total.addmm_(up[rows], down)
 
 
 class MergedModule:
@@ -59,10 +87,9 @@ class MergedModule:
             RuntimeError: a change does not fit; ``restore`` puts the pristine values back.
         """
         source = self._pristine.to(self._weight.device, non_blocking=True) if self.changes else self._weight
-        total = merged_weight(source, changes)
+        merge_into(self._weight, source, changes)
         moves = [(bias, strength) for change, strength in changes if (bias := change.bias_delta()) is not None]
         self._set_bias(moves)
-        self._weight.copy_(total)
         self.changes = changes
 
     @torch.no_grad()
