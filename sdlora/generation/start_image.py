@@ -5,7 +5,6 @@ Importing this imports no package; numpy and Pillow are imported when an image i
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +85,8 @@ class StartImage:
     @property
     def digest(self) -> str:
         """MD5 of the pixels, which A1111 calls the init image's hash."""
+        import hashlib
+
         return hashlib.md5(self.image.tobytes(), usedforsecurity=False).hexdigest()
 
 
