@@ -76,8 +76,7 @@ def _do_steps(
             between.save()
         between.look(interrupted)
         if done < steps and _all_stop(accelerator, interrupted, done):
-            if accelerator.num_processes > 1:
-                between.read()
+            between.read()  # The log has every step that the state has.
             unsaved = between.save_here()
             wait_for_all(accelerator)
             text = f"stopped after step {done} of {steps}{unsaved}; run the same command to resume"
