@@ -40,7 +40,7 @@ class RayEngine:
         Raises:
             ConfigError: it cannot be reached.
         """
-        import ray  # ty: ignore[import-not-found]
+        import ray
 
         self._ray, self._owned = ray, not ray.is_initialized()
         if self._owned:

@@ -35,11 +35,11 @@ class SlurmEngine:
         Raises:
             ConfigError: there is no Slurm, or submitit does not know an option.
         """
-        import submitit  # ty: ignore[import-not-found]
+        import submitit
 
         shared = {"gpus_per_node": processes, "cpus_per_task": processes} if processes > 1 else {}
         options = {"timeout_min": _MINUTES, "name": "sdlora", **shared, **options}
-        cluster = options.pop("cluster", "slurm")
+        cluster = str(options.pop("cluster", "slurm"))
         try:
             self._executor = submitit.AutoExecutor(
                 (folder / _LOG_FOLDER).absolute(), cluster=cluster, slurm_max_num_timeout=_TIMES
@@ -104,7 +104,7 @@ class SlurmRun:
 
     def checkpoint(self, job: Job) -> Any:
         """Let ``job`` save and stop, and say what is to be queued: the same again."""
-        from submitit.helpers import DelayedSubmission  # ty: ignore[import-not-found]
+        from submitit.helpers import DelayedSubmission
 
         if self._process is not None:
             self._process.cancel()
