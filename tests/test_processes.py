@@ -85,7 +85,8 @@ def pair(tiny_base: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory
     """Output and answer of a run of two processes, the second of which must not write beside the output."""
     guard, out = tmp_path_factory.mktemp("guard"), tmp_path_factory.mktemp("out")
     (guard / "sitecustomize.py").write_text(GUARD)
-    guarded = {"GUARDED": str(out), "GUARDED_RANK": "1", "PYTHONPATH": f"{guard}:{os.environ['PYTHONPATH']}"}
+    path = os.pathsep.join(filter(None, [str(guard), os.environ.get("PYTHONPATH")]))
+    guarded = {"GUARDED": str(out), "GUARDED_RANK": "1", "PYTHONPATH": path}
     run = start(*settings(tiny_base, folder, out / "x.safetensors"), "--json", **guarded)
     answer, errors = run.communicate(timeout=300)
     assert run.returncode == 0, errors
