@@ -14,12 +14,11 @@ from ..errors import LoraFileError
 from ..families import Family
 from ..lora.change import Change
 from .lora_family import detect_family
-from .lora_names import format_of, group_by_module
+from .lora_names import BUNDLED, PEFT_WEIGHTS, format_of, group_by_module
 from .lora_tensors import build_change
 from .peft_settings import Scale, scales_from, scales_in
 from .tensor_files import TensorFile, mapped_tensors, open_tensor_file
 
-PEFT_WEIGHTS = "adapter_model.safetensors"
 MAX_TENSORS = 50_000
 """Ten times what the largest LoRA of any family holds."""
 
@@ -94,7 +93,7 @@ def _read(file: TensorFile, scale_of: Callable[[str], Scale]) -> LoraFile:
     path = file.path
     if len(file.tensors) > MAX_TENSORS:
         raise LoraFileError(f"{path}: not a LoRA: it holds {len(file.tensors):,} tensors, the largest hold about 5,000")
-    bundled = {name for name in file.tensors if name.startswith("bundle_emb.")}
+    bundled = {name for name in file.tensors if name.startswith(BUNDLED)}
     grouped, foreign = group_by_module(name for name in file.tensors if name not in bundled)
     if not grouped:
         raise LoraFileError(f"{path}: holds no LoRA: none of its {len(file.tensors)} tensors is named like one")

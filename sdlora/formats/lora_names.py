@@ -5,6 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable
 
+PEFT_WEIGHTS = "adapter_model.safetensors"
+"""Name of the file with the tensors in the folder of a PEFT adapter."""
+BUNDLED = "bundle_emb."
+"""How the names of tensors begin that are textual inversions, which a LoRA file brings along."""
 _LORA_TENSOR = (
     r"(^|[._])(lora_(down|up|mid|A|B|linear_layer)|lora\.(down|up)|hada_w\d_[ab]|lokr_w\d(_[ab])?|oft_(blocks|diag))(\.|$)"
     r"|^(lora|lycoris|oft)_(unet|te)"

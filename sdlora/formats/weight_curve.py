@@ -25,7 +25,7 @@ class WeightCurve:
         for part in re.split("[,;]", text):
             weight, _, moment = part.partition("@")
             try:
-                points.append((_finite(moment or "1"), _finite(weight)))
+                points.append((finite(moment or "1"), finite(weight)))
             except ValueError:
                 raise ValueError(f"{part!r} is no weight at a step; expected such as 0@0,1@0.5,0@1") from None
         points.sort()
@@ -62,7 +62,8 @@ class WeightCurve:
         return ",".join(f"{weight:.12g}@{moment:.12g}" for moment, weight in self.points)
 
 
-def _finite(text: str) -> float:
+def finite(text: str) -> float:
+    """The number that ``text`` is. Raises ``ValueError`` where it is none, NaN or infinite."""
     value = float(text)
     if not math.isfinite(value):
         raise ValueError(text)

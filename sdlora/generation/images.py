@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from PIL import Image
@@ -210,5 +210,4 @@ def _batches(requests: Sequence[ImageRequest], checkpoint: BaseCheckpoint) -> li
 
 
 def _settings(request: ImageRequest) -> tuple[ImageRequest, bool]:
-    common = replace(request, prompt="", negative="", prompt_template="", negative_template="", seed=0)
-    return common, is_guided(request)
+    return request.settings, is_guided(request)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +9,7 @@ from pathlib import Path
 
 from ..errors import LoraFileError
 from ..formats.tensor_files import PICKLES
-from ..formats.weight_curve import WeightCurve
+from ..formats.weight_curve import WeightCurve, finite
 from .blocks import BlockWeights, parse_blocks
 
 MOST_WEIGHT = 10
@@ -143,7 +142,7 @@ class LoraChoice:
 def _moment(text: str, source: str) -> int | float:
     """A step where ``text`` is a whole number, else a share of all steps."""
     try:
-        return int(text) if re.fullmatch(r"\d+", text) else _finite(text)
+        return int(text) if re.fullmatch(r"\d+", text) else finite(text)
     except ValueError:
         raise LoraFileError(f"{source}: {text!r} is no step; expected a whole number, or a share such as 0.5") from None
 
@@ -153,13 +152,6 @@ def _number(text: str) -> float:
         return float(text)
     except ValueError:
         raise ValueError("the weight after the colon is not a number") from None
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(text)
-    return value
 
 
 def _written(moment: int | float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..errors import SdloraError
@@ -63,6 +63,11 @@ class ImageRequest:
         """Width and height in pixels after the second pass, if there is one."""
         size = self.size_on(base)
         return size if self.hires is None else self.hires.size(size, base.size_step)
+
+    @property
+    def settings(self) -> ImageRequest:
+        """All but prompts and seed: what images that are drawn together have in common."""
+        return replace(self, prompt="", negative="", prompt_template="", negative_template="", seed=0)
 
     @property
     def steps_taken(self) -> int:

@@ -44,7 +44,7 @@ class Sampler:
 
 _EULER_SCHEDULES = {None: "Uniform", "linspace": "Uniform", "leading": "DDIM"}
 _MULTISTEP_SCHEDULES = {None: "SGM Uniform", "linspace": "SGM Uniform"}
-SPACINGS = ("linspace", "leading", "trailing")
+SPACINGS = tuple(schedule.name for schedule in SCHEDULES.values() if schedule.spacing is not None)
 
 SAMPLERS: Mapping[str, Sampler] = {
     sampler.name: sampler

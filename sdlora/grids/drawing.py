@@ -12,7 +12,7 @@ from PIL import Image
 from ..base.checkpoint import BaseCheckpoint
 from ..errors import Interrupted
 from ..formats.hashes import file_hashes
-from ..formats.lora_file import PEFT_WEIGHTS
+from ..formats.lora_names import PEFT_WEIGHTS
 from ..generation.lora_choice import LoraChoice
 from ..generation.loras import fit_loras
 from ..generation.request import check_requests

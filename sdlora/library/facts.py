@@ -10,7 +10,7 @@ from typing import Any
 from ..families import LORA_PARTS
 from ..formats.keys import part_of
 from ..formats.lora_family import family_of_shapes
-from ..formats.lora_names import format_of, group_by_module, is_lora
+from ..formats.lora_names import BUNDLED, format_of, group_by_module, is_lora
 
 Shape = tuple[int, ...]
 _DTYPES = {
@@ -80,7 +80,7 @@ def shapes_by_module(table: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[s
 
     ``table`` is that of ``formats.safetensors_header.parse_header``.
     """
-    grouped, _ = group_by_module(name for name in table if not name.startswith("bundle_emb."))
+    grouped, _ = group_by_module(name for name in table if not name.startswith(BUNDLED))
     return {
         key.removeprefix("base_model.model."): {role: tuple(table[name]["shape"]) for role, name in roles.items()}
         for key, roles in grouped.items()
@@ -108,7 +108,7 @@ def facts_of(table: Mapping[str, Mapping[str, Any]]) -> TableFacts:
 
 
 def _counts(name: str) -> bool:
-    return not name.endswith((".alpha", ".on_input")) and not name.startswith("bundle_emb.")
+    return not name.endswith((".alpha", ".on_input")) and not name.startswith(BUNDLED)
 
 
 def _kind(roles: Collection[str]) -> str | None:

@@ -87,9 +87,7 @@ def _facts(found: FoundFile, metadata: Mapping[str, str]) -> HeaderFacts:
     family = stated_family(metadata)
     alias = metadata.get("ss_output_name", "").strip() or None
     title = metadata.get("modelspec.title", "").strip() or None
-    stated = (
-        metadata.get(key, "").strip() for key in ("ss_sd_model_name", "ss_base_model_version", "modelspec.architecture")
-    )
+    stated = (metadata.get(key, "").strip() for key in _BASES)
     made_for = next((value for value in stated if value), None)
     trigger = trigger_words(metadata) or _card_trigger(found.card)
     digest = (metadata.get("sshs_model_hash") or metadata.get("modelspec.hash_sha256", "")).lower().removeprefix("0x")

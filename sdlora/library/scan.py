@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import LoraFileError
+from ..formats.lora_names import PEFT_WEIGHTS
 
 PREVIEW_ENDINGS = (
     ".preview.png",
@@ -15,7 +16,6 @@ PREVIEW_ENDINGS = (
     *(f"{dot}.{kind}" for kind in ("jpg", "jpeg", "webp", "gif") for dot in (".preview", "")),
 )
 """What follows a LoRA's name in the name of its preview, the first that exists: as A1111 and Civitai's helpers name it."""
-_ADAPTER = "adapter_model.safetensors"
 _RUN = ".resume"
 """End of the name of a folder in which a training keeps its checkpoints."""
 
@@ -46,7 +46,7 @@ class FoundFile:
     def name(self) -> str:
         """By which prompts call it."""
         folder, _, name = self.file.rpartition("/")
-        return folder.rpartition("/")[2] if folder and name == _ADAPTER else name.removesuffix(".safetensors")
+        return folder.rpartition("/")[2] if folder and name == PEFT_WEIGHTS else name.removesuffix(".safetensors")
 
 
 def found_files(folder: Path) -> list[FoundFile]:

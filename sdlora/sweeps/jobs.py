@@ -13,7 +13,7 @@ from ..progress import Stop
 
 LOG_NAME, ANSWER_NAME = "log.txt", "answer.json"
 """Files in the folder of a job with its standard error, of all attempts, and its standard output, of the last one."""
-_APART = 0.1
+LOOK_EVERY = 0.1
 """Seconds between two looks at the running jobs."""
 
 
@@ -95,12 +95,12 @@ def run_jobs(jobs: Sequence[Job], engine: Engine, watcher: Watcher, *, at_once: 
                     watcher.ended(job, end)
             if running:
                 watcher.running([job for job, _ in running.values()])
-                time.sleep(_APART)
+                time.sleep(LOOK_EVERY)
     finally:
         for _, handle in running.values():
             handle.cancel()
         while any(handle.poll() is None for _, handle in running.values()):
-            time.sleep(_APART)
+            time.sleep(LOOK_EVERY)
 
 
 def _submit(job: Job, engine: Engine, watcher: Watcher, running: dict[str, tuple[Job, Handle]]) -> None:

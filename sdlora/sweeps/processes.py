@@ -9,11 +9,10 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from .jobs import ANSWER_NAME, LOG_NAME, Ended, Job
+from .jobs import ANSWER_NAME, LOG_NAME, LOOK_EVERY, Ended, Job
 
 STOP_NAME = "stop"
 """File in the folder of a job on another machine that asks it to stop."""
-_APART = 0.1
 
 
 class LeashedProcess:
@@ -48,6 +47,12 @@ class LeashedProcess:
             with suppress(OSError):
                 self._process.stdin.close()
 
+    def stop(self) -> None:
+        """Ask it to save and stop, and wait until it has."""
+        self.cancel()
+        while self.poll() is None:
+            time.sleep(LOOK_EVERY)
+
 
 def run_job(job: Job) -> Ended:
     """Run ``job`` to its end, on whatever machine this is called; see ``wait_for_end``."""
@@ -63,12 +68,10 @@ def wait_for_end(process: LeashedProcess, job: Job) -> Ended:
         while (end := process.poll()) is None:
             if (job.folder / STOP_NAME).exists():
                 process.cancel()
-            time.sleep(_APART)
+            time.sleep(LOOK_EVERY)
         return end
     except BaseException:
-        process.cancel()
-        while process.poll() is None:
-            time.sleep(_APART)
+        process.stop()
         raise
 
 

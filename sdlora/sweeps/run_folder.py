@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.loading import load_config
+from ..config.presets import MINI
 from ..config.sections import SECTION_NAMES, TOP_LEVEL, Config, Section
 from ..config.setting import setting_of
 from ..config.toml_text import toml_key, toml_value
@@ -99,7 +100,7 @@ def _stated(section: Section, folder: Path) -> dict[str, Any]:
         value = getattr(section, key)
         if key not in section.model_fields_set or value is None:
             continue
-        if isinstance(value, str) and setting_of(field).affects == "place" and (key, value) != ("path", "mini"):
+        if isinstance(value, str) and setting_of(field).affects == "place" and (key, value) != ("path", MINI):
             value = _from_folder(value, folder)
         stated[key] = _as_toml(value, folder)
     return stated
@@ -137,7 +138,7 @@ def _deciding(config: Config, folder: Path) -> dict[str, Any]:
 
 
 def _comparable(value: Any, is_place: bool, folder: Path) -> Any:
-    if is_place and isinstance(value, str) and value != "mini":
+    if is_place and isinstance(value, str) and value != MINI:
         return os.path.realpath(value)
     return _as_toml(value, Path(os.path.realpath(folder)))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +18,6 @@ _MINUTES = 240
 """Time limit of a job where none is stated. A run that needs more is queued again, and resumes."""
 _TIMES = 1000
 """Times that a job is queued again, at most."""
-_APART = 0.1
 
 
 class SlurmEngine:
@@ -107,7 +105,5 @@ class SlurmRun:
         from submitit.helpers import DelayedSubmission
 
         if self._process is not None:
-            self._process.cancel()
-            while self._process.poll() is None:
-                time.sleep(_APART)
+            self._process.stop()
         return DelayedSubmission(SlurmRun(), job)

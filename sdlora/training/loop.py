@@ -196,9 +196,8 @@ def train_lora(
     session = open_session(plan, base, accelerator, progress, first=start.step, recorded=start.shape, say=say)
     if start.step:
         session.optimizer.restore(start.tensors)
-    if (
-        accelerator.num_processes > 1
-    ):  # Another machine may have drawn another start: signs of singular vectors are free.
+    if accelerator.num_processes > 1:
+        # Another machine may have drawn another start: signs of singular vectors are free.
         for parameter in session.adapter.parameters:
             same_in_all(parameter.detach())
     try:
