@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import sdlora
 from sdlora.cli import app
@@ -202,6 +204,19 @@ def test_cells_are_the_images_drawn_alone(tiny_base: Path, loras: list[Path], tm
     with Image.open(tmp_path / "g.cells" / report["cells"][-1]["file"]) as image:
         assert last.tobytes() == image.tobytes()
     assert str(tmp_path) not in json.dumps(report)
+
+
+def test_textual_inversions_are_part_of_a_cell(tiny_base: Path, tmp_path: Path) -> None:
+    width = load_file(tiny_base / "text_encoder" / "model.safetensors")[
+        "text_model.embeddings.token_embedding.weight"
+    ].shape[1]
+    drawn, file = [], tmp_path / "stil.safetensors"
+    for seed in (1, 1, 2):
+        save_file({"emb_params": torch.randn(2, width, generator=torch.Generator().manual_seed(seed))}, file)
+        made = sdlora.grid("stil", x="seed:1,2", out=tmp_path / "g.png", base=tiny_base, embeddings=file, **SMALL)
+        drawn.append(made.drawn)
+    assert drawn == [2, 0, 2]
+    assert json.loads((tmp_path / "g.cells" / "grid.json").read_text())["cells"][0]["inversions"] == ["stil"]
 
 
 def test_what_is_drawn_is_not_drawn_again(

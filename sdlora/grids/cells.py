@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from PIL import Image
 from .._version import __version__
 from ..base.checkpoint import BaseCheckpoint
 from ..errors import SdloraError
+from ..formats.inversion_file import Inversion
 from ..generation.lora_choice import LoraChoice
 from ..generation.prompt_folders import PromptFolders
 from ..generation.request import ImageRequest
@@ -97,11 +98,9 @@ def in_drawing_order(cells: Sequence[Cell]) -> list[Cell]:
     def place(*key: object) -> int:
         return first.setdefault(key, len(first))
 
-    def settings(cell: Cell) -> ImageRequest:
-        return replace(cell.request, prompt="", negative="", seed=0)
-
     keyed = [
-        (place("loras", cell.loras), place("settings", settings(cell)), number) for number, cell in enumerate(cells)
+        (place("loras", cell.loras), place("settings", cell.request.settings), number)
+        for number, cell in enumerate(cells)
     ]
     return [cells[number] for _, _, number in sorted(keyed)]
 
@@ -127,7 +126,11 @@ def cell_key(cell: Cell, hashes: Mapping[Path, str], base: BaseCheckpoint, *, pr
 
 
 def _facts(value: Any) -> Any:
-    """``value`` as JSON can hold it; an image as the hash of its pixels."""
+    """``value`` as JSON can hold it; images and textual inversions as hashes of what they are."""
+    if isinstance(value, Inversion):
+        return [value.words, value.sha256]
+    if isinstance(value, tuple):
+        return [_facts(each) for each in value]
     if is_dataclass(value):
         return {field.name: _facts(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Image.Image):

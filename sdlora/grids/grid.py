@@ -173,6 +173,7 @@ def _record(cell: Cell, axes: Sequence[Axis], key: str, parameters: str, base: B
     request = cell.request
     settings: dict[str, Any] = {field.name: getattr(request, field.name) for field in fields(request)}
     settings["start"] = None if request.start is None else {"strength": request.start.strength}
+    settings["inversions"] = [inversion.words[0] for inversion in request.inversions]
     settings["hires"] = None if request.hires is None else asdict(request.hires)
     loras = [{"name": lora.name, "weights": lora.tag} for lora in cell.loras]
     made = settings | {"size": cell.request.final_size_on(base), "loras": loras, "parameters": parameters}
