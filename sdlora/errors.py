@@ -81,6 +81,15 @@ class ProcessLostError(SdloraError):
     exit_code = 3
 
 
+ERROR_MARK = "error: "
+"""How each line begins in which a command reports a problem."""
+
+
+def printed_problems(lines: Sequence[str]) -> list[str]:
+    """The problems among the ``lines`` that a command has printed."""
+    return [line.removeprefix(ERROR_MARK) for line in lines if line.startswith(ERROR_MARK)]
+
+
 class Interrupted(Exception):
     """Stopped by the user; the work so far is saved, and the same command resumes."""
 

@@ -9,6 +9,7 @@ import typer
 
 from ..generation.request import ImageRequest
 from .app import BaseOption, JsonOption, app, emit, examples, guard, parse_size
+from .generate_options import CfgOption, NegativeOption, SizeOption, StepsOption
 
 
 @app.command(
@@ -28,12 +29,12 @@ def export(
         typer.Option(help="Prompt of a preview; may be repeated. Default: the trigger word and frequent tags."),
     ] = None,
     previews: Annotated[bool, typer.Option(help="Generate preview images.")] = True,
-    negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
+    negative: NegativeOption = "",
     weight: Annotated[float, typer.Option(help="LoRA weight for the previews, and recommended to users.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the first preview.")] = ImageRequest.seed,
-    steps: Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps.")] = ImageRequest.steps,
-    cfg: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is off.")] = ImageRequest.cfg,
-    size: Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels; default: the base's own.")] = None,
+    steps: StepsOption = ImageRequest.steps,
+    cfg: CfgOption = ImageRequest.cfg,
+    size: SizeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Create the folder for an upload: the LoRA, previews with its hash, A1111's card and a model card."""

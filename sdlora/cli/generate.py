@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..config.choices import PRECISIONS
 from ..errors import Interrupted
 from ..files import check_target
 from ..generation.request import ImageRequest, first_seed
@@ -16,6 +15,8 @@ from ..generation.saving import ImageTarget
 from .app import BaseOption, JsonOption, app, emit, examples, guard, parse_size
 from .from_recipe import FromOption, from_recipe
 from .generate_options import (
+    CfgOption,
+    ClipSkipOption,
     EmbeddingOption,
     HiresOption,
     HiresStepsOption,
@@ -26,14 +27,21 @@ from .generate_options import (
     LoraOption,
     MaskBlurOption,
     MaskOption,
+    NegativeOption,
     OutOption,
+    PrecisionOption,
     RescaleOption,
     SamplerOption,
     ScheduleOption,
     SeedOption,
+    SizeOption,
+    StepsOption,
     StrengthOption,
     StripOption,
     TextEncoderOption,
+    VaeOption,
+    VaeTilingOption,
+    check_precision,
     stated,
 )
 from .preview import preview_progress
@@ -43,8 +51,6 @@ if TYPE_CHECKING:
     from ..config.sections import BaseSection
     from ..generation.images import GeneratedImage
     from ..generation.prompt_file import PromptLine
-
-_ANY_PRECISION = f"{', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}"
 
 
 @app.command(
@@ -65,11 +71,11 @@ def generate(
     lora: LoraOption = None,
     lora_dir: LoraDirOption = None,
     wildcards: WildcardsOption = None,
-    negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
+    negative: NegativeOption = "",
     seed: SeedOption = None,
-    steps: Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps.")] = ImageRequest.steps,
-    cfg: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is off.")] = ImageRequest.cfg,
-    size: Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels; default: the base's own.")] = None,
+    steps: StepsOption = ImageRequest.steps,
+    cfg: CfgOption = ImageRequest.cfg,
+    size: SizeOption = None,
     count: Annotated[int, typer.Option(min=1, help="Images of each prompt, with the seeds N, N+1, ...")] = 1,
     sampler: SamplerOption = ImageRequest.sampler,
     schedule: ScheduleOption = None,
@@ -85,10 +91,10 @@ def generate(
     embedding: EmbeddingOption = None,
     strip: StripOption = False,
     preview: PreviewOption = None,
-    precision: Annotated[str, typer.Option(help=f"Precision of the base: {_ANY_PRECISION}.")] = "auto",
-    vae_tiling: Annotated[bool, typer.Option("--vae-tiling", help="Decode in strips: less memory, slower.")] = False,
-    clip_skip: Annotated[int | None, typer.Option(help="Layer of the text encoder, counted from the end.")] = None,
-    vae: Annotated[str | None, typer.Option(metavar="FILE", help="Replaces the base's own.")] = None,
+    precision: PrecisionOption = "auto",
+    vae_tiling: VaeTilingOption = False,
+    clip_skip: ClipSkipOption = None,
+    vae: VaeOption = None,
     text_encoder: TextEncoderOption = None,
     prediction: Annotated[str, typer.Option(help="The base's: auto, epsilon, v_prediction or sample.")] = "auto",
     attention: Annotated[str, typer.Option(help="Implementation of attention: auto, sdpa or xformers.")] = "auto",
@@ -104,8 +110,7 @@ def generate(
     folders = stated(lora_dir=lora_dir, wildcards=wildcards)
     if strip:
         _check_strip(count, **stated(source=source, prompts=prompts, preview=preview), **folders, **drawing)
-    if precision not in PRECISIONS:
-        raise typer.BadParameter(f"{precision!r} is not {_ANY_PRECISION}", param_hint="--precision")
+    check_precision(precision)
     section = _base(text_encoder, path=base, vae=vae, prediction=prediction, clip_skip=clip_skip, attention=attention)
     target, first = ImageTarget.parse(out), first_seed(seed, count=max([count, *(line.count or 0 for line in lines)]))
     options: dict[str, Any] = {"negative": negative, "seed": first, "steps": steps, "cfg": cfg, "loras": lora or ()}

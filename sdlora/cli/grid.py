@@ -6,10 +6,11 @@ from typing import Annotated
 
 import typer
 
-from ..config.choices import PRECISIONS
 from ..generation.request import MAX_SEED, ImageRequest
 from .app import BaseOption, JsonOption, app, emit, examples, guard, parse_size
 from .generate_options import (
+    CfgOption,
+    ClipSkipOption,
     HiresOption,
     HiresStepsOption,
     HiresStrengthOption,
@@ -18,10 +19,17 @@ from .generate_options import (
     LoraDirOption,
     MaskBlurOption,
     MaskOption,
+    NegativeOption,
+    PrecisionOption,
     RescaleOption,
     SamplerOption,
     ScheduleOption,
+    SizeOption,
+    StepsOption,
     StrengthOption,
+    VaeOption,
+    VaeTilingOption,
+    check_precision,
     stated,
 )
 from .prompt_options import WildcardsOption
@@ -52,11 +60,11 @@ def grid(
     ] = None,
     lora_dir: LoraDirOption = None,
     wildcards: WildcardsOption = None,
-    negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
+    negative: NegativeOption = "",
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of all cells.")] = ImageRequest.seed,
-    steps: Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps.")] = ImageRequest.steps,
-    cfg: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is off.")] = ImageRequest.cfg,
-    size: Annotated[str | None, typer.Option(metavar="WxH", help="Size in pixels; default: the base's own.")] = None,
+    steps: StepsOption = ImageRequest.steps,
+    cfg: CfgOption = ImageRequest.cfg,
+    size: SizeOption = None,
     sampler: SamplerOption = ImageRequest.sampler,
     schedule: ScheduleOption = None,
     guidance_rescale: RescaleOption = None,
@@ -69,10 +77,10 @@ def grid(
     hires_steps: HiresStepsOption = None,
     hires_upscaler: HiresUpscalerOption = None,
     scale: Annotated[int, typer.Option(min=1, max=8, help="Enlarge the labelled image.")] = 1,
-    precision: Annotated[str, typer.Option(help=f"Precision of the base: {', '.join(PRECISIONS)}.")] = "auto",
-    vae_tiling: Annotated[bool, typer.Option("--vae-tiling", help="Decode in strips: less memory, slower.")] = False,
-    clip_skip: Annotated[int | None, typer.Option(help="Layer of the text encoder, counted from the end.")] = None,
-    vae: Annotated[str | None, typer.Option(metavar="FILE", help="Replaces the base's own.")] = None,
+    precision: PrecisionOption = "auto",
+    vae_tiling: VaeTilingOption = False,
+    clip_skip: ClipSkipOption = None,
+    vae: VaeOption = None,
     out: Annotated[
         str, typer.Option(metavar="FILE", help="The labelled image; cells go to NAME.cells.")
     ] = "out/grid.png",
@@ -80,8 +88,7 @@ def grid(
 ) -> None:
     """Draw a grid of images over two or three axes; an interrupted grid goes on where it stopped."""
     shape = parse_size(size)
-    if precision not in PRECISIONS:
-        raise typer.BadParameter(f"{precision!r} is not one of {', '.join(PRECISIONS)}", param_hint="--precision")
+    check_precision(precision)
     from ..config.loading import base_section
     from ..grids.grid import grid as draw
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..errors import printed_problems
 from ..progress import Progress, Stop
 from .jobs import LOG_NAME, Ended, Job
 from .planning import PlannedRun
@@ -155,9 +156,8 @@ def _logged_loss(log: Path, steps: int) -> float | None:
 def _why(log: Path, start: int, end: Ended) -> str:
     """Why a job failed: the errors that it printed, or the last line, or what the engine says."""
     lines = _lines(log, start)
-    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    if errors:
-        return "; ".join(errors)
+    if problems := printed_problems(lines):
+        return "; ".join(problems)
     code = "" if end.code is None else f"ended with exit code {end.code}"
     return "; ".join(filter(None, (end.note, code, lines[-1] if lines else "")))
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import IO
 
-from ..errors import ConfigError, ProcessLostError
+from ..errors import ConfigError, ProcessLostError, printed_problems
 
 LAUNCHED = "SDLORA_LAUNCHED"
 """Variable of a process that is to end with the one that started it."""
@@ -208,8 +208,7 @@ def _problems(process: _Process, count: int) -> list[str]:
     if process.errors is not None:
         process.errors.seek(0)
         lines = process.errors.read().decode("utf-8", "replace").splitlines()
-    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    return [f"{who}: {error}" for error in errors] or [
+    return [f"{who}: {problem}" for problem in printed_problems(lines)] or [
         f"{who} ended with exit code {code}",
         *lines[-SHOWN_LINES:],
     ]
