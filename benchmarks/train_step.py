@@ -3,12 +3,13 @@
     python -m benchmarks.train_step [--base mini | sd1 | sdxl | FILE] [--resolution 512] [--batches 1 4] [--json]
 
 The floor is what no LoRA trainer can go below while it trains through the whole model: the frozen UNet (and the text
-encoders, where they are trained), forward and backward to their inputs, with no LoRA and no optimizer. ``compiled floor``
-is the same with each repeated block of the UNet compiled. ``peft`` is ``inject_adapter_in_model`` on copies of the same
-modules with the same targets and rank, the same min-SNR weighted loss, ``clip_grad_norm_`` and fused AdamW. ``example``
-is the recipe of diffusers' ``train_text_to_image_lora.py`` rebuilt: autocast, float32 LoRA layers of peft, each image
-through the VAE and each caption through the text encoders in every step, plain mean squared error, and the loss read
-back. The sides take turns, a few steps each; ratios are taken round by round.
+encoders, where they are trained), forward and backward to their inputs, with no LoRA and no optimizer. ``compiled
+floor`` and ``compiled ours`` (``train.compile``) have the UNet's transformer blocks compiled. ``peft`` is
+``inject_adapter_in_model`` on copies of the same modules with the same targets and rank, the same min-SNR weighted
+loss, ``clip_grad_norm_`` and fused AdamW. ``example`` is the recipe of diffusers' ``train_text_to_image_lora.py``
+rebuilt: autocast, float32 LoRA layers of peft, each image through the VAE and each caption through the text encoders
+in every step, plain mean squared error, and the loss read back. The sides take turns, a few steps each; ratios are
+taken round by round.
 
 ``sd1`` and ``sdxl`` are models of the published sizes with random weights, made in the device's memory. Their text
 encoders stay frozen: ours and the floors then start from encoded captions, as a run does.
@@ -38,6 +39,7 @@ from accelerate import Accelerator
 from benchmarks.random_weights import fill_randomly
 from benchmarks.turns import conditions, in_turn, median, print_results, ratio, seconds, significant
 from sdlora.base.base import Base
+from sdlora.base.compiling import compile_blocks
 from sdlora.base.conditioning import Conditioning, Framing, time_ids
 from sdlora.base.encode import encode_prompts
 from sdlora.base.load import load_base
@@ -53,7 +55,7 @@ from sdlora.training.session import open_session
 from tests.real_size import write_hollow_checkpoint
 
 STEPS_A_TURN = 4
-SIDES = ("ours", "peft", "example", "floor", "compiled floor")
+SIDES = ("ours", "compiled ours", "peft", "example", "floor", "compiled floor")
 Step = Callable[[], None]
 
 
@@ -104,10 +106,18 @@ class Inputs:
         ).mean()
 
 
-def our_step(setting: Setting) -> Step:
-    base, counter = copy.deepcopy(setting.base), itertools.count()
+def copied(base: Base) -> Base:
+    """Modules of their own, over the same frozen tensors: a copy of each would not fit beside the others."""
+    models = (base.unet, base.vae, *base.encoder_models())
+    return copy.deepcopy(base, {id(tensor): tensor for model in models for tensor in model.parameters()})
+
+
+def our_step(setting: Setting, *, compiled: bool = False) -> Step:
+    base, counter = copied(setting.base), itertools.count()
     session = open_session(setting.plan, base, Accelerator(), Silence())
     session.adapter.attach(base.modules())
+    if compiled:
+        compile_blocks(base.unet)
 
     def step() -> None:
         session.step(next(counter))
@@ -133,7 +143,7 @@ def with_peft(setting: Setting, base: Base) -> list[torch.nn.Parameter]:
 
 
 def peft_step(setting: Setting) -> Step:
-    base = copy.deepcopy(setting.base)
+    base = copied(setting.base)
     trained = with_peft(setting, base)
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     given = Inputs.of(setting, base)
@@ -148,7 +158,7 @@ def peft_step(setting: Setting) -> Step:
 
 
 def example_step(setting: Setting) -> Step:
-    base = copy.deepcopy(setting.base)
+    base = copied(setting.base)
     trained = with_peft(setting, base)
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
@@ -180,10 +190,10 @@ def example_step(setting: Setting) -> Step:
 
 
 def floor_step(setting: Setting, *, compiled: bool = False) -> Step:
-    base = copy.deepcopy(setting.base)
+    base = copied(setting.base)
     given = Inputs.of(setting, base)
     if compiled:
-        base.unet.compile_repeated_blocks(fullgraph=True)
+        compile_blocks(base.unet)
     for encoder in base.text_encoders:
         embeddings = encoder.model.get_input_embeddings()
         embeddings.register_forward_hook(lambda module, given, output: output.requires_grad_())
@@ -197,9 +207,12 @@ def floor_step(setting: Setting, *, compiled: bool = False) -> Step:
 
 
 def step_of(side: str, setting: Setting) -> Step:
+    compiled = side.startswith("compiled")
+    if side.endswith("ours"):
+        return our_step(setting, compiled=compiled)
     if side.endswith("floor"):
-        return floor_step(setting, compiled=side.startswith("compiled"))
-    return {"ours": our_step, "peft": peft_step, "example": example_step}[side](setting)
+        return floor_step(setting, compiled=compiled)
+    return {"peft": peft_step, "example": example_step}[side](setting)
 
 
 def turn(step: Step) -> float:

@@ -178,6 +178,7 @@ ELSEWHERE = {
     "train.gradient_checkpointing": "test_families.py",
     "train.micro_batch": "test_accumulation.py",
     "train.fit": "test_fit.py",
+    "train.compile": "test_compiling.py",
     "train.deterministic": "test_device_change.py",
     "train.save_every": "training_runs.py",
     "train.keep_state": "test_extension.py",

@@ -59,6 +59,7 @@ def session_on(base: Base, plan: RunPlan, *, side: int, micro_batch: int = 2, sp
         ),
         adapter=adapter,
         optimizer=GuardedAdamW(adapter.parameters, rates, config.optimizer, steps=steps, dtype=base.dtype),
+        compiled=False,
         accelerator=Accelerator(),
     )
     if not text_rate:  # Frozen encoders compute each caption once.

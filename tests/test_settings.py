@@ -46,7 +46,7 @@ def test_the_settings_that_decide_resuming() -> None:
     never = {
         *("base.path", "base.vae", "base.text_encoder", "base.text_encoder_2", "base.attention"),
         *("data.images", "data.metadata", "data.dataset_config", "train.save_every"),
-        *("train.gradient_checkpointing", "train.micro_batch", "train.fit", "train.deterministic"),
+        *("train.gradient_checkpointing", "train.micro_batch", "train.fit", "train.deterministic", "train.compile"),
         *("cache.disk", "cache.folder", "cache.max_gigabytes", "output.path", "lora.start_from"),
         "validation.every",
         "train.keep_state",
@@ -56,7 +56,7 @@ def test_the_settings_that_decide_resuming() -> None:
     expected = {
         key for key in settings if key not in never and (not key.startswith("output.") or key == "output.precision")
     }
-    assert len(settings) == 128
+    assert len(settings) == 129
     assert set(config.flat(DECIDES_RESUMING)) == expected
     sets = {setting.key for setting in all_settings() if setting.section == "data.sets" and setting.affects == "place"}
     assert sets == {"images", "metadata", "masks"}

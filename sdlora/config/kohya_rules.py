@@ -168,7 +168,7 @@ HARMLESS = frozenset({
     "log_prefix", "log_tracker_config", "log_tracker_name", "log_with", "lowram", "metadata_thumbnail",
     "sample_at_first", "sample_every_n_epochs", "sample_every_n_steps", "sample_prompts", "sample_sampler",
     "save_last_n_epochs_state", "save_last_n_steps_state", "save_state", "save_state_on_train_end",
-    "text_encoder_batch_size", "tokenizer_cache_dir", "torch_compile", "validation_seed", "wandb_api_key",
+    "text_encoder_batch_size", "tokenizer_cache_dir", "validation_seed", "wandb_api_key",
     "wandb_run_name",
 })  # fmt: skip
 """Options that change nothing of the LoRA and have no counterpart: they are left out, which is said."""

@@ -43,6 +43,10 @@ class TrainSection(Section):
     fit: Annotated[bool, Setting(affects="nothing")] = False
     """What to do where the device runs out of memory: stop and say what to change, or, with true, halve the micro-batch,
     then turn gradient checkpointing on, and go on with the same batches."""
+    compile: Annotated[bool, Setting(kohya="torch_compile", affects="nothing")] = False
+    """Whether the transformer blocks of the UNet are compiled. The first step, and the first of each size of bucket, then
+    takes a minute or so longer, and every other is faster on a GPU. The result is the same up to rounding. Where compiling
+    does not work, a warning says why, and the run goes on without it."""
     deterministic: Annotated[bool, Setting(affects="nothing")] = False
     """Whether a GPU uses deterministic algorithms alone, so that repeating or resuming a run gives the same bits on the
     same model of GPU. That is slower, and not possible with xformers. On a CPU results are the same in any case."""

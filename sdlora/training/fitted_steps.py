@@ -1,4 +1,4 @@
-"""Steps in a shape that fits into the device's memory."""
+"""Steps in a shape that fits into the device's memory, compiled where that works."""
 
 from __future__ import annotations
 
@@ -10,21 +10,24 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from ..base.compiling import compiling_failed
 from ..base.device_memory import out_of_memory, release_memory
 from ..errors import DeviceMemoryError
 from .session import TrainingSession
 from .shortage import CLOSE_OTHERS
-from .step_shape import StepShape
 
 logger = logging.getLogger(__name__)
 
 
 class FittedSteps:
-    """Does the steps of an attached session; with ``train.fit``, in smaller shapes where memory runs out."""
+    """Does the steps of an attached session; with ``train.fit``, in smaller shapes where memory runs out.
+
+    Where compiling fails, it goes on without it.
+    """
 
     def __init__(self, session: TrainingSession):
         self.session = session
-        """Attached; another one after memory ran out."""
+        """Attached; another one after memory ran out or compiling failed."""
         self._attached = ExitStack()
         self._attached.enter_context(session.attached())
 
@@ -33,31 +36,40 @@ class FittedSteps:
         self._attached.close()
 
     def step(self, step: int) -> Tensor:
-        """As ``TrainingSession.step``. A step that runs out of memory is done again from its start, in the next shape.
+        """As ``TrainingSession.step``. A step that runs out of memory or cannot be compiled is done again from its start.
 
         Raises:
             DeviceMemoryError: there is no smaller shape, or ``train.fit`` is false.
         """
         while True:
-            shape = self.session.shape
             try:
                 return self.session.step(step)
             except Exception as error:
-                if not out_of_memory(error):
-                    raise
-                smaller = shape.smaller()
-                if smaller is None or not self.session.plan.config.train.fit:
-                    raise DeviceMemoryError(_sentence(self.session, step)) from None
+                warning, following = _instead(self.session, step, error)
             # After the block nothing refers to the error any more, nor to the tensors of the step that it came from.
-            logger.warning("step %d: out of memory with %s; from now on %s", step + 1, shape, smaller)
-            self._go_on_with(smaller)
+            logger.warning("step %d: %s", step + 1, warning)
+            self._go_on_with(following)
 
-    def _go_on_with(self, shape: StepShape) -> None:
+    def _go_on_with(self, session: TrainingSession) -> None:
         self._attached.close()
         gc.collect()
-        release_memory(self.session.base.device)
-        self.session = replace(self.session, shape=shape)
-        self._attached.enter_context(self.session.attached())
+        release_memory(session.base.device)
+        self.session = session
+        self._attached.enter_context(session.attached())
+
+
+def _instead(session: TrainingSession, step: int, error: Exception) -> tuple[str, TrainingSession]:
+    """After ``error`` in ``step``: what to say, and what to go on with. Raises where there is nothing."""
+    if session.compiled and compiling_failed(error):
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        return f"compiling failed, from now on without: {reason}", replace(session, compiled=False)
+    if not out_of_memory(error):
+        raise error
+    shape = session.shape
+    smaller = shape.smaller()
+    if smaller is None or not session.plan.config.train.fit:
+        raise DeviceMemoryError(_sentence(session, step)) from None
+    return f"out of memory with {shape}; from now on {smaller}", replace(session, shape=smaller)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..base.base import Base
+from ..base.compiling import compile_blocks, restore_blocks
 from ..base.conditioning import Conditioning
 from ..base.device_memory import Room, free_memory, move_to
 from ..base.encode import encode_ids
@@ -46,6 +47,8 @@ class TrainingSession:
     adapter: Adapter[RateGroup]
     optimizer: GuardedAdamW
     accelerator: Accelerator
+    compiled: bool
+    """Whether the UNet's transformer blocks are compiled."""
 
     @contextmanager
     def attached(self) -> Generator[None]:
@@ -54,9 +57,13 @@ class TrainingSession:
         self.adapter.attach(modules)
         if checkpointing:
             self.base.unet.enable_gradient_checkpointing()
+        if self.compiled:
+            compile_blocks(self.base.unet)
         try:
             yield
         finally:
+            if self.compiled:
+                restore_blocks(self.base.unet)
             if checkpointing:
                 self.base.unet.disable_gradient_checkpointing()
             self.adapter.detach(modules)
@@ -210,6 +217,7 @@ def open_session(
         adapter=adapter,
         optimizer=optimizer,
         accelerator=accelerator,
+        compiled=config.train.compile,
     )
 
 
