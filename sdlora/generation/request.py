@@ -47,7 +47,7 @@ class ImageRequest:
     hires: Hires | None = None
     """A second pass at a higher resolution."""
     prompt_template: str = ""
-    """The prompt as written, where wildcards in it were replaced by entries; else empty."""
+    """The prompt as written, where alternatives or wildcards in it were chosen; else empty."""
     negative_template: str = ""
     """Likewise of the negative prompt."""
     inversions: tuple[Inversion, ...] = ()
