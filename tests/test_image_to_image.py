@@ -229,9 +229,10 @@ def test_too_little_memory_to_encode_is_one_line(tiny_base: Path, monkeypatch: p
     def full(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("sdlora.generation.start.encode_pixels", full)
+    monkeypatch.setattr("sdlora.base.decode.encode_pixels", full)
+    monkeypatch.setattr("sdlora.base.decode.encode_in_strips", full)
     with pytest.raises(
-        SdloraError, match="too little memory to encode an image of 80 x 64 pixels; choose a smaller size"
+        SdloraError, match="too little memory to encode an image of 80 x 64 pixels, even in strips; choose a"
     ):
         ours(tiny_base, image=photo(80, 64))
     with pytest.raises(SdloraError, match="too little memory to encode an image of 128 x 128 pixels"):

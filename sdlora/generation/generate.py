@@ -56,8 +56,8 @@ def generate(
         size: (width, height) in pixels, or the side of a square; by default the base's own square.
         sampler: a name of ``sdlora generate``, of A1111 (``DPM++ 2M Karras``), k-diffusion or diffusers.
         precision: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
-        vae_tiling: decode in strips, in a fraction of the memory: the same image, later. It is done anyway where memory
-            runs out.
+        vae_tiling: encode and decode in strips, in a fraction of the memory: the same image, later. It is done anyway
+            where memory runs out.
         progress: receives reports; by default a bar in a terminal.
         stop: set it, from any thread, to stop after the current step.
         on_image: called with each image as soon as it is done.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..base.base import Base
 from ..base.checkpoint import BaseCheckpoint
-from ..base.decode import LatentDecoder
+from ..base.decode import LatentDecoder, PixelEncoder
 from ..base.device_memory import free_memory, move_to, out_of_memory, release_memory
 from ..errors import DeviceMemoryError
 from ..formats.hashes import file_hashes
@@ -66,9 +66,9 @@ def generate_images(
 ) -> list[GeneratedImage]:
     """Generate every request under the same LoRAs, which are on ``base`` for as long as this takes.
 
-    ``on_image`` is called with each image as soon as it is done, in the order of ``requests``. ``vae_tiling`` decodes in
-    strips from the start (``base.decode``). On a ``stack`` of the base's modules the LoRAs stay afterwards, so that the next
-    call changes what differs.
+    ``on_image`` is called with each image as soon as it is done, in the order of ``requests``. ``vae_tiling`` encodes and
+    decodes in strips from the start (``base.decode``). On a ``stack`` of the base's modules the LoRAs stay afterwards, so
+    that the next call changes what differs.
 
     Raises:
         BaseModelError: the UNet or the VAE produced NaN or Inf.
@@ -82,7 +82,8 @@ def generate_images(
     images: list[GeneratedImage] = []
     progress.start("Generating", sum(request.all_steps for request in requests))
     varying = [lora.choice for lora in loras if lora.choice.varies]
-    decode, watch = LatentDecoder(base, tiled=vae_tiling), watch_of(base, progress)
+    decode, encode = LatentDecoder(base, tiled=vae_tiling), PixelEncoder(base, tiled=vae_tiling)
+    watch = watch_of(base, progress)
     batches = _batches(requests, checkpoint)
 
     def weigh(steps: int) -> Callable[[int], None] | None:
@@ -95,10 +96,17 @@ def generate_images(
     ):
         for batch, conditioning in zip(batches, conditionings, strict=True):
             latents = _denoised(
-                base, batch, conditioning, progress, stop, start_of(base, batch), weigh(batch[0].steps_taken), watch
+                base,
+                batch,
+                conditioning,
+                progress,
+                stop,
+                start_of(base, batch, encode),
+                weigh(batch[0].steps_taken),
+                watch,
             )
             if hires := batch[0].hires:
-                start, steps = enlarged(base, batch, latents, decode), hires.steps_taken(batch[0].steps)
+                start, steps = enlarged(base, batch, latents, decode, encode), hires.steps_taken(batch[0].steps)
                 second = second_pass(batch, checkpoint)
                 conditioning = conditioning.after(batch[0].steps_taken)
                 latents = _denoised(base, second, conditioning, progress, stop, start, weigh(steps), watch)
