@@ -10,7 +10,6 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Literal
 
 Spacing = Literal["linspace", "leading", "trailing"]
@@ -116,16 +115,6 @@ SCHEDULE_NAMES: Mapping[str, str] = {
     plain(alias): schedule.name for schedule in SCHEDULES.values() for alias in (schedule.name, *schedule.aliases)
 }
 """Plain name or alias -> name."""
-
-
-def timestep_of(table: Sequence[float], level: float) -> float:
-    """The timestep of a noise level, linear in log σ between whole ones: k-diffusion's ``sigma_to_t``."""
-    if level <= table[0]:
-        return 0.0
-    for number, (low, high) in enumerate(pairwise(table)):
-        if level <= high:
-            return number + (math.log(level) - math.log(low)) / (math.log(high) - math.log(low))
-    return len(table) - 1.0
 
 
 def _level_at(table: Sequence[float], timestep: float) -> float:
