@@ -17,7 +17,8 @@ import sdlora
 from sdlora.base import decode, strips
 from sdlora.base.decode import LatentDecoder, PixelEncoder
 from sdlora.base.strips import decode_in_strips, encode_in_strips
-from sdlora.errors import BaseModelError, DeviceMemoryError
+from sdlora.cli.app import app
+from sdlora.errors import BaseModelError, DeviceMemoryError, SdloraError
 from sdlora.generation import images
 from sdlora.generation.request import ImageRequest
 from tests.tiny import opened
@@ -141,8 +142,6 @@ def test_tiling_when_asked_gives_the_same_image(
     assert calls == [1]
     difference = torch.tensor(list(drawn.image.tobytes())) - torch.tensor(list(expected.tobytes()))
     assert difference.abs().max() <= 1
-    from sdlora.cli.app import app
-
     file = tmp_path / "x.png"
     given = ["generate", "a fox", "--base", str(tiny_base), "--seed", "1", "--steps", "1", "--vae-tiling"]
     result = CliRunner().invoke(app, [*given, "--out", str(file)])
@@ -241,3 +240,30 @@ def test_tiling_when_asked_encodes_in_strips_too(
     found = sdlora.generate("a fox", vae_tiling=True, **given)[0].latents
     assert calls == [1]
     assert (found - expected).abs().max() < 1e-3
+
+
+def test_as_many_images_are_drawn_together_as_asked(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    together: list[int] = []
+    denoise = images.denoise
+
+    def counted(base: Any, requests: Any, *more: Any, **options: Any) -> Tensor:
+        together.append(len(requests))
+        return denoise(base, requests, *more, **options)
+
+    monkeypatch.setattr(images, "denoise", counted)
+    given: dict[str, Any] = {"base": tiny_base, "seed": 1, "steps": 2, "size": 64, "count": 6, "precision": "float32"}
+    made = {size: sdlora.generate("a fox", batch_size=size, **given) for size in (None, 1, 5, 9)}
+    assert together == [4, 2, *[1] * 6, 5, 1, 6]
+    for some in made.values():
+        assert all((a.latents - b.latents).abs().max() < 1e-4 for a, b in zip(some, made[1], strict=True))
+        assert [image.parameters for image in some] == [image.parameters for image in made[1]]
+    for wrong in (0, 1.5, True):
+        with pytest.raises(SdloraError, match=f"batch_size {wrong}: expected a whole number, at least 1"):
+            sdlora.generate("a fox", batch_size=wrong, **given)
+    together.clear()
+    sdlora.generate_strip(["a fox", "an owl"], base=tiny_base, loras=[], steps=1, seed=1, batch_size=1)
+    assert set(together) == {1}
+    together.clear()
+    command = ["generate", "a fox", "--base", str(tiny_base), "--steps", "1", "--count", "3", "--batch-size", "2"]
+    assert CliRunner().invoke(app, [*command, "--out", str(tiny_base.parent / "together")]).exit_code == 0
+    assert together == [2, 1]

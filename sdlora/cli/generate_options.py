@@ -82,6 +82,9 @@ PrecisionOption = Annotated[str, typer.Option(help=f"Precision of the base: {_AN
 VaeTilingOption = Annotated[
     bool, typer.Option("--vae-tiling", help="Encode and decode in strips: less memory, slower.")
 ]
+BatchSizeOption = Annotated[
+    int | None, typer.Option(min=1, help="The most images that are drawn together. By default up to 4, by their size.")
+]
 ClipSkipOption = Annotated[int | None, typer.Option(help="Layer of the text encoder, counted from the end.")]
 VaeOption = Annotated[str | None, typer.Option(metavar="FILE", help="Replaces the base's own.")]
 TextEncoderOption = Annotated[
