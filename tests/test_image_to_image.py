@@ -205,6 +205,7 @@ def test_all_faults_are_named_at_once(tiny_base: Path, tmp_path: Path) -> None:
         ({"strength": 0.5}, "no image to draw over"),
         ({"mask": Image.new("L", (8, 8), 255)}, "no image to draw over"),
         ({"image": photo(), "mask_blur": 3}, "there is no mask"),
+        ({"image": photo(), "mask": photo(), "mask_blur": True}, "mask_blur True: expected pixels, a whole number"),
         ({"image": photo(), "strength": 0}, "above 0"),
         ({"image": photo(), "strength": 0.1}, "less than one step; use at least 10 steps"),
         ({"image": photo(), "mask": Image.new("L", (64, 64))}, "nothing in it is white"),

@@ -46,8 +46,8 @@ def generate(
     """Generate ``count`` images of each prompt, with seeds ``seed``, ``seed + 1`` …, under all ``loras`` at once.
 
     Args:
-        prompts: in A1111's syntax, ``(word:1.2)``, ``[a:b:0.5]``, ``AND``; of any length. Those of ``read_prompts`` have
-            values of their own.
+        prompts: in A1111's syntax, ``(word:1.2)``, ``[a:b:0.5]``, ``AND``; of any length. Of ``{a|b}`` the image's seed
+            draws one. Those of ``read_prompts`` have values of their own.
         base: the value of ``base.path`` in a configuration, or a whole ``[base]`` section.
         loras: one or several, each ``FILE[:UNET[:TE]]``, a path or a ``LoraChoice``.
         lora_dir: where tags of prompts, ``<lora:name:0.8>``, find their files; they are added to ``loras``.
