@@ -42,6 +42,7 @@ SURFACE = {
             "prediction",
             "attention",
             "vae_tiling",
+            "batch_size",
             "lora_dir",
             "wildcards",
             "prompts",

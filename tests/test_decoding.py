@@ -1,4 +1,4 @@
-"""Decoding latents: in strips as at once, one by one, and again where memory runs out."""
+"""The VAE: in strips as at once, one by one, and again where memory runs out."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 
 import sdlora
 from sdlora.base import decode, strips
-from sdlora.base.decode import LatentDecoder
-from sdlora.base.strips import decode_in_strips
-from sdlora.errors import BaseModelError, DeviceMemoryError
+from sdlora.base.decode import LatentDecoder, PixelEncoder
+from sdlora.base.strips import decode_in_strips, encode_in_strips
+from sdlora.cli.app import app
+from sdlora.errors import BaseModelError, DeviceMemoryError, SdloraError
 from sdlora.generation import images
 from sdlora.generation.request import ImageRequest
 from tests.tiny import opened
@@ -141,11 +142,128 @@ def test_tiling_when_asked_gives_the_same_image(
     assert calls == [1]
     difference = torch.tensor(list(drawn.image.tobytes())) - torch.tensor(list(expected.tobytes()))
     assert difference.abs().max() <= 1
-    from sdlora.cli.app import app
-
     file = tmp_path / "x.png"
     given = ["generate", "a fox", "--base", str(tiny_base), "--seed", "1", "--steps", "1", "--vae-tiling"]
     result = CliRunner().invoke(app, [*given, "--out", str(file)])
     assert (result.exit_code, calls) == (0, [1, 1])
     with Image.open(file) as written:
         assert written.tobytes() == drawn.image.tobytes()
+
+
+def latents_of(distribution: Any) -> Tensor:
+    return torch.cat([distribution.mean, distribution.std], 1)
+
+
+@pytest.mark.parametrize("values", [2**23, 2**13, 1])
+@torch.no_grad()
+def test_strips_give_the_latents_of_the_whole(base: Any, values: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Down to strips of two rows, in a height that none divides."""
+    pixels = torch.rand(2, 3, 56, 40) * 2 - 1
+    whole = latents_of(base.vae.encode(pixels).latent_dist)
+    monkeypatch.setattr(strips, "STRIP_VALUES", values)
+    found = latents_of(encode_in_strips(base.vae, pixels, torch.device("cpu")))
+    assert found.shape == (2, 8, 7, 5)
+    assert (found - whole).abs().max() < BOUND
+    assert whole[:, :4].std() > 1e-3
+
+
+def test_no_layer_of_the_encoder_at_full_size_sees_more_than_a_strip(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = opened("mini")
+    seen: list[int] = []
+
+    def note(module: nn.Module, given: tuple[Tensor, ...], made: Tensor) -> None:
+        seen.append(given[0].numel())
+
+    monkeypatch.setattr(strips, "STRIP_VALUES", 2**14)
+    for part in (base.vae.encoder.conv_in, *base.vae.encoder.down_blocks):
+        for module in part.modules():
+            if isinstance(module, nn.Conv2d):
+                module.register_forward_hook(note)
+    pixels = torch.zeros(1, 3, 256, 256)
+    encode_in_strips(base.vae, pixels, torch.device("cpu"))
+    in_strips, seen = max(seen), []
+    base.vae.encode(pixels)
+    # A strip has a row more above and below, or two below, at a width of 256 and up to 64 channels.
+    assert in_strips <= 2**14 + 4 * 257 * 64
+    assert max(seen) > 10 * in_strips
+
+
+def test_where_memory_runs_out_an_image_is_encoded_in_strips_with_one_warning(
+    base: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pixels = torch.rand(1, 3, 64, 64) * 2 - 1
+    expected = PixelEncoder(base)(pixels)
+    monkeypatch.setattr(base.vae, "encode", out_of_memory)
+    encoder = PixelEncoder(base)
+    with caplog.at_level(logging.WARNING, "sdlora"):
+        for _ in range(2):
+            found = encoder(pixels)
+            assert (found.mean - expected.mean).abs().max() < BOUND
+            assert (found.std - expected.std).abs().max() < BOUND
+    assert [record.getMessage() for record in caplog.records] == [
+        "the cpu has too little memory to encode an image at once; it is encoded in strips, which takes longer"
+    ]
+
+
+def test_other_faults_of_the_encoder_are_not_taken_for_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = opened("mini")
+    with pytest.raises(BaseModelError, match="the VAE produced NaN or Inf"):
+        PixelEncoder(base, tiled=True)(torch.full((1, 3, 64, 64), torch.nan))
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(base.vae, "encode", broken)
+    with pytest.raises(RuntimeError, match="shapes"):
+        PixelEncoder(base)(torch.zeros(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize("options", [{"mask": True}, {"hires": 2}])
+def test_tiling_when_asked_encodes_in_strips_too(
+    tiny_base: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of images that are drawn over, and between two passes; the image stays the same."""
+    values = torch.arange(64 * 64 * 3, dtype=torch.uint8).reshape(64, 64, 3).numpy()
+    given: dict[str, Any] = {"base": tiny_base, "seed": 1, "steps": 2, "precision": "float32"}
+    if "mask" in options:
+        given |= {"image": Image.fromarray(values), "mask": Image.new("L", (64, 64), 255)}
+    else:
+        given |= {"hires": 2, "hires_upscaler": "lanczos", "size": 64}
+    expected = sdlora.generate("a fox", **given)[0].latents
+    calls: list[int] = []
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(1)
+        return encode_in_strips(*arguments)
+
+    monkeypatch.setattr(decode, "encode_in_strips", counted)
+    found = sdlora.generate("a fox", vae_tiling=True, **given)[0].latents
+    assert calls == [1]
+    assert (found - expected).abs().max() < 1e-3
+
+
+def test_as_many_images_are_drawn_together_as_asked(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    together: list[int] = []
+    denoise = images.denoise
+
+    def counted(base: Any, requests: Any, *more: Any, **options: Any) -> Tensor:
+        together.append(len(requests))
+        return denoise(base, requests, *more, **options)
+
+    monkeypatch.setattr(images, "denoise", counted)
+    given: dict[str, Any] = {"base": tiny_base, "seed": 1, "steps": 2, "size": 64, "count": 6, "precision": "float32"}
+    made = {size: sdlora.generate("a fox", batch_size=size, **given) for size in (None, 1, 5, 9)}
+    assert together == [4, 2, *[1] * 6, 5, 1, 6]
+    for some in made.values():
+        assert all((a.latents - b.latents).abs().max() < 1e-4 for a, b in zip(some, made[1], strict=True))
+        assert [image.parameters for image in some] == [image.parameters for image in made[1]]
+    for wrong in (0, 1.5, True):
+        with pytest.raises(SdloraError, match=f"batch_size {wrong}: expected a whole number, at least 1"):
+            sdlora.generate("a fox", batch_size=wrong, **given)
+    together.clear()
+    sdlora.generate_strip(["a fox", "an owl"], base=tiny_base, loras=[], steps=1, seed=1, batch_size=1)
+    assert set(together) == {1}
+    together.clear()
+    command = ["generate", "a fox", "--base", str(tiny_base), "--steps", "1", "--count", "3", "--batch-size", "2"]
+    assert CliRunner().invoke(app, [*command, "--out", str(tiny_base.parent / "together")]).exit_code == 0
+    assert together == [2, 1]

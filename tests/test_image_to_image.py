@@ -205,6 +205,7 @@ def test_all_faults_are_named_at_once(tiny_base: Path, tmp_path: Path) -> None:
         ({"strength": 0.5}, "no image to draw over"),
         ({"mask": Image.new("L", (8, 8), 255)}, "no image to draw over"),
         ({"image": photo(), "mask_blur": 3}, "there is no mask"),
+        ({"image": photo(), "mask": photo(), "mask_blur": True}, "mask_blur True: expected pixels, a whole number"),
         ({"image": photo(), "strength": 0}, "above 0"),
         ({"image": photo(), "strength": 0.1}, "less than one step; use at least 10 steps"),
         ({"image": photo(), "mask": Image.new("L", (64, 64))}, "nothing in it is white"),
@@ -229,9 +230,10 @@ def test_too_little_memory_to_encode_is_one_line(tiny_base: Path, monkeypatch: p
     def full(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("sdlora.generation.start.encode_pixels", full)
+    monkeypatch.setattr("sdlora.base.decode.encode_pixels", full)
+    monkeypatch.setattr("sdlora.base.decode.encode_in_strips", full)
     with pytest.raises(
-        SdloraError, match="too little memory to encode an image of 80 x 64 pixels; choose a smaller size"
+        SdloraError, match="too little memory to encode an image of 80 x 64 pixels, even in strips; choose a"
     ):
         ours(tiny_base, image=photo(80, 64))
     with pytest.raises(SdloraError, match="too little memory to encode an image of 128 x 128 pixels"):

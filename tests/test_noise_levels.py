@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from diffusers.schedulers import AysSchedules
 
 from sdlora.base.schedule import ScheduleFacts
 from sdlora.generation.samplers import SAMPLERS, a1111_schedule
@@ -52,6 +53,19 @@ def simple(steps: int) -> np.ndarray:
     return np.append([SIGMAS[-(1 + int(x * len(SIGMAS) / steps))] for x in range(steps)], 0)
 
 
+def align_your_steps(steps: int, published: str = "StableDiffusionSigmas") -> np.ndarray:
+    """ComfyUI's AlignYourStepsScheduler: NVIDIA's interpolation of the published levels, the last of which becomes 0."""
+    known = np.array([*AysSchedules[published][:-1], 0.029])
+    spread = np.interp(np.linspace(0, 1, steps + 1), np.linspace(0, 1, len(known)), np.log(known[::-1]))
+    return np.append(np.exp(spread)[::-1][:-1], 0)
+
+
+def kl_optimal(steps: int) -> np.ndarray:
+    """ComfyUI's kl_optimal_scheduler."""
+    share = np.arange(steps) / (steps - 1)
+    return np.append(np.tan(share * np.arctan(SIGMAS[0]) + (1 - share) * np.arctan(SIGMAS[-1])), 0)
+
+
 FORMULAS = {"Uniform": uniform, "SGM Uniform": sgm_uniform, "DDIM": ddim, "Karras": karras}
 PAIRS = [
     *(("dpm++2m", None, steps, "SGM Uniform") for steps in (2, 10, 20, 27, 50)),
@@ -82,13 +96,14 @@ def test_the_stated_schedule_has_our_noise_levels(sampler: str, spacing: str | N
 
 
 CHOSEN = FORMULAS | {"Exponential": exponential, "Simple": simple}
+CHOSEN |= {"align-your-steps": align_your_steps, "kl-optimal": kl_optimal}
 ABLE = [name for name, sampler in SAMPLERS.items() if "karras" in sampler.schedules]
 
 
 @pytest.mark.parametrize("sampler", ABLE)
 @pytest.mark.parametrize("schedule", [name for name, schedule in SCHEDULES.items() if schedule.levels])
-def test_a_requested_schedule_has_the_noise_levels_of_a1111(sampler: str, schedule: str) -> None:
-    name = SCHEDULES[schedule].a1111_name or ""
+def test_a_requested_schedule_has_the_noise_levels_of_a1111_or_comfyui(sampler: str, schedule: str) -> None:
+    name = SCHEDULES[schedule].a1111_name
     for steps in (2, 10, 20, 25):
         scheduler = make_scheduler(SAMPLERS[sampler], ScheduleFacts(), steps, schedule)
         # Of samplers with two calls for a step, the levels of the first calls: diffusers repeats them, or ours are between.
@@ -96,7 +111,7 @@ def test_a_requested_schedule_has_the_noise_levels_of_a1111(sampler: str, schedu
         if scheduler.order == 2:
             ours = np.append(ours[0 : 2 * steps - 1 : 2], 0)
         rounded = schedule == "sgm-uniform" and SAMPLERS[sampler].a1111_schedules[None] == "SGM Uniform"
-        np.testing.assert_allclose(ours, CHOSEN[name](steps), rtol=5e-3 if rounded else 2e-4)
+        np.testing.assert_allclose(ours, CHOSEN[name or schedule](steps), rtol=5e-3 if rounded else 2e-4)
         assert a1111_schedule(SAMPLERS[sampler], ScheduleFacts(), steps, schedule) == name
         # Each timestep is that of its noise level, for diffusers to the nearest whole one, or the one below.
         exact = np.interp(np.log(ours[:-1]), np.log(SIGMAS), np.arange(1000))
@@ -112,6 +127,20 @@ def test_a_single_step_starts_at_the_highest_noise(sampler: str) -> None:
         sigmas = make_scheduler(SAMPLERS[sampler], ScheduleFacts(), 1, schedule).sigmas.tolist()
         assert sigmas[0] == pytest.approx(SIGMAS[-1], rel=1e-4)
         assert sigmas[-1] == 0
+
+
+@pytest.mark.parametrize(
+    ("family", "published"),
+    [("sd1", "StableDiffusionSigmas"), ("sd2", "StableDiffusionSigmas"), ("sdxl", "StableDiffusionXLSigmas")],
+)
+def test_align_your_steps_is_that_of_the_family(family: str, published: str) -> None:
+    def levels(steps: int) -> np.ndarray:
+        scheduler = make_scheduler(SAMPLERS["euler"], ScheduleFacts(), steps, "align-your-steps", family=family)
+        return scheduler.sigmas.double().numpy()
+
+    np.testing.assert_allclose(levels(10), AysSchedules[published], rtol=1e-6)
+    for steps in (2, 7, 25):
+        np.testing.assert_allclose(levels(steps), align_your_steps(steps, published), rtol=1e-6)
 
 
 def test_what_names_the_default_is_the_default() -> None:

@@ -58,6 +58,12 @@ def test_other_syntax_is_reported(text: str, named: str, caplog: pytest.LogCaptu
     assert [record.getMessage() for record in caplog.records] == [f"prompt: {named}; it is read as text"]
 
 
+def test_escaped_braces_are_no_alternatives(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "sdlora"):
+        check_syntax([r"a \{red|blue\} fox"])
+    assert caplog.records == []
+
+
 @pytest.mark.parametrize("text", ["a [b:c:d:3] fox", "a [b:c|d:3]", "[x (a:3] y", "[a|b:0.5]"])
 def test_malformed_editing_is_reported(text: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "sdlora"):

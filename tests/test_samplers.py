@@ -12,16 +12,19 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from diffusers.schedulers import AysSchedules
 from PIL import Image
 from torch import Tensor
 
 import sdlora
 from sdlora.base.schedule import ScheduleFacts
+from sdlora.config.sections import BaseSection
 from sdlora.errors import SdloraError
 from sdlora.generation.samplers import SAMPLERS, read_sampler
 from sdlora.generation.schedulers import make_scheduler
 from sdlora.generation.schedules import SCHEDULES
 from sdlora.progress import Silence
+from tests.tiny import tiny_pipeline
 
 STEPS = 6
 SDE = {"algorithm_type": "sde-dpmsolver++"}
@@ -261,6 +264,9 @@ def test_a_fine_schedule_of_any_kind_arrives_at_the_same_image(sampler: str) -> 
         ("uni_pc", None, "unipc", None),
         ("LCMScheduler", None, "lcm", None),
         ("Heun", "ddim_uniform", "heun", "ddim"),
+        # As A1111, ComfyUI and diffusers name the two.
+        *(("Euler", name, "euler", "align-your-steps") for name in ("Align Your Steps", "align_your_steps", "AYS")),
+        *(("dpmpp_2m", name, "dpm++2m", "kl-optimal") for name in ("KL Optimal", "kl_optimal")),
         ("magic", "Magic", "magic", "Magic"),
     ],
 )
@@ -283,6 +289,37 @@ def test_names_of_other_programs(written: str, schedule: str | None, name: str, 
 def test_what_does_not_go_together(tiny_base: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(SdloraError, match=message):
         sdlora.generate("a", base=str(tiny_base), **options)
+
+
+@pytest.mark.parametrize(
+    ("family", "published"), [("sd1", "StableDiffusionSigmas"), ("sdxl", "StableDiffusionXLSigmas")]
+)
+def test_align_your_steps_equals_the_pipeline_with_the_levels_of_the_family(
+    tiny_files: dict[str, Path], family: str, published: str
+) -> None:
+    pipe: Any = tiny_pipeline(family)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = scheduler_of("EulerDiscreteScheduler", {})
+    theirs = pipe(
+        "a red fox", negative_prompt="blue", sigmas=AysSchedules[published], guidance_scale=4.0, output_type="latent",
+        height=64, width=64, generator=torch.Generator("cpu").manual_seed(7),
+    ).images[0]  # fmt: skip
+    found = ours(tiny_files[family], "Euler", "AYS", steps=10, size=64)
+    assert (found - theirs).abs().max() < 1e-4
+
+
+def test_align_your_steps_is_in_the_recipe(tiny_base: Path) -> None:
+    image = sdlora.generate("a", base=tiny_base, steps=1, schedule="Align Your Steps")[0]
+    assert ", Timestep spacing: align-your-steps, " in image.parameters
+
+
+def test_align_your_steps_does_not_start_from_pure_noise(tiny_base: Path) -> None:
+    base = BaseSection(path=str(tiny_base), prediction="v_prediction", zero_terminal_snr=True)
+    sdlora.generate("a", base=base, schedule="kl-optimal", steps=1)
+    with pytest.raises(
+        SdloraError, match=r"'align-your-steps' was published .* without zero-terminal SNR.*choose karras"
+    ):
+        sdlora.generate("a", base=base, schedule="align-your-steps", steps=1)
 
 
 def test_progress_counts_steps_whatever_a_step_takes(tiny_base: Path) -> None:

@@ -1,4 +1,4 @@
-"""Latents to pixels, in the memory that there is."""
+"""Latents to pixels and back, in the memory that there is."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 from ..errors import DeviceMemoryError
 from .base import Base
 from .device_memory import out_of_memory, release_memory
-from .encode import check_finite
-from .strips import decode_in_strips
+from .encode import Posterior, check_finite, encode_pixels, posterior_of
+from .strips import decode_in_strips, encode_in_strips
 
 logger = logging.getLogger(__name__)
 
@@ -66,4 +66,46 @@ class LatentDecoder:
             f"the {latents.device.type} has too little memory to decode an image of {latents.shape[3] * factor} x "
             f"{latents.shape[2] * factor} pixels, even in strips; choose a smaller size, or end other programs that use its "
             "memory"
+        )
+
+
+class PixelEncoder:
+    """Encodes images with one base, in strips once that has been necessary."""
+
+    def __init__(self, base: Base, *, tiled: bool = False):
+        """``tiled`` encodes in strips from the start (``base.strips``)."""
+        self._base, self._tiled = base, tiled
+
+    def __call__(self, pixels: Tensor) -> Posterior:
+        """``encode_pixels`` of one image, (1, 3, h, w) float32 in [-1, 1].
+
+        Where the device's memory does not suffice, a warning is logged, and this and all later ones are encoded in strips.
+
+        Raises:
+            BaseModelError: the VAE produced NaN or Inf.
+            DeviceMemoryError: the memory does not suffice for strips either.
+        """
+        base = self._base
+        if not self._tiled:
+            try:
+                return encode_pixels(base, pixels)
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+            # After the except block, which keeps what the encoder had computed.
+            release_memory(base.device)
+            logger.warning(
+                "the %s has too little memory to encode an image at once; it is encoded in strips, which takes longer",
+                base.device.type,
+            )
+            self._tiled = True
+        try:
+            return posterior_of(base, encode_in_strips(base.vae, pixels.to(base.vae.dtype), base.device))
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+        release_memory(base.device)
+        raise DeviceMemoryError(
+            f"the {base.device.type} has too little memory to encode an image of {pixels.shape[3]} x {pixels.shape[2]} "
+            "pixels, even in strips; choose a smaller size, or end other programs that use its memory"
         )

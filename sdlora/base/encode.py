@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from ..families import TOKENS_IN_CHUNK
 from .base import Base, TextEncoder
 from .conditioning import Conditioning
 from .tokens import PromptTokens
+
+if TYPE_CHECKING:
+    from .models import DiagonalGaussianDistribution
 
 
 def encode_prompts(base: Base, prompts: Sequence[PromptTokens]) -> Conditioning:
@@ -84,7 +88,15 @@ def encode_pixels(base: Base, pixels: Tensor) -> Posterior:
     Raises:
         BaseModelError: the VAE produced NaN or Inf.
     """
-    distribution = base.vae.encode(pixels.to(base.device, base.vae.dtype)).latent_dist
+    return posterior_of(base, base.vae.encode(pixels.to(base.device, base.vae.dtype)).latent_dist)
+
+
+def posterior_of(base: Base, distribution: DiagonalGaussianDistribution) -> Posterior:
+    """What the VAE's encoder gave, at the latent scale.
+
+    Raises:
+        BaseModelError: it holds NaN or Inf.
+    """
     scale = base.checkpoint.latent_scale
     mean, std = distribution.mean.float() * scale, distribution.std.float() * scale
     check_finite(base, mean, "the VAE")

@@ -39,6 +39,7 @@ def _shells() -> Generator[None]:
 
 with _shells():
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTokenizer
     from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
@@ -49,5 +50,6 @@ __all__ = [
     "CLIPTextModel",
     "CLIPTextModelWithProjection",
     "CLIPTokenizer",
+    "DiagonalGaussianDistribution",
     "UNet2DConditionModel",
 ]

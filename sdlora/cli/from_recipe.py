@@ -34,11 +34,14 @@ def from_recipe(
         SdloraError: the file cannot be read, contains no recipe, or names LoRAs and the command says not where they are.
     """
     from ..base.checkpoint import find_base
+    from ..generation.alternatives import as_text
     from ..generation.prompt_file import PromptLine
     from ..generation.repeat import differing_base, read_repetition
 
     again = read_repetition(Path(source))
     chosen = {name: value for name, value in again.options.items() if not _is_stated(context, name)}
+    if "negative" in chosen:
+        chosen["negative"] = as_text(chosen["negative"])
     if _is_stated(context, "sampler"):
         chosen.pop("schedule", None)
     if "image" not in options:
@@ -57,7 +60,8 @@ def from_recipe(
             raise SdloraError(
                 f"{source}: has the LoRAs {names}; name their folder with --lora-dir, or them with --lora"
             )
-        lines = [PromptLine(prompt=again.recipe.prompt if options["loras"] else again.prompt)]
+        # A recipe has the prompt that was drawn: braces in it are text.
+        lines = [PromptLine(prompt=as_text(again.recipe.prompt if options["loras"] else again.prompt))]
     if (hashes := again.recipe.fields.get("TI hashes")) and not options.get("embeddings"):
         words = ", ".join(entry.partition(":")[0].strip() for entry in hashes.split(","))
         notes.append(f"TI hashes: it has the textual inversions {words}; name their files with --embedding")

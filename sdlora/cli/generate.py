@@ -15,6 +15,7 @@ from ..generation.saving import ImageTarget
 from .app import BaseOption, JsonOption, app, emit, examples, guard, parse_size
 from .from_recipe import FromOption, from_recipe
 from .generate_options import (
+    BatchSizeOption,
     CfgOption,
     ClipSkipOption,
     EmbeddingOption,
@@ -93,6 +94,7 @@ def generate(
     preview: PreviewOption = None,
     precision: PrecisionOption = "auto",
     vae_tiling: VaeTilingOption = False,
+    batch_size: BatchSizeOption = None,
     clip_skip: ClipSkipOption = None,
     vae: VaeOption = None,
     text_encoder: TextEncoderOption = None,
@@ -115,8 +117,8 @@ def generate(
     target, first = ImageTarget.parse(out), first_seed(seed, count=max([count, *(line.count or 0 for line in lines)]))
     options: dict[str, Any] = {"negative": negative, "seed": first, "steps": steps, "cfg": cfg, "loras": lora or ()}
     options |= {"size": parse_size(size), "sampler": sampler, "precision": precision, "base": section}
-    options |= {"vae_tiling": vae_tiling, **stated(schedule=schedule, guidance_rescale=guidance_rescale)}
-    options |= drawing | folders
+    options |= {"vae_tiling": vae_tiling, "batch_size": batch_size}
+    options |= stated(schedule=schedule, guidance_rescale=guidance_rescale) | drawing | folders
     if source is not None:
         lines, options = from_recipe(source, context, lines, options, _say)
     check_target(target.path, "folder" if target.is_folder else "file")

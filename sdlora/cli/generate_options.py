@@ -79,7 +79,12 @@ StripOption = Annotated[
     typer.Option("--strip", help="One labelled image: without LoRA, each LoRA at half and full weight, all together."),
 ]
 PrecisionOption = Annotated[str, typer.Option(help=f"Precision of the base: {_ANY_PRECISION}.")]
-VaeTilingOption = Annotated[bool, typer.Option("--vae-tiling", help="Decode in strips: less memory, slower.")]
+VaeTilingOption = Annotated[
+    bool, typer.Option("--vae-tiling", help="Encode and decode in strips: less memory, slower.")
+]
+BatchSizeOption = Annotated[
+    int | None, typer.Option(min=1, help="The most images that are drawn together. By default up to 4, by their size.")
+]
 ClipSkipOption = Annotated[int | None, typer.Option(help="Layer of the text encoder, counted from the end.")]
 VaeOption = Annotated[str | None, typer.Option(metavar="FILE", help="Replaces the base's own.")]
 TextEncoderOption = Annotated[

@@ -29,6 +29,11 @@ _NEAREST: Mapping[str, str] = {
 """Plain names of samplers that are missing here -> the nearest one."""
 _SHORTENED = ("dpm2", "dpm2-a", "dpm++3m-sde")
 """Samplers for which A1111 leaves out the last but one noise level."""
+_OTHER_ENDS: Mapping[str, str] = {
+    "align-your-steps": "A1111's Align Your Steps has its last step at the lowest noise level; here it ends as published",
+    "kl-optimal": "A1111's KL Optimal ends at the lowest noise level; here the last step ends at 0",
+}
+"""Schedule -> in what its noise levels differ from those of A1111 (modules/sd_schedulers.py)."""
 _HARMLESS = {
     *("Steps", "Sampler", "Schedule type", "CFG scale", "Seed", "Size", "Model hash", "Model", "Version", "Hashes"),
     *(
@@ -77,6 +82,8 @@ def a1111_sampler(fields: Mapping[str, str]) -> tuple[str, str | None, list[str]
         schedule = None
     if sampler == "unipc":
         schedule = None
+    if schedule is not None and schedule in _OTHER_ENDS:
+        notes.append(f"Schedule type: {_OTHER_ENDS[schedule]}")
     if sampler in _SHORTENED:
         notes.append(f"Sampler: A1111 leaves out the last but one noise level of {written}; here it is taken")
     return sampler, schedule, notes

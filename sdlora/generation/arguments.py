@@ -11,6 +11,7 @@ from ..errors import BaseModelError, LoraFileError, SdloraError
 from .hires import hires_pass
 from .inversions import EmbeddingArgument, read_inversions
 from .loras import LoraChoice
+from .numbers import is_whole
 from .prompt_file import PromptLine
 from .request import ImageRequest, first_seed
 from .samplers import read_sampler
@@ -136,12 +137,12 @@ def image_requests(
     problems = []
     if not texts or not all(isinstance(text, str | PromptLine) for text in texts):
         problems.append(f"prompts {prompts!r}: expected a text, or a list of at least one")
-    if not _whole(count) or count < 1:
+    if not is_whole(count) or count < 1:
         problems.append(f"count {count!r}: expected a whole number, at least 1")
     sides: Any = (size, size) if isinstance(size, int) else size
-    if sides is not None and not (isinstance(sides, Sequence) and len(sides) == 2 and all(map(_whole, sides))):
+    if sides is not None and not (isinstance(sides, Sequence) and len(sides) == 2 and all(map(is_whole, sides))):
         problems.append(f"size {size!r}: expected pixels, 512 or (512, 768) for width and height")
-    if not _whole(steps):
+    if not is_whole(steps):
         problems.append(f"steps {steps!r}: expected a whole number, at least 1")
     start, second, inversions = None, None, ()
     try:
@@ -175,7 +176,3 @@ def image_requests(
         inversions=inversions,
     )
     return [request for line in lines for request in line.requests(common, count)]
-
-
-def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

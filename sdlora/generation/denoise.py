@@ -43,7 +43,8 @@ def denoise(
     """
     first = requests[0]
     sampler = SAMPLERS[first.sampler]
-    scheduler = make_scheduler(sampler, base.checkpoint.schedule, first.steps, first.schedule)
+    facts, family = base.checkpoint.schedule, base.checkpoint.family.name
+    scheduler = make_scheduler(sampler, facts, first.steps, first.schedule, family=family)
     width, height = first.size_on(base.checkpoint)
     sizes = time_ids([Framing.whole(width, height)] * conditioning.batch_size).to(base.device)
     factor = base.checkpoint.latent_factor

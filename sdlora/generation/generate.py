@@ -34,6 +34,7 @@ def generate(
     sampler: str = ImageRequest.sampler,
     precision: str = "auto",
     vae_tiling: bool = False,
+    batch_size: int | None = None,
     lora_dir: str | Path | None = None,
     wildcards: str | Path | None = None,
     progress: Progress | None = None,
@@ -45,8 +46,8 @@ def generate(
     """Generate ``count`` images of each prompt, with seeds ``seed``, ``seed + 1`` …, under all ``loras`` at once.
 
     Args:
-        prompts: in A1111's syntax, ``(word:1.2)``, ``[a:b:0.5]``, ``AND``; of any length. Those of ``read_prompts`` have
-            values of their own.
+        prompts: in A1111's syntax, ``(word:1.2)``, ``[a:b:0.5]``, ``AND``; of any length. Of ``{a|b}`` the image's seed
+            draws one. Those of ``read_prompts`` have values of their own.
         base: the value of ``base.path`` in a configuration, or a whole ``[base]`` section.
         loras: one or several, each ``FILE[:UNET[:TE]]``, a path or a ``LoraChoice``.
         lora_dir: where tags of prompts, ``<lora:name:0.8>``, find their files; they are added to ``loras``.
@@ -56,8 +57,10 @@ def generate(
         size: (width, height) in pixels, or the side of a square; by default the base's own square.
         sampler: a name of ``sdlora generate``, of A1111 (``DPM++ 2M Karras``), k-diffusion or diffusers.
         precision: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
-        vae_tiling: decode in strips, in a fraction of the memory: the same image, later. It is done anyway where memory
-            runs out.
+        vae_tiling: encode and decode in strips, in a fraction of the memory: the same image, later. It is done anyway
+            where memory runs out.
+        batch_size: the most images that are drawn together; by default as many as four, by their size. Each image is that
+            which is drawn alone.
         progress: receives reports; by default a bar in a terminal.
         stop: set it, from any thread, to stop after the current step.
         on_image: called with each image as soon as it is done.
@@ -69,7 +72,9 @@ def generate(
         SdloraError: a base, LoRA, size, sampler or precision that cannot be used, found before anything is generated.
         Interrupted: ``stop`` was set.
     """
-    with open(base, precision=precision, vae_tiling=vae_tiling, lora_dir=lora_dir, wildcards=wildcards) as studio:
+    with open(
+        base, precision=precision, vae_tiling=vae_tiling, batch_size=batch_size, lora_dir=lora_dir, wildcards=wildcards
+    ) as studio:
         return studio.generate(
             prompts, loras=loras, negative=negative, seed=seed, count=count, steps=steps, cfg=cfg, size=size,
             sampler=sampler, progress=progress, stop=stop, on_image=on_image, say=say, **drawing,
@@ -91,6 +96,7 @@ def generate_strip(
     sampler: str = ImageRequest.sampler,
     precision: str = "auto",
     vae_tiling: bool = False,
+    batch_size: int | None = None,
     progress: Progress | None = None,
     stop: threading.Event | None = None,
     say: Callable[[str], None] = lambda line: None,
@@ -101,7 +107,7 @@ def generate_strip(
     ``strengths`` multiply the weights of ``loras``; strength 0 is shown once. Each image is enlarged ``scale`` times.
     Everything else is as in ``generate``, which raises the same. Returns the image and the parameters of all its parts.
     """
-    with open(base, precision=precision, vae_tiling=vae_tiling) as studio:
+    with open(base, precision=precision, vae_tiling=vae_tiling, batch_size=batch_size) as studio:
         return studio.generate_strip(
             prompts, loras=loras, strengths=strengths, scale=scale, negative=negative, seed=seed, steps=steps, cfg=cfg,
             size=size, sampler=sampler, progress=progress, stop=stop, say=say, **sampling,

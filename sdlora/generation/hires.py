@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..errors import SdloraError
+from .numbers import is_number, is_whole
 
 MAX_SCALE = 8
 
@@ -40,6 +41,11 @@ UPSCALERS: Mapping[str, Upscaler] = {
 }
 """Name -> upscaler, as A1111 has them (modules/shared.py, latent_upscale_modes)."""
 _BY_NAME = UPSCALERS | {upscaler.a1111_name.lower(): upscaler for upscaler in UPSCALERS.values()}
+
+
+def find_upscaler(name: str) -> Upscaler | None:
+    """The upscaler of this name, or of A1111's, in any case; None where there is none."""
+    return _BY_NAME.get(name.lower())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,13 +85,13 @@ def hires_pass(scale: float | None, *, strength: float | None, steps: int | None
         named = {"hires_strength": strength, "hires_steps": steps, "hires_upscaler": upscaler}
         stated = [f"{name} {value!r}" for name, value in named.items() if value is not None]
         problems += [f"{name}: there is no second pass; state its factor with hires, such as 2" for name in stated]
-    elif not _number(scale) or not 1 < scale <= MAX_SCALE:
+    elif not is_number(scale) or not 1 < scale <= MAX_SCALE:
         problems.append(f"hires {scale!r}: expected a factor above 1 and at most {MAX_SCALE}")
-    if strength is not None and (not _number(strength) or not 0 < strength <= 1):
+    if strength is not None and (not is_number(strength) or not 0 < strength <= 1):
         problems.append(f"hires_strength {strength!r}: expected a number above 0 and at most 1")
-    if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
+    if steps is not None and (not is_whole(steps) or steps < 1):
         problems.append(f"hires_steps {steps!r}: expected a whole number, at least 1")
-    chosen = _BY_NAME.get(Hires.upscaler if upscaler is None else str(upscaler).lower())
+    chosen = find_upscaler(Hires.upscaler if upscaler is None else str(upscaler))
     if chosen is None:
         problems.append(f"hires_upscaler {upscaler!r} is unknown; choose one of {', '.join(UPSCALERS)}")
     if problems:
@@ -95,7 +101,3 @@ def hires_pass(scale: float | None, *, strength: float | None, steps: int | None
     return Hires(
         scale=scale, strength=Hires.strength if strength is None else strength, steps=steps, upscaler=chosen.name
     )
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

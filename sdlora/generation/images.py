@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..base.base import Base
 from ..base.checkpoint import BaseCheckpoint
-from ..base.decode import LatentDecoder
+from ..base.decode import LatentDecoder, PixelEncoder
 from ..base.device_memory import free_memory, move_to, out_of_memory, release_memory
 from ..errors import DeviceMemoryError
 from ..formats.hashes import file_hashes
@@ -32,7 +32,8 @@ from .start import Start, start_of
 from .upscaling import as_arrays, enlarged, second_pass
 
 IMAGES_AT_ONCE, PIXELS_AT_ONCE = 4, 1024 * 1024
-"""Neighbouring images are generated together, as many as stay within both; at 1024 x 1024 one occupies any device."""
+"""Neighbouring images are generated together, as many as stay within both, where no number is stated; at 1024 x 1024 one
+occupies any device."""
 ROOM = 4 * 2**30
 """Bytes of free memory below which the text encoders leave a device while images are generated."""
 logger = logging.getLogger(__name__)
@@ -62,13 +63,14 @@ def generate_images(
     on_image: Callable[[GeneratedImage], None] | None = None,
     *,
     vae_tiling: bool = False,
+    batch_size: int | None = None,
     stack: Stack | None = None,
 ) -> list[GeneratedImage]:
     """Generate every request under the same LoRAs, which are on ``base`` for as long as this takes.
 
-    ``on_image`` is called with each image as soon as it is done, in the order of ``requests``. ``vae_tiling`` decodes in
-    strips from the start (``base.decode``). On a ``stack`` of the base's modules the LoRAs stay afterwards, so that the next
-    call changes what differs.
+    ``on_image`` is called with each image as soon as it is done, in the order of ``requests``. ``vae_tiling`` encodes and
+    decodes in strips from the start (``base.decode``); ``batch_size`` images at most are drawn together. On a
+    ``stack`` of the base's modules the LoRAs stay afterwards, so that the next call changes what differs.
 
     Raises:
         BaseModelError: the UNet or the VAE produced NaN or Inf.
@@ -82,23 +84,28 @@ def generate_images(
     images: list[GeneratedImage] = []
     progress.start("Generating", sum(request.all_steps for request in requests))
     varying = [lora.choice for lora in loras if lora.choice.varies]
-    decode, watch = LatentDecoder(base, tiled=vae_tiling), watch_of(base, progress)
-    batches = _batches(requests, checkpoint)
+    decode, encode = LatentDecoder(base, tiled=vae_tiling), PixelEncoder(base, tiled=vae_tiling)
+    watch = watch_of(base, progress)
+    batches = _batches(requests, checkpoint, batch_size)
 
     def weigh(steps: int) -> Callable[[int], None] | None:
         """Called before each of ``steps``, for LoRAs whose weights vary over them."""
         return (lambda step: own.vary([choice.factor(step, steps) for choice in varying])) if varying else None
 
-    with (
-        _applied(base, loras, stack) as own,
-        _conditionings(base, batches) as conditionings,
-    ):
+    with _applied(base, loras, stack) as own, _conditionings(base, batches) as conditionings:
         for batch, conditioning in zip(batches, conditionings, strict=True):
             latents = _denoised(
-                base, batch, conditioning, progress, stop, start_of(base, batch), weigh(batch[0].steps_taken), watch
+                base,
+                batch,
+                conditioning,
+                progress,
+                stop,
+                start_of(base, batch, encode),
+                weigh(batch[0].steps_taken),
+                watch,
             )
             if hires := batch[0].hires:
-                start, steps = enlarged(base, batch, latents, decode), hires.steps_taken(batch[0].steps)
+                start, steps = enlarged(base, batch, latents, decode, encode), hires.steps_taken(batch[0].steps)
                 second = second_pass(batch, checkpoint)
                 conditioning = conditioning.after(batch[0].steps_taken)
                 latents = _denoised(base, second, conditioning, progress, stop, start, weigh(steps), watch)
@@ -196,12 +203,14 @@ def _denoised(
     )
 
 
-def _batches(requests: Sequence[ImageRequest], checkpoint: BaseCheckpoint) -> list[list[ImageRequest]]:
+def _batches(
+    requests: Sequence[ImageRequest], checkpoint: BaseCheckpoint, size: int | None = None
+) -> list[list[ImageRequest]]:
     """Neighbours that differ in nothing but prompts and seeds, as many as are generated together."""
     batches: list[list[ImageRequest]] = []
     for request in requests:
         width, height = request.final_size_on(checkpoint)
-        most = min(IMAGES_AT_ONCE, max(1, PIXELS_AT_ONCE // (width * height)))
+        most = size or min(IMAGES_AT_ONCE, max(1, PIXELS_AT_ONCE // (width * height)))
         if batches and len(batches[-1]) < most and _settings(batches[-1][0]) == _settings(request):
             batches[-1].append(request)
         else:

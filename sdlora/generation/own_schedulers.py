@@ -15,8 +15,6 @@ from diffusers.utils.torch_utils import randn_tensor
 from numpy.polynomial import Polynomial
 from torch import Tensor
 
-from .schedules import timestep_of
-
 
 class EulerAncestral(EulerAncestralDiscreteScheduler):
     """Diffusers' own, which takes noise levels too: where ``_convert_to_karras`` is set, as on the other schedulers."""
@@ -29,9 +27,9 @@ class EulerAncestral(EulerAncestralDiscreteScheduler):
         super().set_timesteps(num_inference_steps, device)
         formula = self._convert_to_karras or self._convert_to_exponential
         if formula is not None:
-            levels, table = formula().tolist(), noise_levels(self)
+            levels = formula()
             self.sigmas = torch.tensor([*levels, 0.0], dtype=torch.float32)
-            self.timesteps = torch.tensor([timestep_of(table, level) for level in levels], dtype=torch.float32)
+            self.timesteps = torch.tensor(_timesteps_of(levels, np.log(noise_levels(self))), dtype=torch.float32)
 
 
 class LinearMultistep(EulerDiscreteScheduler):
@@ -70,8 +68,7 @@ class _QuickTimesteps:
     """
 
     def _sigma_to_t(self, sigma: Any, log_sigmas: Any) -> Any:
-        table = np.asarray(log_sigmas)
-        return np.interp(np.log(np.maximum(np.asarray(sigma), 1e-10)), table, np.arange(len(table)))
+        return _timesteps_of(np.asarray(sigma), np.asarray(log_sigmas))
 
 
 class Heun(_QuickTimesteps, HeunDiscreteScheduler):
@@ -95,13 +92,13 @@ class DpmSde(EulerDiscreteScheduler):
     def set_timesteps(self, *arguments: Any, **named: Any) -> None:
         """Set ``sigmas`` and ``timesteps`` for a run, with two entries for each step except the last."""
         super().set_timesteps(*arguments, **named)
-        table = noise_levels(self)
+        table = np.log(noise_levels(self))
         levels, timesteps = self.sigmas.double().tolist()[:-1], self.timesteps.tolist()
         calls, at = levels[:1], timesteps[:1]
         for high, low, timestep in zip(levels, levels[1:], timesteps[1:], strict=False):
             between = self._between(high, low)
             calls += [between, low]
-            at += [timestep_of(table, between), timestep]
+            at += [float(_timesteps_of(np.asarray(between), table)), timestep]
         self.sigmas = torch.tensor([*calls, 0.0], dtype=torch.float32)
         self.timesteps = torch.tensor(at, dtype=torch.float32)
         self._kept: tuple[Tensor, ...] = ()
@@ -203,6 +200,14 @@ def noise_levels(scheduler: Any) -> list[float]:
     """The base's noise levels, from low to high."""
     signal = scheduler.alphas_cumprod.double()
     return ((1 - signal) / signal).sqrt().tolist()
+
+
+def _timesteps_of(levels: np.ndarray, log_table: np.ndarray) -> np.ndarray:
+    """The timesteps of noise levels, linear in log σ between whole ones: k-diffusion's ``sigma_to_t``.
+
+    ``log_table`` has the logarithm of the base's noise level of each timestep; levels outside get the first or the last.
+    """
+    return np.interp(np.log(np.maximum(levels, 1e-10)), log_table, np.arange(len(log_table)))
 
 
 def _denoised(scheduler: Any, output: Tensor, sample: Tensor, level: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from pathlib import Path
 from .lora_folder import LoraFolder
 from .request import ImageRequest
 from .tags import TaggedRequest, read_tags
-from .wildcards import Wildcards, choose_wildcards
+from .wildcards import Wildcards, choose_texts
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -28,9 +28,9 @@ class PromptFolders:
         )
 
     def read(self, requests: Sequence[ImageRequest]) -> list[TaggedRequest]:
-        """Replace the wildcards of ``requests``, then take out the tags, which an entry may hold too.
+        """Replace alternatives and wildcards of ``requests``, then take out the tags, which an entry may hold too.
 
         Raises:
-            SdloraError: with one line for each wildcard or tag that cannot be read.
+            SdloraError: with one line for each alternative, wildcard or tag that cannot be read.
         """
-        return read_tags(choose_wildcards(requests, self.wildcards), self.loras)
+        return read_tags(choose_texts(requests, self.wildcards), self.loras)

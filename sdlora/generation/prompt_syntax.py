@@ -13,7 +13,7 @@ from .wildcards import WILDCARD
 
 logger = logging.getLogger(__name__)
 
-_UNSUPPORTED = (("alternatives are", re.compile(r"\{[^{}]*\|[^{}]*\}")),)
+_UNSUPPORTED = (("alternatives are", re.compile(r"(?<!\\)\{[^{}]*\|[^{}]*\}")),)
 """What it is -> how A1111, ComfyUI or an extension writes it."""
 
 

@@ -1,4 +1,4 @@
-"""A1111's prompt syntax: ``(up)``, ``(word:1.3)``, ``[down]``, ``\\(`` for a bracket, ``BREAK`` for a new chunk."""
+"""A1111's prompt syntax: ``(up)``, ``(word:1.3)``, ``[down]``, ``\\(`` and ``\\{`` for brackets, ``BREAK`` for chunks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..base.tokens import Span
 BRACKET_FACTOR = 1.1
 """Round brackets multiply the weight by this, square brackets divide it."""
 _TOKEN = re.compile(
-    r"\\[\\()\[\]]"  # an escaped bracket or backslash
+    r"\\[\\()\[\]{}]"  # an escaped bracket or backslash
     r"|[(\[\]]"
     r"|:\s*[+-]?(?:\d+\.?\d*|\.\d+)\s*\)"  # the weight that closes a bracket
     r"|\)"

@@ -15,7 +15,7 @@ from ..formats.hashes import file_hashes
 from ..formats.image_text import image_text
 from ..formats.recipe import Recipe, parse_recipe, tagged_prompt
 from .a1111_recipe import a1111_differences, a1111_sampler
-from .hires import UPSCALERS, Hires
+from .hires import Hires, find_upscaler
 from .infotext import OWN_SCHEDULE, RESCALE
 from .samplers import read_sampler
 
@@ -130,14 +130,14 @@ def _second_pass(
             notes.append(f"Hires resize: {resized} is not a multiple of the first pass; there is no second pass")
     if scale is None:
         return {}
-    upscaler = fields.get("Hires upscaler", "Latent")
-    known = {row.a1111_name.lower(): row.name for row in UPSCALERS.values()}
-    if upscaler.lower() not in known:
-        notes.append(f"Hires upscaler: {upscaler} is not available here; lanczos is taken")
+    stated = fields.get("Hires upscaler", "Latent")
+    upscaler = find_upscaler(stated)
+    if upscaler is None:
+        notes.append(f"Hires upscaler: {stated} is not available here; lanczos is taken")
     steps = number("Hires steps", int)
     return {
         "hires": scale,
-        "hires_upscaler": known.get(upscaler.lower(), "lanczos"),
+        "hires_upscaler": "lanczos" if upscaler is None else upscaler.name,
         "hires_steps": steps or None,  # A1111 writes 0 for as many as the first pass.
         "hires_strength": number("Denoising strength", float) or Hires.strength,
     }

@@ -47,7 +47,7 @@ class ImageRequest:
     hires: Hires | None = None
     """A second pass at a higher resolution."""
     prompt_template: str = ""
-    """The prompt as written, where wildcards in it were replaced by entries; else empty."""
+    """The prompt as written, where alternatives or wildcards in it were chosen; else empty."""
     negative_template: str = ""
     """Likewise of the negative prompt."""
     inversions: tuple[Inversion, ...] = ()
@@ -110,7 +110,7 @@ def _problems(request: ImageRequest, base: BaseCheckpoint) -> list[str]:
     if width % step or height % step or min(width, height) <= 0:
         problems.append(f"size {width}x{height}: width and height must be multiples of {step} pixels on {base.name}")
     longest = max(request.steps, request.hires.schedule_steps(request.steps) if request.hires else 0)
-    problems += sampler_problems(request.sampler, request.schedule, longest, base.schedule.prediction)
+    problems += sampler_problems(request.sampler, request.schedule, longest, base.schedule)
     if not isinstance(request.cfg, int | float) or not 0 <= request.cfg <= MAX_CFG:
         problems.append(f"cfg {request.cfg}: expected a number from 0 to {MAX_CFG}")
     if not isinstance(request.guidance_rescale, int | float) or not 0 <= request.guidance_rescale <= 1:

@@ -205,29 +205,35 @@ def read_sampler(sampler: str, schedule: str | None = None) -> tuple[str, str | 
     return sampler, known
 
 
-def sampler_problems(sampler: str, schedule: str | None, steps: int, prediction: str) -> list[str]:
-    """One line for each name that is not known, or that does not go with the others or with the base's prediction."""
+def sampler_problems(sampler: str, schedule: str | None, steps: int, facts: ScheduleFacts) -> list[str]:
+    """One line for each name that is not known, or that does not go with the others or with the base's noise schedule."""
     row, problems = SAMPLERS.get(sampler), []
+    chosen = None if schedule is None else SCHEDULES.get(schedule)
     if row is None:
         near = get_close_matches(plain(sampler), _NAMES, n=1)
         hint = f"did you mean {_NAMES[near[0]]!r}? Otherwise choose" if near else "choose"
         problems.append(f"sampler {sampler!r} is unknown; {hint} one of {', '.join(SAMPLERS)}")
-    if schedule is not None and schedule not in SCHEDULES:
+    if schedule is not None and chosen is None:
         near = get_close_matches(plain(schedule), SCHEDULE_NAMES, n=1)
         hint = f"did you mean {SCHEDULE_NAMES[near[0]]!r}? Otherwise choose" if near else "choose"
         problems.append(f"schedule {schedule!r} is unknown; {hint} one of {', '.join(SCHEDULES)}")
     if row is None:
         return problems
-    if prediction == "sample" and not row.reads_sample:
+    if facts.prediction == "sample" and not row.reads_sample:
         able = ", ".join(name for name, other in SAMPLERS.items() if other.reads_sample)
         problems.append(f"sampler {sampler!r} does not work on a base that predicts the image; choose one of {able}")
     if row.most_steps is not None and steps > row.most_steps:
         problems.append(f"steps {steps}: sampler {sampler!r} makes at most {row.most_steps}")
-    if schedule in SCHEDULES and schedule not in row.schedules:
+    if chosen is not None and schedule not in row.schedules:
         able = (
             f"choose one of {', '.join(row.schedules)}" if row.schedules else "it has its own; leave the schedule out"
         )
         problems.append(f"schedule {schedule!r} does not work with sampler {sampler!r}; {able}")
+    elif chosen is not None and chosen.published and facts.zero_terminal_snr:
+        problems.append(
+            f"schedule {schedule!r} was published for bases without zero-terminal SNR, and this one has to start from pure "
+            "noise; choose karras or trailing"
+        )
     return problems
 
 

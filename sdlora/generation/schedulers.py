@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import diffusers
@@ -13,18 +12,20 @@ import torch
 from ..base.schedule import NoiseSchedule, ScheduleFacts
 from .own_schedulers import OWN_SCHEDULERS, noise_levels
 from .samplers import SPACINGS, Sampler, a1111_spacing
-from .schedules import SCHEDULES, Schedule
+from .schedules import SCHEDULES, Levels, Schedule
 
-Levels = Callable[[Sequence[float], int], list[float]]
 _ALMOST_NO_SIGNAL = 2.0**-24
 """ᾱ that diffusers takes for 0 at the last timestep of zero-terminal SNR, so that σ is finite."""
 
 
-def make_scheduler(sampler: Sampler, facts: ScheduleFacts, steps: int, schedule: str | None = None) -> Any:
+def make_scheduler(
+    sampler: Sampler, facts: ScheduleFacts, steps: int, schedule: str | None = None, *, family: str = "sd1"
+) -> Any:
     """A fresh diffusers scheduler of ``sampler`` over the base's own noise schedule, set to ``steps``, on the CPU.
 
     Its ``order`` is the number of calls of the UNet for a step. Of schedules with a formula, diffusers' own spacing is
-    taken where A1111 gives it the same name: images and their recipes then agree.
+    taken where A1111 gives it the same name: images and their recipes then agree. ``family`` is the name of the base's, for
+    schedules that were published for a family.
     """
     chosen = None if schedule is None else SCHEDULES[schedule]
     spacing = facts.timestep_spacing if chosen is None else chosen.spacing
@@ -35,12 +36,14 @@ def make_scheduler(sampler: Sampler, facts: ScheduleFacts, steps: int, schedule:
         same = _spacing_named(chosen, sampler, facts, steps)
         if same is not None:
             chosen, spacing = None, same
-    levels = None if chosen is None else chosen.levels
+    levels = None if chosen is None else chosen.levels_for(family)
     option = "exponential" if chosen is not None and chosen.name == "exponential" else "karras"
     return _scheduler(sampler, facts, steps, spacing=spacing, levels=levels, option=option)
 
 
 def _spacing_named(schedule: Schedule, sampler: Sampler, facts: ScheduleFacts, steps: int) -> str | None:
+    if schedule.a1111_name is None:
+        return None
     names = {spacing: a1111_spacing(sampler, facts, steps, spacing) for spacing in SPACINGS}
     return next((spacing for spacing, name in names.items() if name == schedule.a1111_name), None)
 

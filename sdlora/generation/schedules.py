@@ -9,13 +9,19 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, field
 from typing import Literal
 
 Spacing = Literal["linspace", "leading", "trailing"]
+Levels = Callable[[Sequence[float], int], list[float]]
+"""From noise levels, low to high, and a number of steps to as many levels, from high to low; the last step ends at 0."""
 _RHO = 7.0
 """ρ of Karras et al. 2022: how far the steps lean to low noise."""
+_ALIGN_YOUR_STEPS: Mapping[str, tuple[float, ...]] = {
+    "sd1": (0.029, 0.152, 0.399, 0.652, 0.963, 1.396, 1.886, 2.697, 3.861, 6.475, 14.615),
+    "sdxl": (0.029, 0.113, 0.234, 0.38, 0.555, 0.862, 1.342, 2.181, 3.771, 6.315, 14.615),
+}
+"""Family -> the noise levels between which ten steps go, optimised for SD 1.5 and SDXL (Sabour et al. 2024)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,13 +31,23 @@ class Schedule:
     name: str
     """Name in commands and requests."""
     a1111_name: str | None = None
-    """A1111's schedule type; None where it has none."""
+    """A1111's schedule type with the same noise levels; None where it has none."""
     spacing: Spacing | None = None
     """``timestep_spacing`` of diffusers' schedulers."""
-    levels: Callable[[Sequence[float], int], list[float]] | None = None
-    """From the base's noise levels and a number of steps to as many levels, from high to low; the last step ends at 0."""
+    levels: Levels | None = None
+    """The formula, which is given the base's noise levels, or those that were published."""
+    published: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """Family -> noise levels that were published for it, from low to high."""
     aliases: tuple[str, ...] = ()
     """Further names with the same noise levels."""
+
+    def levels_for(self, family: str) -> Levels | None:
+        """``levels`` on a base of ``family``; families for which nothing was published have what SD 1.x has, as in A1111."""
+        formula = self.levels
+        if formula is None or not self.published:
+            return formula
+        table = self.published.get(family, self.published["sd1"])
+        return lambda _, steps: formula(table, steps)
 
 
 def uniform(table: Sequence[float], steps: int) -> list[float]:
@@ -65,6 +81,11 @@ def simple(table: Sequence[float], steps: int) -> list[float]:
     return [table[-(1 + int(number * len(table) / steps))] for number in range(steps)]
 
 
+def kl_optimal(table: Sequence[float], steps: int) -> list[float]:
+    """Equal strides of arctan σ (Sabour et al. 2024): ComfyUI's ``kl_optimal_scheduler``."""
+    return [math.tan(angle) for angle in _linspace(math.atan(table[-1]), math.atan(table[0]), steps)]
+
+
 SCHEDULES: Mapping[str, Schedule] = {
     schedule.name: schedule
     for schedule in (
@@ -74,6 +95,9 @@ SCHEDULES: Mapping[str, Schedule] = {
         Schedule(name="sgm-uniform", a1111_name="SGM Uniform", levels=sgm_uniform),
         Schedule(name="simple", a1111_name="Simple", levels=simple),
         Schedule(name="ddim", a1111_name="DDIM", levels=ddim, aliases=("ddim-uniform",)),
+        # A1111 has both, with other noise levels at the end.
+        Schedule(name="align-your-steps", levels=sgm_uniform, published=_ALIGN_YOUR_STEPS, aliases=("ays",)),
+        Schedule(name="kl-optimal", levels=kl_optimal),
         Schedule(name="linspace", spacing="linspace"),
         Schedule(name="leading", spacing="leading"),
         Schedule(name="trailing", spacing="trailing"),
@@ -91,16 +115,6 @@ SCHEDULE_NAMES: Mapping[str, str] = {
     plain(alias): schedule.name for schedule in SCHEDULES.values() for alias in (schedule.name, *schedule.aliases)
 }
 """Plain name or alias -> name."""
-
-
-def timestep_of(table: Sequence[float], level: float) -> float:
-    """The timestep of a noise level, linear in log σ between whole ones: k-diffusion's ``sigma_to_t``."""
-    if level <= table[0]:
-        return 0.0
-    for number, (low, high) in enumerate(pairwise(table)):
-        if level <= high:
-            return number + (math.log(level) - math.log(low)) / (math.log(high) - math.log(low))
-    return len(table) - 1.0
 
 
 def _level_at(table: Sequence[float], timestep: float) -> float:

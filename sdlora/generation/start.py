@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 
 from ..base.base import Base
-from ..base.device_memory import out_of_memory, release_memory
-from ..base.encode import Posterior, encode_pixels
+from ..base.encode import Posterior
 from ..data.images import as_pixels
-from ..errors import DeviceMemoryError
 from .request import ImageRequest
 
 
@@ -48,18 +46,17 @@ class Beginning:
     """Puts the unmasked part of the image back after a step, given the number of its last call of the UNet."""
 
 
-def start_of(base: Base, requests: Sequence[ImageRequest]) -> Start | None:
+def start_of(base: Base, requests: Sequence[ImageRequest], encode: Callable[[Tensor], Posterior]) -> Start | None:
     """The start of ``requests``, which share one image and one size; None where they start from noise.
 
-    Raises:
-        BaseModelError, DeviceMemoryError: as ``encoded_alone``.
+    ``encode`` is a ``PixelEncoder`` of ``base``, and what it raises is raised.
     """
     first = requests[0]
     if first.start is None:
         return None
     size = first.size_on(base.checkpoint)
     pixels = as_pixels(np.asarray(first.start.scaled(size)))[None]
-    posterior = encoded_alone(base, pixels)
+    posterior = encode(pixels)
     cells = first.start.cells(size, base.checkpoint.latent_factor)
     count = len(requests)
     return Start(
@@ -67,26 +64,6 @@ def start_of(base: Base, requests: Sequence[ImageRequest]) -> Start | None:
         std=posterior.std.expand(count, -1, -1, -1),
         skipped=first.steps - first.start.steps_of(first.steps),
         mask=None if cells is None else torch.from_numpy(cells)[None, None].to(base.device),
-    )
-
-
-def encoded_alone(base: Base, pixels: Tensor) -> Posterior:
-    """``encode_pixels`` of one image, (1, 3, h, w).
-
-    Raises:
-        BaseModelError: the VAE produced NaN or Inf.
-        DeviceMemoryError: the device's memory does not suffice.
-    """
-    try:
-        return encode_pixels(base, pixels)
-    except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
-    # After the except block, which keeps what the encoder had computed.
-    release_memory(base.device)
-    raise DeviceMemoryError(
-        f"the {base.device.type} has too little memory to encode an image of {pixels.shape[3]} x {pixels.shape[2]} pixels; "
-        "choose a smaller size, or end other programs that use its memory"
     )
 
 

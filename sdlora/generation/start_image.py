@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from ..errors import SdloraError
 from ..files import printable
+from .numbers import is_number, is_whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -106,9 +107,9 @@ def start_image(
                 problems.append(f"{name} {_shown(value)}: there is no image to draw over; name one with image")
     if mask is None and mask_blur is not None and image is not None:
         problems.append(f"mask_blur {mask_blur!r}: there is no mask; name one with mask")
-    if strength is not None and (not _number(strength) or not 0 < strength <= 1):
+    if strength is not None and (not is_number(strength) or not 0 < strength <= 1):
         problems.append(f"strength {strength!r}: expected a number above 0 and at most 1")
-    if mask_blur is not None and (not isinstance(mask_blur, int) or not 0 <= mask_blur <= 256):
+    if mask_blur is not None and (not is_whole(mask_blur) or not 0 <= mask_blur <= 256):
         problems.append(f"mask_blur {mask_blur!r}: expected pixels, a whole number from 0 to 256")
     opened: dict[str, Image.Image] = {}
     for name, source in (("image", image), ("mask", mask)):
@@ -160,7 +161,3 @@ def _shown(value: object) -> str:
     if isinstance(value, str | Path):
         return printable(Path(value))
     return repr(value) if isinstance(value, int | float) else "an image"
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -31,6 +31,7 @@ from .arguments import (
 )
 from .grid import labelled_grid
 from .loras import FittedLora, WeightedLora, fit_loras
+from .numbers import is_whole
 from .prompt_folders import PromptFolders
 from .prompt_syntax import check_syntax
 from .request import ImageRequest, check_requests
@@ -49,18 +50,21 @@ def open(
     *,
     precision: str = "auto",
     vae_tiling: bool = False,
+    batch_size: int | None = None,
     lora_dir: str | Path | None = None,
     wildcards: str | Path | None = None,
 ) -> OpenStudio:
     """A base that stays loaded between calls. Its weights are read when the first image is generated.
 
-    ``base``, ``precision``, ``vae_tiling``, ``lora_dir`` and ``wildcards`` are as in ``generate``.
+    ``base``, ``precision``, ``vae_tiling``, ``batch_size``, ``lora_dir`` and ``wildcards`` are as in ``generate``.
 
     Raises:
-        BaseModelError: the base is missing, incomplete, damaged or not supported.
+        SdloraError: the base is missing, incomplete, damaged or not supported, or ``batch_size`` is no number.
     """
-    folders = PromptFolders.of(lora_dir, wildcards)
-    return OpenStudio(find_base(base_argument(base)), precision=precision, vae_tiling=vae_tiling, folders=folders)
+    if batch_size is not None and (not is_whole(batch_size) or batch_size < 1):
+        raise SdloraError(f"batch_size {batch_size!r}: expected a whole number, at least 1")
+    checkpoint, folders = find_base(base_argument(base)), PromptFolders.of(lora_dir, wildcards)
+    return OpenStudio(checkpoint, precision=precision, vae_tiling=vae_tiling, batch_size=batch_size, folders=folders)
 
 
 class OpenStudio:
@@ -70,10 +74,16 @@ class OpenStudio:
     """
 
     def __init__(
-        self, checkpoint: BaseCheckpoint, *, precision: str, vae_tiling: bool, folders: PromptFolders | None = None
+        self,
+        checkpoint: BaseCheckpoint,
+        *,
+        precision: str,
+        vae_tiling: bool,
+        batch_size: int | None = None,
+        folders: PromptFolders | None = None,
     ):
         self._checkpoint, self._folders = checkpoint, folders or PromptFolders()
-        self._precision, self._vae_tiling = precision, vae_tiling
+        self._precision, self._vae_tiling, self._batch_size = precision, vae_tiling, batch_size
         self._base: Base | None = None
         self._stack: Stack | None = None
         self._known: tuple[FittedLora, ...] = ()
@@ -196,7 +206,13 @@ class OpenStudio:
             self._base = load_base(self._checkpoint, device=device, dtype=chosen.dtype)
         if self._stack is None:
             self._stack = Stack(self._base.modules())
-        return Studio(base=self._base, loras=fitted, vae_tiling=self._vae_tiling, stack=self._stack)
+        return Studio(
+            base=self._base,
+            loras=fitted,
+            vae_tiling=self._vae_tiling,
+            batch_size=self._batch_size,
+            stack=self._stack,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -206,6 +222,8 @@ class Studio:
     base: Base
     loras: tuple[WeightedLora, ...]
     vae_tiling: bool = False
+    batch_size: int | None = None
+    """The most images that are drawn together; None leaves it to their size."""
     stack: Stack | None = None
     """Where the LoRAs stay after a call; without one they are on the base during a call alone."""
 
@@ -244,8 +262,9 @@ class Studio:
 
         with progress_or_bar(progress) as reports:
             return generate_images(
-                self.base, requests, self.loras, reports, stop, on_image, vae_tiling=self.vae_tiling, stack=self.stack
-            )
+                self.base, requests, self.loras, reports, stop, on_image, vae_tiling=self.vae_tiling,
+                batch_size=self.batch_size, stack=self.stack,
+            )  # fmt: skip
 
 
 def images_in_turn(

@@ -13,10 +13,11 @@ from torch.nn.functional import interpolate
 
 from ..base.base import Base
 from ..base.checkpoint import BaseCheckpoint
+from ..base.encode import Posterior
 from ..data.images import as_pixels
 from .hires import UPSCALERS
 from .request import ImageRequest
-from .start import Start, encoded_alone
+from .start import Start
 
 
 def second_pass(requests: Sequence[ImageRequest], checkpoint: BaseCheckpoint) -> list[ImageRequest]:
@@ -34,14 +35,16 @@ def second_pass(requests: Sequence[ImageRequest], checkpoint: BaseCheckpoint) ->
 
 
 def enlarged(
-    base: Base, requests: Sequence[ImageRequest], latents: Tensor, decode: Callable[[Tensor], Tensor]
+    base: Base,
+    requests: Sequence[ImageRequest],
+    latents: Tensor,
+    decode: Callable[[Tensor], Tensor],
+    encode: Callable[[Tensor], Posterior],
 ) -> Start:
     """Where the second pass of ``requests`` starts, after the first has drawn ``latents``, (b, 4, h, w) float32.
 
-    ``decode`` returns pixels (b, 3, 8h, 8w) in [0, 1]; only upscalers of pixels call it.
-
-    Raises:
-        BaseModelError, DeviceMemoryError: as ``encoded_alone``.
+    ``decode`` is a ``LatentDecoder`` of ``base`` and ``encode`` a ``PixelEncoder``; only upscalers of pixels call them, and
+    what they raise is raised.
     """
     first = requests[0]
     assert first.hires is not None
@@ -58,7 +61,7 @@ def enlarged(
     for pixels in as_arrays(decode(latents)):
         image = Image.fromarray(pixels).resize((width, height), method)
         # One by one: encoding needs more memory than denoising.
-        posteriors.append(encoded_alone(base, as_pixels(np.asarray(image))[None]))
+        posteriors.append(encode(as_pixels(np.asarray(image))[None]))
     mean = torch.cat([posterior.mean for posterior in posteriors])
     return Start(mean=mean, std=torch.cat([posterior.std for posterior in posteriors]), skipped=skipped)
 

@@ -1,4 +1,4 @@
-"""Wildcards of prompts: ``__animal__`` is a line of ``animal.txt``, chosen by the seed of the image."""
+"""Wildcards of prompts: ``__animal__`` is a line of ``animal.txt``, chosen by the seed of the image, as alternatives are."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import SdloraError
+from . import alternatives
 from .request import ImageRequest
 
 WILDCARD = re.compile(r"(?<!\w)__(\S+?)__(?!\w)")
@@ -25,13 +26,15 @@ class Wildcards:
         self._entries: dict[str, list[str]] = {}
 
     def chosen(self, text: str, seed: int) -> str:
-        """``text`` with an entry in place of each wildcard.
+        """``text`` with one of the alternatives in place of each ``{a|b}``, then an entry in place of each wildcard.
 
-        The choice depends on ``text`` and ``seed`` alone. Python's ``random.Random(seed)`` chooses for one wildcard after
-        another, so it is what A1111's extension chooses for the same seed and files without empty lines and comments.
+        An entry may hold both. The choice depends on ``text`` and ``seed`` alone. Python's ``random.Random(seed)`` chooses
+        for one wildcard after another, so without alternatives it is what A1111's extension chooses for the same seed and
+        files without empty lines and comments.
 
         Raises:
-            SdloraError: with one line for each wildcard without a file, or with a file that has no entries or names itself.
+            SdloraError: with one line for each wildcard without a file, or with a file that has no entries or names itself,
+                and as ``alternatives.drawn``.
         """
         draw, problems = random.Random(seed), dict[str, None]()
 
@@ -48,7 +51,7 @@ class Wildcards:
                     problems.update(dict.fromkeys(error.problems))
                     return ""
 
-            return WILDCARD.sub(entry, part)
+            return WILDCARD.sub(entry, alternatives.drawn(part, draw))
 
         filled = fill(text, ())
         if problems:
@@ -80,14 +83,12 @@ class Wildcards:
         return entries
 
 
-def choose_wildcards(requests: Sequence[ImageRequest], wildcards: Wildcards | None) -> list[ImageRequest]:
-    """``requests`` with an entry in place of each wildcard, by their own seeds; without ``wildcards`` they stay.
+def choose_texts(requests: Sequence[ImageRequest], wildcards: Wildcards | None) -> list[ImageRequest]:
+    """``requests`` as ``Wildcards.chosen`` makes them, by their own seeds; without ``wildcards`` these stay.
 
     Raises:
         SdloraError: as ``Wildcards.chosen``, with the problems of all requests.
     """
-    if wildcards is None:
-        return list(requests)
     problems: dict[str, None] = {}
     found = []
     for request in requests:
@@ -95,7 +96,10 @@ def choose_wildcards(requests: Sequence[ImageRequest], wildcards: Wildcards | No
         for name in ("prompt", "negative"):
             written: str = getattr(request, name)
             try:
-                chosen = wildcards.chosen(written, request.seed)
+                if wildcards is None:
+                    chosen = alternatives.drawn(written, random.Random(request.seed))
+                else:
+                    chosen = wildcards.chosen(written, request.seed)
             except SdloraError as error:
                 problems.update(dict.fromkeys(error.problems))
                 continue
