@@ -43,7 +43,7 @@ class FamilyMarks:
 
     family: Family | None
     """That which names alone show."""
-    telling: tuple[str, ...]
+    deciding: tuple[str, ...]
     """Modules by the shapes of whose weights the family is known else."""
     has_first_level: bool
 
@@ -61,16 +61,16 @@ def marks_of(modules: Iterable[str]) -> FamilyMarks:
     )
     return FamilyMarks(
         family=SDXL if is_sdxl else None,
-        telling=tuple(key for key, name in spelled.items() if name.endswith((*_READS_TEXT, _PROJECTION))),
+        deciding=tuple(key for key, name in spelled.items() if name.endswith((*_READS_TEXT, _PROJECTION))),
         has_first_level=has_first_level,
     )
 
 
 def family_of(marks: FamilyMarks, shapes: Mapping[str, tuple[int, ...] | None]) -> Family | None:
-    """``family_of_shapes`` of modules with ``marks``, of which ``shapes`` has those that are telling."""
+    """``family_of_shapes`` of modules with ``marks``, where ``shapes`` has the deciding ones."""
     if marks.family is not None:
         return marks.family
-    spelled = {key.replace(".", "_"): shapes[key] for key in marks.telling}
+    spelled = {key.replace(".", "_"): shapes[key] for key in marks.deciding}
     widths = {shape[1] for key, shape in spelled.items() if shape and key.endswith(_READS_TEXT)}
     if len(widths) == 1 and (family := family_of_text_width(widths.pop())):
         return family

@@ -89,7 +89,7 @@ class NameFacts:
     generalised: tuple[Mapping[str, str], ...]
     """Tensors' names by role, of the modules whose rank several shapes show."""
     counted: tuple[str, ...]
-    """Names of the tensors by whose dtype the file's is told."""
+    """Names of the tensors whose dtypes are the file's."""
 
 
 @lru_cache(maxsize=32)
@@ -125,7 +125,7 @@ def facts_of(table: TensorTable) -> TableFacts:
     """What the names, dtypes and shapes of ``table`` show."""
     tensors = table.tensors
     names = facts_of_names(tuple(tensors))
-    weights = {key: _weight_shape(_shapes(names.modules[key], tensors)) for key in names.family.telling}
+    weights = {key: _weight_shape(_shapes(names.modules[key], tensors)) for key in names.family.deciding}
     family = family_of(names.family, weights)
     ranks = {shape[0] for shape in {tensors[name].shape for name in names.inner} if shape}
     ranks |= {rank for roles in names.generalised if (rank := _generalised_rank(_shapes(roles, tensors))) is not None}
