@@ -32,7 +32,7 @@ def kohya_tables() -> dict[str, list[tuple[str, int, int]]]:
     """Family -> (key, inputs, outputs) of the modules that kohya's trainer changes."""
     import re
 
-    from benchmarks.lora_files import KOHYA_DEFAULT
+    from benchmarks.kohya_modules import KOHYA_DEFAULT
     from sdlora.families import FAMILIES
     from sdlora.formats.keys import kohya_keys
     from sdlora.formats.published import published_modules
