@@ -25,7 +25,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from benchmarks.random_weights import fill_randomly
+from benchmarks.random_weights import fill_base_randomly
 from benchmarks.turns import conditions, in_turn, median, print_results, ratio, seconds, significant
 from sdlora.base.base import Base
 from sdlora.base.checkpoint import find_base
@@ -49,9 +49,7 @@ def open_base(name: str, precision: str, folder: Path) -> Base:
     dtype = choose_precision(precision, device, unet_parameters=checkpoint.unet_parameters, generating=True)
     base = load_base(checkpoint, device=device, dtype=dtype)
     if name == "sd1":
-        torch.manual_seed(0)
-        for model in (base.unet, base.vae, *base.encoder_models()):
-            fill_randomly(model)
+        fill_base_randomly(base)
     return base
 
 

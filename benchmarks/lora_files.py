@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.kohya_modules import KOHYA_DEFAULT
 from sdlora.families import SDXL
 from sdlora.formats.keys import resolve
 from sdlora.formats.lora_file import read_lora
@@ -35,7 +36,6 @@ from sdlora.formats.metadata_file import read_metadata
 from sdlora.formats.published import published_modules
 from sdlora.lora.low_rank import LowRank
 
-KOHYA_DEFAULT = r"(\.attn\d\.to_(q|k|v|out\.0)|\.ff\.net\.(0\.proj|2)|\.proj_(in|out)|self_attn\.\w+_proj|mlp\.fc\d)$"
 ROUNDS, FILES = 9, 1000
 
 

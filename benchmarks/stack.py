@@ -36,6 +36,7 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.utils.logging import set_verbosity_error
 
 import sdlora
+from benchmarks.kohya_modules import KOHYA_DEFAULT
 from benchmarks.random_weights import fill_randomly
 from benchmarks.turns import conditions, in_turn, median, print_results, ratio, seconds
 from sdlora.base.checkpoint import MINI_FOLDER
@@ -46,7 +47,6 @@ from tests.published import published
 from tests.tiny import tiny_pipeline
 
 BASES = ("tiny", "mini", "sd1", "sdxl")
-KOHYA_DEFAULT = r"unet\..*(\.attn\d\.to_(q|k|v|out\.0)|\.ff\.net\.(0\.proj|2)|\.proj_(in|out))$"
 STACKED, IN_STEP = 3, 8
 WEIGHT, OTHER_WEIGHT = 0.8, 0.5
 

@@ -36,7 +36,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from benchmarks.random_weights import fill_randomly
+from benchmarks.random_weights import fill_base_randomly
 from benchmarks.turns import conditions, in_turn, median, print_results, ratio, seconds, significant
 from sdlora.base.base import Base
 from sdlora.base.compiling import compile_blocks
@@ -246,9 +246,7 @@ def open_setting(arguments: argparse.Namespace, folder: Path, batch: int) -> Set
     dtype = choose_precision(arguments.precision, device, unet_parameters=plan.base.unet_parameters)
     base = load_base(plan.base, device=device, dtype=dtype)
     if random:
-        torch.manual_seed(0)
-        for model in (base.unet, base.vae, *base.encoder_models()):
-            fill_randomly(model)
+        fill_base_randomly(base)
     return Setting(base=base, plan=plan, batch=batch, rank=arguments.rank, trains_text=not random)
 
 

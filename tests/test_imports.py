@@ -18,6 +18,7 @@ RANKS = [
     *(
         "_version",
         "errors",
+        "aligned",
         "progress",
         "files",
         "randomness",

@@ -72,8 +72,8 @@ def test_tables_of_one_layout_are_parsed_once(tmp_path: Path, monkeypatch: pytes
     for number in range(5):
         write(tmp_path / f"{number}.safetensors", seed=number, ss_output_name=f"n{number}", x="é" * number)
     write(tmp_path / "8.safetensors", rank=8, ss_output_name="n")
-    parsed, parse = [], header.parse_header
-    monkeypatch.setattr(header, "parse_header", lambda *given: (parsed.append(given[0].name), parse(*given))[1])
+    parsed, parse = [], header.read_table
+    monkeypatch.setattr(header, "read_table", lambda *given: (parsed.append(given[0].name), parse(*given))[1])
     loras = listed(tmp_path).loras
     assert [entry.alias for entry in loras] == ["n0", "n1", "n2", "n3", "n4", "n"]
     assert len({entry.layout for entry in loras}) == len(parsed) == 2

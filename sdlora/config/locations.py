@@ -29,6 +29,18 @@ def located(config: C, folder: Path | None, elsewhere: Collection[str] = ()) -> 
     return config.model_copy(update=changed)
 
 
+def from_folder(path: str, folder: Path) -> str:
+    """``path``, which goes by the working folder, as a file in ``folder`` states it; whole where it is on another drive."""
+    try:
+        short = os.path.relpath(path, folder)
+        if os.path.realpath(os.path.join(folder, short)) != os.path.realpath(path):
+            # Upwards, a system follows the folders that links lead to.
+            short = os.path.relpath(os.path.abspath(path), os.path.realpath(folder))
+        return Path(short).as_posix()
+    except ValueError:
+        return Path(os.path.abspath(path)).as_posix()
+
+
 def _located_section(section: S, name: str, folder: Path | None, elsewhere: Collection[str]) -> S:
     changed: dict[str, Any] = {}
     for key in section.model_fields_set:

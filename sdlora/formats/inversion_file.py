@@ -14,7 +14,7 @@ from .hashes import file_hashes
 from .lora_file import LoraFile
 from .lora_names import is_lora
 from .lora_tensors import is_finite
-from .tensor_files import mapped_tensors, open_tensor_file
+from .tensor_files import PICKLES, mapped_tensors, open_tensor_file
 
 _ONLY = ""
 """Key of the vectors in a file that does not name a text encoder."""
@@ -47,7 +47,7 @@ def read_inversion(path: Path) -> Inversion:
     Raises:
         InversionFileError: the file is missing, damaged, a pickle, or of another form; the message says which.
     """
-    if path.suffix.lower() in (".pt", ".bin", ".pth", ".ckpt"):
+    if path.suffix.lower() in PICKLES:
         raise InversionFileError(
             f"{path}: a pickle, which can run code when it is read; use a .safetensors file instead"
         )

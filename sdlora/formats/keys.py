@@ -24,6 +24,15 @@ _COMFYUI_PREFIXES = {
     "text_encoder": ("text_encoders.clip_l.transformer", "text_encoders.clip_h.transformer"),
     "text_encoder_2": ("text_encoders.clip_g.transformer",),
 }
+_STARTS = {
+    part: (
+        # That of SimpleTuner is in front of every part.
+        *(f"{prefix}_" for prefix in _KOHYA_PREFIXES[part] if prefix != "lycoris"),
+        *(f"{prefix}." for prefix in _COMFYUI_PREFIXES[part]),
+    )
+    for part in LORA_PARTS
+}
+"""Part -> how keys begin that are of it; no beginning of one part begins with one of another."""
 NESTING = "text_model."
 """In front of a text encoder's layers, except in transformers from 5.6."""
 
@@ -60,11 +69,8 @@ def _sgm_names(names: Iterable[str]) -> dict[str, str]:
 def part_of(key: str) -> str | None:
     """The part that a key in any spelling belongs to, by its prefix; None for an unknown prefix."""
     key = key.removeprefix("base_model.model.")
-    for part, prefixes in _KOHYA_PREFIXES.items():
-        if any(key.startswith(f"{prefix}_") for prefix in prefixes if prefix != "lycoris"):
-            return part
-    for part, prefixes in _COMFYUI_PREFIXES.items():
-        if any(key.startswith(f"{prefix}.") for prefix in prefixes):
+    for part, starts in _STARTS.items():
+        if key.startswith(starts):
             return part
     head = key.partition(".")[0]
     if head in LORA_PARTS:

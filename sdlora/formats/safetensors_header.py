@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,10 @@ DTYPE_BYTES: Mapping[str, int] = {
 METADATA_FIRST = b'{"__metadata__":'
 """How the header begins in files of safetensors, kohya and diffusers: the table need not be parsed to reach what follows."""
 
+_ENTRY = re.compile(r',"([^"\\\x00-\x1f]+)":\{("dtype":"[^]]+\]),"data_offsets":\[([0-9]+,[0-9]+)\]\}')
+"""An entry of the table as safetensors and kohya write it: name, dtype and shape, start and end."""
+_AROUND = len(',"":{,"data_offsets":[]}')
+"""Characters of an entry outside of its three groups."""
 _PIECE = 1 << 16
 """Bytes in which the end of the metadata is looked for first."""
 _PADDING = 64
@@ -47,6 +54,26 @@ class RawHeader:
     def payload_bytes(self) -> int:
         """Bytes after the header."""
         return self.file_bytes - self.payload_start
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorForm:
+    """A tensor as a header describes it, without its place."""
+
+    dtype: str
+    """As the header spells it, such as ``F16``."""
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorTable:
+    """What a header says, but for the places of its tensors."""
+
+    tensors: Mapping[str, TensorForm]
+    """By name."""
+    metadata: Mapping[str, str]
+    payload_bytes: int
+    """Bytes of all tensors."""
 
 
 def read_raw_header(path: Path, error: type[SdloraError]) -> RawHeader:
@@ -117,6 +144,56 @@ def parse_header(path: Path, raw: RawHeader, error: type[SdloraError]) -> tuple[
         position = end
     check_payload(path, raw, position, error)
     return table, metadata
+
+
+def read_table(path: Path, raw: RawHeader, error: type[SdloraError]) -> TensorTable:
+    """What ``parse_header`` reads, but for places; in half the time where the header is written as most programs do.
+
+    Raises:
+        error: as ``parse_header``.
+    """
+    split = split_header(raw)
+    plain = None if split is None else _plain_table(split[1])
+    if split is None or plain is None:
+        entries, metadata = parse_header(path, raw, error)
+        tensors = {n: TensorForm(dtype=e["dtype"], shape=tuple(e["shape"])) for n, e in entries.items()}
+        return TensorTable(tensors=tensors, metadata=metadata, payload_bytes=raw.payload_bytes)
+    tensors, payload_bytes = plain
+    check_payload(path, raw, payload_bytes, error)
+    return TensorTable(tensors=tensors, metadata=split[0], payload_bytes=payload_bytes)
+
+
+def _plain_table(text: memoryview) -> tuple[dict[str, TensorForm], int] | None:
+    """The table in ``text``, which follows the metadata, and the bytes of its tensors.
+
+    None where it is not written as most programs do, without spaces and in the order of the places; that says nothing
+    against it: ``parse_header`` reads every header, and says what is wrong with one. This is fast since no entry becomes
+    objects of its own: names and places are compared as whole lists, and the forms in a file are few.
+    """
+    try:
+        entries = str(text, "utf-8").removesuffix("}")
+        found = _ENTRY.findall(entries)
+        names, forms, places = zip(*found, strict=True) if found else ((), (), ())
+        read = [_form(form) for form in forms]
+        offsets = json.loads(f"[{','.join(places)}]")
+    except (ValueError, TypeError, KeyError, RecursionError, _HeaderFaultError):
+        return None
+    letters = sum(map(len, chain(names, forms, places))) + _AROUND * len(found)
+    ends = list(accumulate((size for _, size in read), initial=0))
+    # Nothing but entries, no name twice, and each tensor begins where the one before it ends.
+    if letters != len(entries) or len(set(names)) != len(names):
+        return None
+    if offsets[::2] != ends[:-1] or offsets[1::2] != ends[1:]:
+        return None
+    return dict(zip(names, (form for form, _ in read), strict=True)), ends[-1]
+
+
+@lru_cache(maxsize=4096)
+def _form(text: str) -> tuple[TensorForm, int]:
+    """Dtype and shape from their text, and the bytes that they need. Raises as ``_extent``, and ``ValueError``."""
+    entry = json.loads(f"{{{text}}}")
+    _, _, size = _extent(entry | {"data_offsets": (0, 0)})
+    return TensorForm(dtype=entry["dtype"], shape=tuple(entry["shape"])), size
 
 
 def check_payload(path: Path, raw: RawHeader, table_end: int, error: type[SdloraError]) -> None:

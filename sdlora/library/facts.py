@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 from ..families import LORA_PARTS
 from ..formats.keys import part_of
-from ..formats.lora_family import family_of_shapes
+from ..formats.lora_family import FamilyMarks, family_of, marks_of
 from ..formats.lora_names import BUNDLED, format_of, group_by_module, is_lora
+from ..formats.safetensors_header import TensorForm, TensorTable
 
 Shape = tuple[int, ...]
 _DTYPES = {
@@ -32,6 +34,10 @@ _KIND_MARKS: Mapping[str, tuple[str, ...]] = {
     "oft": ("oft_blocks", "oft_diag"),
 }
 """Kind of change -> roles of its tensors, of which one is enough; the first kind that has one. As ``build_change`` does."""
+_INNER: Mapping[str, tuple[str, ...]] = {"lora": ("down",), "loha": ("hada_w1_b",), "lokr": ("lokr_w1_b", "lokr_w2_b")}
+"""Kind of change -> roles of the tensor whose first extent is the rank; the first that is there."""
+_UNCOUNTED = (".alpha", ".on_input")
+"""Ends of the names of tensors that are settings, whose dtype says nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,49 +72,78 @@ class TableFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModuleFacts:
-    """One module of a LoRA, as far as shapes show it."""
+class NameFacts:
+    """A function of the names of a file's tensors: files of one trainer and choice of modules share it at any rank."""
 
-    kind: str
-    rank: int | None
-    weight_shape: Shape | None
-    """Shape of the weight that it changes; None where the shapes of its tensors leave it open."""
-
-
-def shapes_by_module(table: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Shape]]:
-    """Module as the file spells it -> role -> shape, of each module that holds the matrices of a known kind.
-
-    ``table`` is that of ``formats.safetensors_header.parse_header``.
-    """
-    grouped, _ = group_by_module(name for name in table if not name.startswith(BUNDLED))
-    return {
-        key.removeprefix("base_model.model."): {role: tuple(table[name]["shape"]) for role, name in roles.items()}
-        for key, roles in grouped.items()
-        if _kind(roles) is not None
-    }
+    is_lora: bool
+    format: str
+    modules: Mapping[str, Mapping[str, str]]
+    """Module as the file spells it -> role -> tensor's name, of each module that holds the matrices of a known kind."""
+    kinds: Mapping[str, int]
+    """Kind of change -> number of modules."""
+    parts: Mapping[str, int]
+    """Part -> number of modules."""
+    family: FamilyMarks
+    inner: tuple[str, ...]
+    """Names of the tensors whose first extent is the rank of their module."""
+    generalised: tuple[Mapping[str, str], ...]
+    """Tensors' names by role, of the modules whose rank several shapes show."""
+    counted: tuple[str, ...]
+    """Names of the tensors whose dtypes are the file's."""
 
 
-def facts_of(table: Mapping[str, Mapping[str, Any]]) -> TableFacts:
-    """What ``table`` shows; see ``shapes_by_module``."""
-    modules = {key: _module(shapes) for key, shapes in shapes_by_module(table).items()}
-    family = family_of_shapes({key: module.weight_shape for key, module in modules.items()})
+@lru_cache(maxsize=32)
+def facts_of_names(names: tuple[str, ...]) -> NameFacts:
+    """What ``names`` show; remembered, since most files of a collection have names that others have too."""
+    grouped, _ = group_by_module(name for name in names if not name.startswith(BUNDLED))
+    modules, kinds = {}, {}
+    for key, roles in grouped.items():
+        kind = _kind(roles)
+        if kind is not None:
+            short = key.removeprefix("base_model.model.")
+            modules[short], kinds[short] = roles, kind
     parts = Counter(part_of(key) or "unknown" for key in modules)
-    ranks = [module.rank for module in modules.values() if module.rank is not None]
-    dtypes = {_DTYPES[entry["dtype"]] for name, entry in table.items() if _counts(name) and entry["dtype"] in _DTYPES}
-    return TableFacts(
-        is_lora=bool(modules) and is_lora(table),
-        payload_bytes=max((entry["data_offsets"][1] for entry in table.values()), default=0),
-        family=family.name if family else None,
-        format=format_of(table),
-        kinds=dict(Counter(module.kind for module in modules.values())),
-        modules={part: parts[part] for part in (*LORA_PARTS, "unknown") if part in parts},
-        ranks=(min(ranks), max(ranks)) if ranks else None,
-        dtype=", ".join(sorted(dtypes)),
+    return NameFacts(
+        is_lora=bool(modules) and is_lora(names),
+        format=format_of(names),
+        modules=modules,
+        kinds=Counter(_decomposed(kind, modules[key]) for key, kind in kinds.items()),
+        parts={part: parts[part] for part in (*LORA_PARTS, "unknown") if part in parts},
+        family=marks_of(modules),
+        inner=tuple(filter(None, (_inner(kind, modules[key]) for key, kind in kinds.items()))),
+        generalised=tuple(modules[key] for key, kind in kinds.items() if kind == "glora"),
+        counted=tuple(name for name in names if not name.endswith(_UNCOUNTED) and not name.startswith(BUNDLED)),
     )
 
 
-def _counts(name: str) -> bool:
-    return not name.endswith((".alpha", ".on_input")) and not name.startswith(BUNDLED)
+def shapes_by_module(tensors: Mapping[str, TensorForm]) -> dict[str, dict[str, Shape]]:
+    """Module as the file spells it -> role -> shape, of each module that holds the matrices of a known kind."""
+    return {key: _shapes(roles, tensors) for key, roles in facts_of_names(tuple(tensors)).modules.items()}
+
+
+def facts_of(table: TensorTable) -> TableFacts:
+    """What the names, dtypes and shapes of ``table`` show."""
+    tensors = table.tensors
+    names = facts_of_names(tuple(tensors))
+    weights = {key: _weight_shape(_shapes(names.modules[key], tensors)) for key in names.family.deciding}
+    family = family_of(names.family, weights)
+    ranks = {shape[0] for shape in {tensors[name].shape for name in names.inner} if shape}
+    ranks |= {rank for roles in names.generalised if (rank := _generalised_rank(_shapes(roles, tensors))) is not None}
+    dtypes = {tensors[name].dtype for name in names.counted}
+    return TableFacts(
+        is_lora=names.is_lora,
+        payload_bytes=table.payload_bytes,
+        family=family.name if family else None,
+        format=names.format,
+        kinds=dict(names.kinds),
+        modules=dict(names.parts),
+        ranks=(min(ranks), max(ranks)) if ranks else None,
+        dtype=", ".join(sorted(_DTYPES[dtype] for dtype in dtypes if dtype in _DTYPES)),
+    )
+
+
+def _shapes(roles: Mapping[str, str], tensors: Mapping[str, TensorForm]) -> dict[str, Shape]:
+    return {role: tensors[name].shape for role, name in roles.items()}
 
 
 def _kind(roles: Collection[str]) -> str | None:
@@ -116,24 +151,24 @@ def _kind(roles: Collection[str]) -> str | None:
     return next((kind for kind, marks in _KIND_MARKS.items() if any(mark in roles for mark in marks)), None)
 
 
-def _module(shapes: Mapping[str, Shape]) -> ModuleFacts:
-    kind = _kind(shapes.keys()) or ""
-    rank, weight = _rank(kind, shapes), _weight_shape(kind, shapes)
-    if shapes.keys() & {"magnitude", "magnitude_vector"}:
-        kind = "dora" if kind == "lora" else f"dora-{kind}"
-    return ModuleFacts(kind=kind, rank=rank, weight_shape=weight)
+def _decomposed(kind: str, roles: Mapping[str, str]) -> str:
+    """``kind`` with what is said of a magnitude."""
+    if not roles.keys() & {"magnitude", "magnitude_vector"}:
+        return kind
+    return "dora" if kind == "lora" else f"dora-{kind}"
 
 
-def _rank(kind: str, shapes: Mapping[str, Shape]) -> int | None:
-    """As ``Change.rank`` of the kind; None too where its tensors are not as they should be."""
-    inner = {
-        "lora": shapes.get("down"),
-        "loha": shapes.get("hada_w1_b"),
-        "lokr": shapes.get("lokr_w1_b", shapes.get("lokr_w2_b")),
-    }.get(kind)
-    if kind == "glora" and {"a1", "a2", "b1", "b2"} <= shapes.keys():
-        # Early files have each pair in the other order, which shows in the place of the rank.
-        inner = shapes["b2"] if _product_fits(shapes) else shapes["b1"]
+def _inner(kind: str, roles: Mapping[str, str]) -> str | None:
+    """Name of the tensor whose first extent is ``Change.rank``; None for other kinds and where it is missing."""
+    return next((roles[role] for role in _INNER.get(kind, ()) if role in roles), None)
+
+
+def _generalised_rank(shapes: Mapping[str, Shape]) -> int | None:
+    """``Change.rank`` of GLoRA; None where its tensors are not as they should be."""
+    if not {"a1", "a2", "b1", "b2"} <= shapes.keys():
+        return None
+    # Early files have each pair in the other order, which shows in the place of the rank.
+    inner = shapes["b2"] if _product_fits(shapes) else shapes["b1"]
     return inner[0] if inner else None
 
 
@@ -142,8 +177,9 @@ def _product_fits(shapes: Mapping[str, Shape]) -> bool:
     return min(map(len, (a1, a2, b1, b2))) >= 2 and a1[1] == a2[0] == b1[1] == b2[0]
 
 
-def _weight_shape(kind: str, shapes: Mapping[str, Shape]) -> Shape | None:
-    """As ``Change.weight_shape`` of the kind."""
+def _weight_shape(shapes: Mapping[str, Shape]) -> Shape | None:
+    """``Change.weight_shape``; None where the shapes leave it open."""
+    kind = _kind(shapes)
     if kind == "full":
         return shapes.get("w_norm" if shapes.keys() & {"w_norm", "b_norm"} else "diff")
     down, up = shapes.get("down"), shapes.get("up")

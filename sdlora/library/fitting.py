@@ -9,7 +9,7 @@ from pathlib import Path
 from ..errors import LoraFileError
 from ..families import FAMILIES
 from ..formats.keys import resolve
-from ..formats.safetensors_header import parse_header, read_raw_header
+from ..formats.safetensors_header import read_raw_header, read_table
 from .entry import LoraLibrary
 from .facts import shapes_by_module
 
@@ -41,7 +41,7 @@ def with_fits(library: LoraLibrary, base: str) -> LoraLibrary:
 def _fit(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple[bool, str | None]:
     """Whether the file fits a base whose modules have weights of ``shapes``, and why it does not, or not all of it."""
     try:
-        modules = shapes_by_module(parse_header(path, read_raw_header(path, LoraFileError), LoraFileError)[0])
+        modules = shapes_by_module(read_table(path, read_raw_header(path, LoraFileError), LoraFileError).tensors)
     except LoraFileError:
         return False, "cannot be read any more"
     matched = resolve(modules, shapes).matched

@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import LoraFileError
 from ..formats.lora_family import stated_family
 from ..formats.metadata import stated_tags, trigger_words
-from ..formats.safetensors_header import check_payload, parse_header, read_raw_header, split_header
+from ..formats.safetensors_header import check_payload, read_raw_header, read_table, split_header
 from .facts import TableFacts, facts_of
 from .scan import FoundFile
 
@@ -68,8 +68,8 @@ class HeaderReader:
         metadata, text = split or (None, memoryview(raw.text))
         digest = hashlib.blake2b(text, digest_size=16).hexdigest()
         if split is None or digest not in self.tables:
-            table, metadata = parse_header(path, raw, LoraFileError)
-            self.tables[digest] = facts_of(table)
+            table = read_table(path, raw, LoraFileError)
+            self.tables[digest], metadata = facts_of(table), table.metadata
         else:
             check_payload(path, raw, self.tables[digest].payload_bytes, LoraFileError)
         facts = _facts(found, metadata or {})

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..errors import LoraFileError
 from ..formats.lora_names import PEFT_WEIGHTS
+from ..formats.run_names import RUN_SUFFIX
 
 PREVIEW_ENDINGS = (
     ".preview.png",
@@ -16,8 +17,6 @@ PREVIEW_ENDINGS = (
     *(f"{dot}.{kind}" for kind in ("jpg", "jpeg", "webp", "gif") for dot in (".preview", "")),
 )
 """What follows a LoRA's name in the name of its preview, the first that exists: as A1111 and Civitai's helpers name it."""
-_RUN = ".resume"
-"""End of the name of a folder in which a training keeps its checkpoints."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +79,7 @@ def _walk(folder: str, within: str, seen: set[tuple[int, int]]) -> Iterator[Foun
         try:
             if name.endswith(".safetensors") and entry.is_file():
                 yield _found(entry, entries, within)
-            elif not name.startswith(".") and not name.endswith(_RUN) and entry.is_dir():
+            elif not name.startswith(".") and not name.endswith(RUN_SUFFIX) and entry.is_dir():
                 yield from _walk(entry.path, f"{within}{name}/", seen)
         except OSError:  # It has gone since.
             continue

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+from ..aligned import aligned
 from .entry import LoraEntry, LoraLibrary
 
 _TRIGGER = 40
@@ -14,7 +13,8 @@ _HEADS = ("name", "family", "rank", "size", "trigger", "hash", "preview")
 def as_text(library: LoraLibrary, *, fits: bool = False) -> str:
     """A table, then a line for each broken file and for each group of equal files. ``fits`` adds a column."""
     rows = [_row(entry, fits=fits) for entry in library.loras]
-    lines = _aligned([(*_HEADS, *(("fits",) if fits else ())), *rows]) if rows else []
+    heads = (*_HEADS, *(("fits",) if fits else ()))
+    lines = aligned([heads, *rows], right=("size",)) if rows else []
     lines += [f"broken: {file.file}: {file.problem}" for file in library.broken]
     lines += [f"equal tensors: {', '.join(group)}" for group in library.duplicates]
     others = f", {library.others:,} other safetensors files" if library.others else ""
@@ -41,16 +41,3 @@ def _row(entry: LoraEntry, *, fits: bool) -> tuple[str, ...]:
 
 def _size(count: int) -> str:
     return f"{count / 1e6:,.1f} MB" if count >= 1e6 else f"{count / 1e3:,.1f} kB"
-
-
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Columns side by side; the one of sizes to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    numbers = _HEADS.index("size")
-    return [
-        "  ".join(
-            cell.rjust(width) if number == numbers else cell.ljust(width)
-            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

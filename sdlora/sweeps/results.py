@@ -6,11 +6,12 @@ import csv
 import io
 import json
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from ..aligned import aligned
 from ..config.toml_text import toml_value
 from ..errors import TargetError
 from ..files import printable, write_whole
@@ -111,14 +112,7 @@ def table(rows: Sequence[Sequence[str]], *, right: Collection[str]) -> list[str]
     """``rows``, the first of which has the titles, as aligned lines without empty columns; those named in ``right`` are
     aligned to the right."""
     shown = [cells for cells in zip(*rows, strict=True) if any(cells[1:])]
-    columns = [_aligned(cells, right=cells[0] in right) for cells in shown]
-    return ["  ".join(cells).rstrip() for cells in zip(*columns, strict=True)]
-
-
-def _aligned(cells: Iterable[str], *, right: bool) -> list[str]:
-    cells = list(cells)
-    width = max(map(len, cells))
-    return [cell.rjust(width) if right else cell.ljust(width) for cell in cells]
+    return aligned(list(zip(*shown, strict=True)), right=right)
 
 
 def number(value: float | None) -> str:

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from ..config.loading import load_config
+from ..config.locations import from_folder
 from ..config.presets import MINI
 from ..config.sections import SECTION_NAMES, TOP_LEVEL, Config, Section
 from ..config.setting import setting_of
 from ..config.toml_text import toml_key, toml_value
 from ..errors import ConfigError, ResumeError
 from ..files import printable, write_whole
+from ..formats.run_names import RUN_SUFFIX, step_of_checkpoint
 from .jobs import ANSWER_NAME
 from .planning import CONFIG_NAME, PlannedRun
 
@@ -89,8 +91,8 @@ def answer_of(run: PlannedRun) -> Mapping[str, Any] | None:
 
 def steps_kept(run: PlannedRun) -> int:
     """Steps of the newest checkpoint of a half-done run; 0 where it has none."""
-    found = run.output.with_suffix(".resume").glob("step-*.safetensors")
-    return max((int(file.stem[5:]) for file in found if file.stem[5:].isdigit()), default=0)
+    found = run.output.with_suffix(RUN_SUFFIX).glob("*")
+    return max((step_of_checkpoint(file.name) or 0 for file in found), default=0)
 
 
 def _stated(section: Section, folder: Path) -> dict[str, Any]:
@@ -101,7 +103,7 @@ def _stated(section: Section, folder: Path) -> dict[str, Any]:
         if key not in section.model_fields_set or value is None:
             continue
         if isinstance(value, str) and setting_of(field).affects == "place" and (key, value) != ("path", MINI):
-            value = _from_folder(value, folder)
+            value = from_folder(value, folder)
         stated[key] = _as_toml(value, folder)
     return stated
 
@@ -112,15 +114,6 @@ def _as_toml(value: Any, folder: Path) -> Any:
     if isinstance(value, tuple | list):
         return [_as_toml(each, folder) for each in value]
     return value
-
-
-def _from_folder(path: str, folder: Path) -> str:
-    """``path`` as it leads there from ``folder``; whole where it is on another drive."""
-    try:
-        # Upwards, a system follows the folders that links lead to.
-        return Path(os.path.relpath(os.path.abspath(path), os.path.realpath(folder))).as_posix()
-    except ValueError:
-        return os.path.abspath(path)
 
 
 def _deciding(config: Config, folder: Path) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from ..config.sections import Config
 from ..config.setting import DECIDES_RESUMING
 from ..errors import ResumeError
 from ..files import write_whole
+from ..formats.run_names import RUN_SUFFIX, checkpoint_name, step_of_checkpoint
 from ..formats.safetensors_file import read_header, serialise
 from .step_shape import StepShape
 
@@ -229,7 +229,7 @@ class RunFolder:
     """The folder ``NAME.resume`` beside ``NAME.safetensors``: the newest checkpoints of the run, then its last state."""
 
     def __init__(self, output: Path, identity: RunIdentity):
-        self._folder = output.with_suffix(".resume")
+        self._folder = output.with_suffix(RUN_SUFFIX)
         self._output, self._identity = output, identity
 
     def newest(self, *, allow_device_change: bool = False) -> Checkpoint | None:
@@ -317,12 +317,12 @@ class RunFolder:
         return self._folder / "last.safetensors"
 
     def _checkpoint(self, step: int) -> Path:
-        return self._folder / f"step-{step:08}.safetensors"
+        return self._folder / checkpoint_name(step)
 
     def _files(self) -> list[Path]:
         if not self._folder.is_dir():
             return []
-        return sorted(file for file in self._folder.iterdir() if re.fullmatch(r"step-\d+\.safetensors", file.name))
+        return sorted(file for file in self._folder.iterdir() if step_of_checkpoint(file.name) is not None)
 
 
 def _writer(checkpoint: Path) -> RunIdentity | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -161,14 +160,6 @@ def _loaded(stated: Mapping[str, tuple[object, str]]) -> LoadedConfig:
     """The configuration that states this, checked as a file is."""
     settings = [f"{name}={json.dumps(value, ensure_ascii=False)}" for name, (value, _) in stated.items()]
     return load_stated(None, settings, {name: why for name, (_, why) in stated.items()})
-
-
-def from_folder(path: str, folder: Path) -> str:
-    """``path``, which goes by the working folder, as it is written in a file in ``folder``."""
-    try:
-        return Path(os.path.relpath(path, folder)).as_posix()
-    except ValueError:  # Another drive of Windows.
-        return Path(path).resolve().as_posix()
 
 
 def check_new_config(file: Path) -> None:

@@ -8,12 +8,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..config.locations import from_folder
 from ..config.presets import MINI, PRESET_TITLES
 from ..config.toml_text import shown
 from ..files import printable
 from ..lint.report import LintReport, summary_lines
 from .explain import ExplainedSetting, explain
-from .first_config import FirstConfig, from_folder
+from .first_config import FirstConfig
 from .samples import sample_prompts
 
 SHOWN = (
