@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import nn
 
 FORMS = 256
@@ -17,7 +16,9 @@ def compile_blocks(unet: nn.Module) -> None:
     Blocks with the same widths share one compiled form, so it takes seconds for each width instead of minutes for the whole
     UNet. Sizes are fixed in it: another size of image or number of images makes another form.
     """
-    torch._dynamo.config.recompile_limit = FORMS
+    from torch._dynamo import config
+
+    config.load_config({"recompile_limit": FORMS})
     for block in _transformer_blocks(unet):
         block.compile(dynamic=False)
 
