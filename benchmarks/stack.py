@@ -76,9 +76,9 @@ def open_pipeline(name: str, dtype: torch.dtype) -> tuple[Any, Family]:
     return StableDiffusionPipeline(unet=unet, **absent, safety_checker=None, feature_extractor=None), FAMILIES["sd1"]
 
 
-def write_files(folder: Path, pipe: Any, family: Family, *, rank: int, count: int) -> list[Path]:
+def write_files(folder: Path, unet: torch.nn.Module, family: Family, *, rank: int, count: int) -> list[Path]:
     """LoRA files in float16 whose change is about 1 % of a weight."""
-    modules = {f"unet.{name}": module.weight for name, module in pipe.unet.named_modules() if hasattr(module, "weight")}
+    modules = {f"unet.{name}": module.weight for name, module in unet.named_modules() if hasattr(module, "weight")}
     shapes = {name: tuple(weight.shape) for name, weight in modules.items() if isinstance(weight, torch.Tensor)}
     files = []
     for number in range(count):
@@ -200,7 +200,7 @@ def compare(
     torch.manual_seed(0)
     set_verbosity_error()
     pipe, family = open_pipeline(name, dtype)
-    setting = Setting(pipe=pipe, files=write_files(folder, pipe, family, rank=rank, count=IN_STEP))
+    setting = Setting(pipe=pipe, files=write_files(folder, pipe.unet, family, rank=rank, count=IN_STEP))
     rows: list[dict[str, Any]] = [
         {
             "what": what,

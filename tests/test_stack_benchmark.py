@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def test_both_sides_make_the_same_model(tmp_path: Path) -> None:
     torch.manual_seed(0)
     pipe, family = stack.open_pipeline("tiny", torch.float32)
-    files = stack.write_files(tmp_path, pipe, family, rank=4, count=stack.STACKED)
+    files = stack.write_files(tmp_path, pipe.unet, family, rank=4, count=stack.STACKED)
     latents, text = torch.randn(1, 4, 8, 8), torch.randn(1, 77, 128)
     added = {"text_embeds": torch.zeros(1, 48), "time_ids": torch.zeros(1, 6)}
 
