@@ -79,7 +79,7 @@ NOT_SUPPORTED = frozenset({
     "resume_from_huggingface", "save_last_n_epochs_state",
     "save_last_n_steps_state", "save_state_to_huggingface",
     "scale_v_pred_loss_like_noise_pred", "secondary_separator", "skip_image_resolution",
-    "text_encoder_batch_size", "token_warmup_min", "token_warmup_step", "tokenizer_cache_dir", "torch_compile",
+    "text_encoder_batch_size", "token_warmup_min", "token_warmup_step", "tokenizer_cache_dir",
     "use_8bit_adam", "use_lion_optimizer", "v_pred_like_loss", "validate_every_n_epochs",
     "validation_seed", "validation_split", "wandb_api_key", "wandb_run_name", "weighted_captions", "weighting_scheme",
     "zero3_init_flag", "zero3_save_16bit_model", "zero_stage",

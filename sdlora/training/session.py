@@ -191,23 +191,8 @@ def open_session(
         )
     with explained("placing the UNet and the LoRA", f"lower lora.rank, or {CLOSE_OTHERS}"):
         move_to(base.device, base.unet)
-        limit = config.lora.max_norm
         adapter = new_adapter(base, config, {} if plan.start is None else plan.start.changes)
-        optimizer = GuardedAdamW(
-            adapter.parameters,
-            [group.rate for group in adapter.groups],
-            config.optimizer,
-            steps=plan.steps,
-            earlier=plan.length.ends[:-1],
-            lengths=[
-                steps_of(group.part, config.optimizer, steps=plan.steps, planned=plan.length.planned)
-                for group in adapter.groups
-            ],
-            shapes=adapter.shapes,
-            dtype=base.dtype,
-            seed=config.train.seed,
-            after_update=None if limit is None else partial(adapter.limit_norms, limit),
-        )
+        optimizer = _optimizer(plan, adapter, base.dtype)
     return TrainingSession(
         plan=plan,
         shape=fit.shape,
@@ -218,6 +203,26 @@ def open_session(
         optimizer=optimizer,
         accelerator=accelerator,
         compiled=config.train.compile,
+    )
+
+
+def _optimizer(plan: RunPlan, adapter: Adapter[RateGroup], dtype: torch.dtype) -> GuardedAdamW:
+    config = plan.config
+    limit = config.lora.max_norm
+    return GuardedAdamW(
+        adapter.parameters,
+        [group.rate for group in adapter.groups],
+        config.optimizer,
+        steps=plan.steps,
+        earlier=plan.length.ends[:-1],
+        lengths=[
+            steps_of(group.part, config.optimizer, steps=plan.steps, planned=plan.length.planned)
+            for group in adapter.groups
+        ],
+        shapes=adapter.shapes,
+        dtype=dtype,
+        seed=config.train.seed,
+        after_update=None if limit is None else partial(adapter.limit_norms, limit),
     )
 
 
