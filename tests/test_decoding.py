@@ -113,7 +113,7 @@ def test_off_the_cpu_images_are_decoded_one_by_one(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(decode, "check_finite", lambda *_: None)
     vae = SimpleNamespace(dtype=torch.float32, decode=decoded)
-    base: Any = SimpleNamespace(vae=vae, checkpoint=SimpleNamespace(latent_scale=1.0))
+    base: Any = SimpleNamespace(vae=vae, checkpoint=SimpleNamespace(latent_scale=1.0, latent_factor=8))
     assert LatentDecoder(base)(torch.zeros(3, 4, 1, 1, device="meta")).shape == (3, 3, 8, 8)
     assert together == [1, 1, 1]
     LatentDecoder(base)(torch.zeros(3, 4, 1, 1))

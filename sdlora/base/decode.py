@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +16,55 @@ from .encode import Posterior, check_finite, encode_pixels, posterior_of
 from .strips import decode_in_strips, encode_in_strips
 
 logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+
+class _AtOnceOrInStrips:
+    """Has the VAE compute images whole, until its device has too little memory for that, and then in strips."""
+
+    def __init__(self, work: str, *, tiled: bool):
+        """``work`` is what the VAE does, encode or decode; ``tiled`` does so in strips from the start."""
+        self._work, self._tiled = work, tiled
+
+    def __call__(
+        self,
+        at_once: Callable[[], Result],
+        in_strips: Callable[[], Result],
+        device: torch.device,
+        *,
+        width: int,
+        height: int,
+    ) -> Result:
+        """What ``at_once`` or ``in_strips`` returns, for an image of ``width`` x ``height`` pixels on ``device``.
+
+        Where the device's memory does not suffice, a warning is logged, and this and all later ones are done in strips.
+
+        Raises:
+            DeviceMemoryError: the memory does not suffice for strips either.
+        """
+        if not self._tiled:
+            try:
+                return at_once()
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+            # After the except block, which keeps what the VAE had computed.
+            release_memory(device)
+            logger.warning(
+                "the %s has too little memory to %s an image at once; it is %sd in strips, which takes longer",
+                device.type, self._work, self._work,
+            )  # fmt: skip
+            self._tiled = True
+        try:
+            return in_strips()
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+        release_memory(device)
+        raise DeviceMemoryError(
+            f"the {device.type} has too little memory to {self._work} an image of {width} x {height} pixels, even in "
+            "strips; choose a smaller size, or end other programs that use its memory"
+        )
 
 
 class LatentDecoder:
@@ -21,7 +72,7 @@ class LatentDecoder:
 
     def __init__(self, base: Base, *, tiled: bool = False):
         """``tiled`` decodes in strips from the start (``base.strips``)."""
-        self._base, self._tiled = base, tiled
+        self._base, self._fitting = base, _AtOnceOrInStrips("decode", tiled=tiled)
 
     @torch.no_grad()
     def __call__(self, latents: Tensor) -> Tensor:
@@ -41,31 +92,14 @@ class LatentDecoder:
         return decoded.div(2).add(0.5).clamp(0, 1)
 
     def _decoded(self, latents: Tensor) -> Tensor:
-        vae = self._base.vae
+        vae, factor = self._base.vae, self._base.checkpoint.latent_factor
         scaled = latents.to(vae.dtype) / self._base.checkpoint.latent_scale
-        if not self._tiled:
-            try:
-                return vae.decode(scaled).sample.float().cpu()
-            except RuntimeError as error:
-                if not out_of_memory(error):
-                    raise
-            # After the except block, which keeps what the decoder had computed.
-            release_memory(latents.device)
-            logger.warning(
-                "the %s has too little memory to decode an image at once; it is decoded in strips, which takes longer",
-                latents.device.type,
-            )
-            self._tiled = True
-        try:
-            return decode_in_strips(vae, scaled).float()
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-        factor = self._base.checkpoint.latent_factor
-        raise DeviceMemoryError(
-            f"the {latents.device.type} has too little memory to decode an image of {latents.shape[3] * factor} x "
-            f"{latents.shape[2] * factor} pixels, even in strips; choose a smaller size, or end other programs that use its "
-            "memory"
+        return self._fitting(
+            lambda: vae.decode(scaled).sample.float().cpu(),
+            lambda: decode_in_strips(vae, scaled).float(),
+            latents.device,
+            width=latents.shape[3] * factor,
+            height=latents.shape[2] * factor,
         )
 
 
@@ -74,7 +108,7 @@ class PixelEncoder:
 
     def __init__(self, base: Base, *, tiled: bool = False):
         """``tiled`` encodes in strips from the start (``base.strips``)."""
-        self._base, self._tiled = base, tiled
+        self._base, self._fitting = base, _AtOnceOrInStrips("encode", tiled=tiled)
 
     def __call__(self, pixels: Tensor) -> Posterior:
         """``encode_pixels`` of one image, (1, 3, h, w) float32 in [-1, 1].
@@ -86,26 +120,10 @@ class PixelEncoder:
             DeviceMemoryError: the memory does not suffice for strips either.
         """
         base = self._base
-        if not self._tiled:
-            try:
-                return encode_pixels(base, pixels)
-            except RuntimeError as error:
-                if not out_of_memory(error):
-                    raise
-            # After the except block, which keeps what the encoder had computed.
-            release_memory(base.device)
-            logger.warning(
-                "the %s has too little memory to encode an image at once; it is encoded in strips, which takes longer",
-                base.device.type,
-            )
-            self._tiled = True
-        try:
-            return posterior_of(base, encode_in_strips(base.vae, pixels.to(base.vae.dtype), base.device))
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-        release_memory(base.device)
-        raise DeviceMemoryError(
-            f"the {base.device.type} has too little memory to encode an image of {pixels.shape[3]} x {pixels.shape[2]} "
-            "pixels, even in strips; choose a smaller size, or end other programs that use its memory"
+        return self._fitting(
+            lambda: encode_pixels(base, pixels),
+            lambda: posterior_of(base, encode_in_strips(base.vae, pixels.to(base.vae.dtype), base.device)),
+            base.device,
+            width=pixels.shape[3],
+            height=pixels.shape[2],
         )
