@@ -14,11 +14,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from sdlora.base.device import multiplies_bfloat16
-
 from .budget import Budget, late_descent_rate
 from .latents import Latents
-from .sizes import Sizes, lowered
+from .sizes import Sizes, lowered, trains_in_bfloat16
 from .text import TOKENS, WIDTH, token_tables
 
 LEARNING_RATE, WARMUP = 8e-4, 300
@@ -69,7 +67,7 @@ class CaptionEmbeddings:
                     rows.append(row)
             self._numbers.append([distinct[row.numpy().tobytes()] for row in table])
         self._empty = torch.tensor(tokenizer("", padding="max_length").input_ids)[None]
-        dtype = torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
+        dtype = torch.bfloat16 if trains_in_bfloat16(device) else torch.float32
         stored = torch.empty(len(rows) + 1, TOKENS, WIDTH, dtype=dtype, device=device)
         with lowered(device):
             for start in range(0, len(rows), 128):
