@@ -225,6 +225,15 @@ def turn(step: Step) -> float:
     return seconds(steps) / STEPS_A_TURN
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What a setting is made of."""
+    parser.add_argument("--base", default="mini")
+    parser.add_argument("--resolution", type=int)
+    parser.add_argument("--precision", default="auto", choices=["auto", "float32", "bfloat16"])
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--json", action="store_true")
+
+
 def open_setting(arguments: argparse.Namespace, folder: Path, batch: int) -> Setting:
     """The base in the device's memory, and the plan of a run on the sample images."""
     random = arguments.base in ("sd1", "sdxl")
@@ -275,14 +284,10 @@ def compare(setting: Setting, sides: list[str], rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default="mini")
-    parser.add_argument("--resolution", type=int)
-    parser.add_argument("--precision", default="auto", choices=["auto", "float32", "bfloat16"])
-    parser.add_argument("--rank", type=int, default=16)
+    add_options(parser)
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=["ours", "peft", "example", "floor"])
-    parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     stated = conditions(base=arguments.base, rank=arguments.rank, rounds=arguments.rounds)
     rows = []

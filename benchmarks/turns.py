@@ -93,8 +93,9 @@ def print_results(stated: Mapping[str, object], rows: Sequence[Mapping[str, obje
         print(json.dumps({"conditions": stated, "rows": rows}), flush=True)
         return
     print(", ".join(f"{name} {value}" for name, value in stated.items()))
-    print("ratios: median [least, most] of the rounds", end="\n\n")
-    print(table(rows), flush=True)
+    if any(isinstance(value, list) for row in rows for value in row.values()):
+        print("ratios: median [least, most] of the rounds")
+    print(f"\n{table(rows)}", flush=True)
 
 
 def table(rows: Sequence[Mapping[str, object]]) -> str:
