@@ -70,6 +70,12 @@ class TrainableRelative:
             dropout=self.dropout,
         )
 
+    @property
+    def fixed(self) -> dict[str, Tensor]:
+        """``down0`` (rank, in) and ``up0`` (out, rank), what ``layer`` computes with; writing to them changes the start."""
+        down, up = self._factors
+        return {"down0": down, "up0": up}
+
     def change(self, tensors: Mapping[str, Tensor]) -> LowRank:
         """See ``Trainable``; twice the rank at twice the alpha."""
         down, up = tensors["down"], tensors["up"]
@@ -91,7 +97,7 @@ class TrainableRelative:
             factors = tuple(orthonormal(shape, self.seed, f"{self.name}.{key}") for key, shape in self.shapes.items())
         else:
             factors = principal_factors(dense_weight(self.module), self.rank, scale=self.alpha / self.rank)
-        return factors[0].to(self.like), factors[1].to(self.like)
+        return factors[0].to(self.like).contiguous(), factors[1].to(self.like).contiguous()
 
 
 def orthonormal(shape: tuple[int, ...], seed: int, name: str) -> Tensor:
