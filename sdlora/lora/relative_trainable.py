@@ -115,9 +115,10 @@ def principal_factors(weight: Tensor, rank: int, *, scale: float) -> tuple[Tenso
     """D₀ (rank, in) and U₀ (out, rank), float32, such that ``scale`` · U₀ D₀ is the best change of that rank to zero.
 
     S^½ Vᵀ and U S^½ of the ``rank`` largest singular values over √``scale`` (Meng et al. 2024, eq. 2 and 3), zero beyond
-    the rank of ``weight``, (out, in). By subspace iteration (Halko et al. 2011, algorithms 4.4 and 5.1) on its device.
+    the rank of ``weight``, (out, in). By subspace iteration (Halko et al. 2011, algorithms 4.4 and 5.1), on the device of
+    ``weight``, except for Metal, which has no QR decomposition in torch 2.11, and later a slow one: on the CPU.
     """
-    weight = weight.detach().float()
+    weight = weight.detach().to(torch.device("cpu") if weight.device.type == "mps" else weight.device).float()
     width = min(2 * rank + 8, *weight.shape)
     basis = torch.from_numpy(_normal((weight.shape[1], width), 0, "subspace").astype(np.float32)).to(weight.device)
     for _ in range(ITERATIONS):

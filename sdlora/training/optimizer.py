@@ -123,10 +123,10 @@ class GuardedAdamW:
             return
         parameters = [parameter.detach() for parameter in self._parameters]
         own = [parameter.clone() for parameter in parameters]
-        torch._foreach_copy_(parameters, kept)
-        if self._after_update is not None:
-            self._after_update()
         try:
+            torch._foreach_copy_(parameters, kept)
+            if self._after_update is not None:
+                self._after_update()
             yield
         finally:
             torch._foreach_copy_(parameters, own)
