@@ -67,6 +67,27 @@ def test_a_broken_step_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
             assert changed == {"skipped"}
 
 
+def test_a_step_that_runs_out_of_memory_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the step that ``train.fit`` does again would move some of the parameters twice."""
+    plain, parameters = guarded(SelectedAdamW, [torch.randn(50), torch.randn(5)], monkeypatch)
+    before = {name: tensor.clone() for name, tensor in plain.state().items()}
+    where, calls = torch.where, list[None]()
+
+    def short_of_memory(*arguments: Any) -> torch.Tensor:
+        calls.append(None)
+        if len(calls) > 8:
+            raise torch.OutOfMemoryError
+        return where(*arguments)
+
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "where", short_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            plain.step(7)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in plain.state().items())
+
+
 def test_a_checkpoint_of_one_is_resumed_by_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     start = [torch.randn(50), torch.randn(5)]
     fused, expected = guarded(FusedAdamW, start, monkeypatch)

@@ -16,6 +16,7 @@ import sdlora as package
 from sdlora.base.checkpoint import find_base
 from sdlora.errors import ConfigError, ResumeError
 from sdlora.formats.safetensors_file import read_header
+from sdlora.training import determinism
 from sdlora.training.checkpoint import RUN_KEY, RunIdentity
 from sdlora.training.checkpoint import finished as is_finished
 from sdlora.training.determinism import deterministic_algorithms
@@ -159,6 +160,32 @@ def test_what_the_environment_sets_stays_and_errors_restore(monkeypatch: pytest.
         assert deterministic_state()[0] is True
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
         raise Stopped
+    assert deterministic_state() == before
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("it uses CuBLAS ... you must set CUBLAS_WORKSPACE_CONFIG=:4096:8 ...", ConfigError),
+        ("CUDA error: an illegal memory access was encountered", RuntimeError),
+    ],
+)
+def test_a_gpu_that_has_multiplied_otherwise_before_is_one_line(
+    message: str, expected: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after ``sdlora.generate`` in the same notebook: torch reads the variable at the first product of the process."""
+
+    def multiply() -> None:
+        raise RuntimeError(message)
+
+    before = deterministic_state()
+    monkeypatch.setattr(determinism, "_multiply", multiply)
+    with deterministic_algorithms(True):
+        assert not torch.cuda.is_initialized()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    with pytest.raises(expected, match="fixed workspace" if expected is ConfigError else message):  # noqa: SIM117
+        with deterministic_algorithms(True):
+            raise AssertionError("went on")
     assert deterministic_state() == before
 
 

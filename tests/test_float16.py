@@ -48,6 +48,22 @@ def test_the_loss_scale_is_divided_out_before_clipping() -> None:
     assert torch.equal(parameter, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_norm_of_zero_does_not_clip(dtype: torch.dtype) -> None:
+    """As in kohya's trainer; plain gradient descent shows the gradients' size, to which Adam is blind."""
+    section = SECTION.model_copy(update={"name": "sgd", "max_grad_norm": 0.0})
+    start, gradient = torch.randn(50), 100 * torch.randn(50)
+    parameter = torch.nn.Parameter(start.clone())
+    guarded = GuardedAdamW([parameter], [1e-2], section, steps=9, dtype=dtype)
+    parameter.grad = gradient * scale_of(guarded)
+    guarded.step(0)
+    torch.testing.assert_close(parameter.detach(), start - 1e-2 * gradient)
+    parameter.grad = torch.full((50,), torch.inf)
+    guarded.step(1)
+    torch.testing.assert_close(parameter.detach(), start - 1e-2 * gradient)
+    assert guarded.skipped_steps() == 1
+
+
 @pytest.mark.parametrize("broken", [torch.inf, -torch.inf, torch.nan])
 def test_an_overflow_halves_the_scale_and_changes_nothing_else(broken: float) -> None:
     guarded, parameter = optimizer(torch.randn(50))

@@ -159,6 +159,11 @@ def test_rates_and_parts() -> None:
         assert (section.learning_rate, section.text_encoder_learning_rate) == expected, options
 
 
+def test_gradients_that_kohya_does_not_clip_are_not_clipped() -> None:
+    assert config_of("--max_grad_norm 0").optimizer.max_grad_norm == 0
+    assert config_of("").optimizer.max_grad_norm == 1
+
+
 def test_a_command_line_with_everything() -> None:
     config = config_of(
         "--network_module=networks.lora --optimizer_type=AdamW8bit --optimizer_args weight_decay=0.1 betas=.9,.99 "

@@ -15,7 +15,7 @@ import pytest
 
 import sdlora as package
 from sdlora.errors import Interrupted, ResumeError
-from sdlora.training.lock import locked
+from sdlora.training.lock import _refuse_or_remove, locked
 from tests.conftest import ROOT
 from tests.training_runs import config_for
 
@@ -66,6 +66,30 @@ def test_the_lock_of_a_killed_process_is_replaced(tmp_path: Path) -> None:
             pass
         assert lock.exists()
     assert not lock.exists()
+
+
+def test_a_lock_that_another_run_writes_meanwhile_is_not_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two runs see what a killed one left; the other one replaces it just before this one would remove it."""
+    lock = tmp_path / "x.lock"
+    left, new = (json.dumps({"pid": os.getppid(), "host": socket.gethostname(), "started": n}) for n in (1.0, 2.0))
+    lock.write_text(left)
+    change = {"rename": Path.rename, "unlink": Path.unlink}
+
+    def replaced_first(name: str) -> None:
+        def changed(self: Path, *arguments: object) -> object:
+            monkeypatch.undo()
+            lock.write_text(new)
+            return change[name](self, *arguments)
+
+        monkeypatch.setattr(Path, name, changed)
+
+    for name in change:
+        replaced_first(name)
+    _refuse_or_remove(lock, tmp_path / "x.safetensors", "output.path")
+    assert lock.read_text() == new
+    assert [file.name for file in tmp_path.iterdir()] == ["x.lock"]
 
 
 def test_a_number_that_another_process_has_now_is_no_holder(tmp_path: Path) -> None:

@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sdlora.config.sections import OptimizerSection
 from sdlora.lora.adapter import Adapter
 from sdlora.lora.change import Change
 from sdlora.lora.kinds import Decomposed
 from sdlora.lora.new_trainable import KindSettings, trainable_for
+from sdlora.training.optimizer import GuardedAdamW
 from tests.training_runs import session_for
 
 RANK, ALPHA = 3, 1.5
@@ -88,6 +90,26 @@ def test_what_a_run_saves_keeps_to_the_limit(more: str, tiny_base: Path, images:
     norms = [norm_of(change, torch.zeros(shape_of(change))) for change in changes.values()]
     assert max(norms) <= limit * (1 + 1e-5)
     assert max(norms) > 0.7 * limit, "training goes on below it"
+
+
+def test_parameters_come_back_where_the_averages_cannot_be_limited() -> None:
+    """Else what is saved after the error would be the averages in place of the parameters."""
+    short = False
+
+    def limit() -> None:
+        if short:
+            raise torch.OutOfMemoryError
+
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    section = OptimizerSection(ema=0.9, warmup_steps=0)
+    optimizer = GuardedAdamW([parameter], [0.1], section, steps=9, after_update=limit)
+    for step in range(3):
+        parameter.grad = torch.ones(3)
+        optimizer.step(step)
+    own, short = parameter.detach().clone(), True
+    with pytest.raises(torch.OutOfMemoryError), optimizer.averaged():
+        raise AssertionError("limited all the same")
+    assert torch.equal(parameter, own)
 
 
 def shape_of(change: Change) -> tuple[int, ...]:

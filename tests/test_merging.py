@@ -131,6 +131,19 @@ def test_weights_that_modules_share_come_back() -> None:
     assert torch.equal(first.weight, pristine)
 
 
+def test_a_copy_that_cuda_may_not_have_written_yet_is_not_read_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pristine values come to main memory while the host goes on: merging reads those on the device."""
+    monkeypatch.setattr(merging, "_in_main_memory", lambda parameter: torch.full_like(parameter, torch.nan))
+    layer = nn.Linear(WIDE, HIGH).half()
+    weight, bias = (parameter.detach().double().clone() for parameter in (layer.weight, layer.bias))
+    whole = Full(diff=torch.randn(HIGH, WIDE), bias=torch.randn(HIGH))
+    merging.MergedModule(layer).set(((whole, 0.5),))
+    assert whole.diff is not None
+    assert whole.bias is not None
+    torch.testing.assert_close(layer.weight.double(), weight + 0.5 * whole.diff.double(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(layer.bias.double(), bias + 0.5 * whole.bias.double(), rtol=1e-3, atol=1e-3)
+
+
 class LiveBytes(TorchDispatchMode):
     """The most bytes of ``dtype`` that tensors made under this mode held at once."""
 

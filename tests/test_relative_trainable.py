@@ -78,6 +78,27 @@ def test_a_rank_beyond_the_weight_is_filled_with_zeros() -> None:
     assert not down[4:].any()
 
 
+class OnMetal(torch.Tensor):
+    """Says that it is on an Apple GPU, where this machine can compute nothing, until it is moved."""
+
+    @property
+    def device(self) -> torch.device:  # ty: ignore[invalid-method-override]
+        return torch.device("mps")
+
+    def to(self, *args: torch.device | torch.dtype) -> Tensor:
+        return self.as_subclass(torch.Tensor).to(*args)
+
+
+def test_principal_factors_of_a_weight_on_metal_are_computed_on_the_cpu() -> None:
+    weight = torch.randn(12, 9)
+    for ours, expected in zip(
+        principal_factors(weight.as_subclass(OnMetal), 3, scale=0.5),
+        principal_factors(weight, 3, scale=0.5),
+        strict=True,
+    ):
+        assert torch.equal(ours, expected)
+
+
 @pytest.mark.parametrize("shape", [(3, 24), (40, 3), (5, 4)])
 def test_orthonormal_rows_or_columns_by_seed_and_name(shape: tuple[int, int]) -> None:
     matrix = orthonormal(shape, 1, "unet.a").double()

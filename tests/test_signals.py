@@ -7,11 +7,15 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 
+from sdlora.training.interruption import InterruptFlag
 from tests.conftest import ROOT
 from tests.training_runs import overrides
 
@@ -33,6 +37,31 @@ def wait_for_a_checkpoint(folder: Path, *processes: subprocess.Popen[str], after
         assert all(process.poll() is None for process in processes), [p.communicate() for p in processes]
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_signal_within_the_handler_of_another_does_not_wait_for_it() -> None:
+    """At every line that the first one runs, in any module, the second one comes."""
+    flag, lines = InterruptFlag(None), list[str]()
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        if event == "line":
+            lines.append(frame.f_code.co_name)
+            sys.settrace(None)
+            flag.set(signal.SIGTERM)
+            sys.settrace(trace)
+        return trace
+
+    def first() -> None:
+        sys.settrace(trace)
+        flag.set()
+
+    thread = threading.Thread(target=first, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive(), f"it waits in {lines[-1]}"
+    assert "set" in lines
+    assert flag.is_set()
+    assert flag.terminated
 
 
 def test_sigterm_saves_and_stops(finished: tuple[Path, Path], tiny_base: Path, tmp_path: Path) -> None:

@@ -97,6 +97,10 @@ def test_a_run_that_would_train_nothing_more_is_refused(tiny_base: Path, images:
     config = config_for(tiny_base, images, tmp_path / "x.safetensors", STOP, "optimizer.learning_rate=0")
     with pytest.raises(ConfigError, match=r"text_encoder_stop = 3: optimizer\.learning_rate is 0, so nothing would be"):
         plan_config(config)
+    targets = 'lora.targets=["text_encoder.*"]'
+    config = config_for(tiny_base, images, tmp_path / "x.safetensors", STOP, targets)
+    with pytest.raises(ConfigError, match=r"text_encoder_stop = 3: no module of the UNet is trained, so nothing would"):
+        plan_config(config)
     needed = ("data.images=images", "data.trigger=zorb", "output.path=x.safetensors")
     with pytest.raises(ConfigError, match=r"optimizer\.text_encoder_stop = 0: must be a whole number of steps"):
         load_config(None, (*needed, "optimizer.text_encoder_stop=0"))

@@ -183,6 +183,27 @@ def test_a_step_is_that_of_peft(dora: bool) -> None:
         torch.testing.assert_close(magnitude, peft_layer.lora_magnitude_vector["default"].weight, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_dora_trains_the_others_where_the_weights_of_an_output_are_all_zero(dtype: torch.dtype) -> None:
+    """As in layers that a checkpoint starts at zero: their length is zero, and it divides."""
+    module = linear().requires_grad_(False).to(dtype)
+    module.weight[3] = 0
+    trainable = trainable_for("x", module, KindSettings(kind="dora"), rank=RANK, alpha=2.0)
+    adapter = Adapter({"x": trainable}, seed=0, group_of=lambda name, tensor: "x")
+    x, target = torch.randn(7, 24, dtype=dtype), torch.randn(7, 16, dtype=dtype)
+    adapter.begin_step()
+    torch.testing.assert_close(adapter._layers["x"](x), module(x))
+    for _ in range(3):
+        stepped(adapter, adapter._layers["x"], x, target)
+    assert adapter.parameters[0].isfinite().all()
+    adapter.begin_step()
+    weight = module.weight.double()
+    delta = adapter.changes()["x"].delta(weight)
+    assert delta.any(1).tolist() == [row != 3 for row in range(16)], "with a length of zero, and no way to another"
+    expected = x.double() @ (weight + delta).T + module.bias.double()
+    torch.testing.assert_close(adapter._layers["x"](x).double(), expected, rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("made", MODULES)
 @pytest.mark.parametrize("kind", ["lora", "loha", "lokr"])

@@ -14,6 +14,7 @@ from .attaching import put_in_place
 from .change import Change
 from .dropout import AdapterDropout, DropoutRates
 from .max_norm import limit_norm
+from .relative_trainable import TrainableRelative
 from .trainable import Trainable
 
 Group = TypeVar("Group", bound=Hashable)
@@ -103,6 +104,27 @@ class Adapter(Generic[Group]):
             gradients[name][tensor] = working.gradients[span].view(shape)
             self._masters[name][tensor] = master.detach()[span].view(shape)
             position = span.stop
+
+    @property
+    def fixed(self) -> dict[str, Tensor]:
+        """By name, what layers compute with besides what is trained: the live tensors, contiguous, of the layers' dtype.
+
+        A part of the state of a run, since another device or machine would make others: signs of singular vectors are free,
+        and those of near values mix. The trained differences mean nothing beside other factors.
+        """
+        return {
+            f"fixed.{name}.{key}": tensor
+            for name, trainable in self._trainables.items()
+            if isinstance(trainable, TrainableRelative)
+            for key, tensor in trainable.fixed.items()
+        }
+
+    @torch.no_grad()
+    def restore_fixed(self, tensors: Mapping[str, Tensor]) -> None:
+        """Give ``fixed`` the values that it has in ``tensors``; what these lack, as in states of earlier versions, stays."""
+        for name, tensor in self.fixed.items():
+            if name in tensors:
+                tensor.copy_(tensors[name])
 
     @torch.no_grad()
     def begin_step(self) -> None:

@@ -95,7 +95,8 @@ class DecomposedLayer(AdaptedLayer):
         turned = change + (pristine if self.base.bias is None else pristine - self._by_channel(self.base.bias))
         # (m - ‖W + ΔW‖) / ‖W + ΔW‖: the factor less 1 keeps its precision where the factor would be rounded to 1.
         with torch.no_grad():
-            length = self._changed_lengths(down, up)
+            # An output whose weights are all zero stays zero.
+            length = self._changed_lengths(down, up).clamp(min=torch.finfo(torch.float32).eps)
             behind = self._lengths - length
         factor = (behind + self.leaves["magnitude"].float()) / length
         turning = turned * self._by_channel(factor.to(x.dtype))

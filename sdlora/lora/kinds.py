@@ -327,6 +327,7 @@ class Decomposed(Change):
         by_input = self.magnitude.ndim > 1 and self.magnitude.shape[0] == 1 and self.magnitude.shape[1] != 1
         axis = 1 if by_input else 0
         norms = torch.linalg.vector_norm(changed, dim=[i for i in range(changed.ndim) if i != axis], keepdim=True)
+        norms = norms.clamp(min=torch.finfo(torch.float32).eps)  # Where all is zero, nothing changes.
         return changed * (self.magnitude.to(weight).reshape(norms.shape) / norms) - weight
 
     def fits(self, shape: tuple[int, ...]) -> bool:

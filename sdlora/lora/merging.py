@@ -110,11 +110,13 @@ class MergedModule:
                 bias.copy_(self._pristine_bias)
                 self._pristine_bias = None
             return
+        total = torch.zeros(self._weight.shape[0], device=self._weight.device)
         if bias is not None and self._pristine_bias is None:
             self._pristine_bias = _in_main_memory(bias)
-        total = torch.zeros(self._weight.shape[0], device=self._weight.device)
-        if self._pristine_bias is not None:
-            total += self._pristine_bias.to(total.device, torch.float32)
+            total += bias
+        elif self._pristine_bias is not None:
+            # Copied first and converted there: the host would convert what CUDA may not have written yet.
+            total += self._pristine_bias.to(total.device)
         for delta, strength in moves:
             total += strength * delta.to(total).reshape(total.shape)
         if bias is not None:

@@ -70,6 +70,12 @@ class TrainableRelative:
             dropout=self.dropout,
         )
 
+    @property
+    def fixed(self) -> dict[str, Tensor]:
+        """``down0`` (rank, in) and ``up0`` (out, rank), what ``layer`` computes with; writing to them changes the start."""
+        down, up = self._factors
+        return {"down0": down, "up0": up}
+
     def change(self, tensors: Mapping[str, Tensor]) -> LowRank:
         """See ``Trainable``; twice the rank at twice the alpha."""
         down, up = tensors["down"], tensors["up"]
@@ -91,7 +97,7 @@ class TrainableRelative:
             factors = tuple(orthonormal(shape, self.seed, f"{self.name}.{key}") for key, shape in self.shapes.items())
         else:
             factors = principal_factors(dense_weight(self.module), self.rank, scale=self.alpha / self.rank)
-        return factors[0].to(self.like), factors[1].to(self.like)
+        return factors[0].to(self.like).contiguous(), factors[1].to(self.like).contiguous()
 
 
 def orthonormal(shape: tuple[int, ...], seed: int, name: str) -> Tensor:
@@ -109,9 +115,10 @@ def principal_factors(weight: Tensor, rank: int, *, scale: float) -> tuple[Tenso
     """D₀ (rank, in) and U₀ (out, rank), float32, such that ``scale`` · U₀ D₀ is the best change of that rank to zero.
 
     S^½ Vᵀ and U S^½ of the ``rank`` largest singular values over √``scale`` (Meng et al. 2024, eq. 2 and 3), zero beyond
-    the rank of ``weight``, (out, in). By subspace iteration (Halko et al. 2011, algorithms 4.4 and 5.1) on its device.
+    the rank of ``weight``, (out, in). By subspace iteration (Halko et al. 2011, algorithms 4.4 and 5.1), on the device of
+    ``weight``, except for Metal, which has no QR decomposition in torch 2.11, and later a slow one: on the CPU.
     """
-    weight = weight.detach().float()
+    weight = weight.detach().to(torch.device("cpu") if weight.device.type == "mps" else weight.device).float()
     width = min(2 * rank + 8, *weight.shape)
     basis = torch.from_numpy(_normal((weight.shape[1], width), 0, "subspace").astype(np.float32)).to(weight.device)
     for _ in range(ITERATIONS):

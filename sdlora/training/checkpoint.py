@@ -140,7 +140,10 @@ def _listed(extended: tuple[int, ...]) -> str:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Checkpoint:
-    """``step`` steps are done; ``tensors`` are the ``state()`` of the optimizer and of the validation."""
+    """``step`` steps are done.
+
+    ``tensors`` are the ``state()`` of the optimizer and of the validation, and the adapter's ``fixed``.
+    """
 
     step: int
     started_at: float

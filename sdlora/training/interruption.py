@@ -9,22 +9,26 @@ from contextlib import contextmanager
 
 
 class InterruptFlag:
-    """Set by Ctrl-C, by SIGTERM, or by the caller's event, which these leave alone."""
+    """Set by Ctrl-C, by SIGTERM, or by the caller's event, which these leave alone.
+
+    It has no lock: a signal may come while the handler of another one sets it.
+    """
 
     terminated = False
     """Whether SIGTERM set it, in any process once they have compared."""
 
     def __init__(self, stop: threading.Event | None):
-        self._pressed, self._stop = threading.Event(), stop
+        self._pressed, self._stop = False, stop
 
     def set(self, number: int = signal.SIGINT) -> None:
         """Ask for a stop, as signal ``number`` does."""
-        self.terminated |= number == signal.SIGTERM
-        self._pressed.set()
+        self._pressed = True
+        if number == signal.SIGTERM:
+            self.terminated = True
 
     def is_set(self) -> bool:
         """Whether a stop was asked for, in this process."""
-        return self._pressed.is_set() or (self._stop is not None and self._stop.is_set())
+        return self._pressed or (self._stop is not None and self._stop.is_set())
 
 
 @contextmanager

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import socket
+import uuid
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import ResumeError
-from ..files import printable, write_new
+from ..files import PARTIAL_SUFFIX, printable, write_new
 
 _ATTEMPTS = 5
 CLOCK_TOLERANCE = 60.0
@@ -70,9 +71,21 @@ def _refuse_or_remove(lock: Path, output: Path, choice: str) -> None:
         raise ResumeError(
             f"{printable(output)}: process {pid} on this machine is writing it; wait for it or choose another {choice}"
         )
+    _remove_left(lock, found)
+
+
+def _remove_left(lock: Path, found: bytes) -> None:
+    """Remove ``lock`` if it still holds ``found``.
+
+    It is renamed first: of several runs that saw the same lock one takes it, and none removes what another has written.
+    """
+    taken = lock.with_name(f".{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
     with suppress(OSError):
-        if lock.read_bytes() == found:
-            lock.unlink()
+        lock.rename(taken)
+        content = taken.read_bytes()
+        if content != found:
+            write_new(lock, content)
+        taken.unlink()
 
 
 def _runs(pid: int, started: float) -> bool:

@@ -27,7 +27,7 @@ from .exports import write_run_file
 from .file_check import FileCheck, check_file
 from .fitted_steps import fitted
 from .plan import RunPlan
-from .processes import check_agreement, same_in_all, wait_for_all
+from .processes import check_agreement, wait_for_all
 from .records import StepRecord
 from .report import TrainReport, TrainResult, complete_already
 from .sample_sheet import draw_samples, lacks_samples
@@ -195,11 +195,8 @@ def train_lora(
     """
     session = open_session(plan, base, accelerator, progress, first=start.step, recorded=start.shape, say=say)
     if start.step:
+        session.adapter.restore_fixed(start.tensors)
         session.optimizer.restore(start.tensors)
-    if accelerator.num_processes > 1:
-        # Another machine may have drawn another start: signs of singular vectors are free.
-        for parameter in session.adapter.parameters:
-            same_in_all(parameter.detach())
     try:
         with fitted(session) as fitting:
             losses = train_steps(fitting, start, files, progress, stop)

@@ -74,7 +74,7 @@ class GuardedAdamW:
         return loss if self._scale is None else loss * self._scale.value
 
     def step(self, step: int, accelerator: Accelerator | None = None) -> None:
-        """Apply the parameters' gradients at the rates of ``step`` (from 0), clipped to ``max_grad_norm`` together.
+        """Apply the parameters' gradients at the rates of ``step`` (from 0), clipped together unless ``max_grad_norm`` is 0.
 
         With several processes, known from ``accelerator``, their gradients are first summed in place.
         """
@@ -89,7 +89,8 @@ class GuardedAdamW:
         finite = norm.isfinite()
         if self._scale is not None:
             norm = norm / self._scale.value
-        factor = (self._section.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        limit = self._section.max_grad_norm
+        factor = (limit / (norm + 1e-6)).clamp(max=1.0) if limit else torch.ones_like(norm)
         if self._scale is not None:
             factor = factor / self._scale.value
         torch._foreach_mul_(gradients, factor)
@@ -123,10 +124,10 @@ class GuardedAdamW:
             return
         parameters = [parameter.detach() for parameter in self._parameters]
         own = [parameter.clone() for parameter in parameters]
-        torch._foreach_copy_(parameters, kept)
-        if self._after_update is not None:
-            self._after_update()
         try:
+            torch._foreach_copy_(parameters, kept)
+            if self._after_update is not None:
+                self._after_update()
             yield
         finally:
             torch._foreach_copy_(parameters, own)

@@ -19,7 +19,7 @@ from ..progress import Progress, Silence
 from .batches import BatchPlan
 from .checkpoint import RunIdentity
 from .length import Length, length_in_words, planned_steps
-from .module_choice import choice_problems, choose_modules, with_unchosen_frozen
+from .module_choice import choice_problems, choose_modules, part_of, with_unchosen_frozen
 from .objective import range_problem
 from .optimizers.trial import check_optimizer
 from .start_values import StartValues, read_start
@@ -122,10 +122,15 @@ def plan_run(config: Config, dataset: ExaminedDataset) -> RunPlan:
     config = with_unchosen_frozen(dataset.base, config)
     if problem := range_problem(config.objective, dataset.base.schedule.timesteps):
         raise ConfigError(problem)
-    if config.optimizer.learning_rate == 0 and config.optimizer.text_encoder_stop is not None:
+    if config.optimizer.text_encoder_stop is not None and "unet" not in map(
+        part_of, choose_modules(dataset.base, config)
+    ):
+        reason = (
+            "no module of the UNet is trained" if config.optimizer.learning_rate else "optimizer.learning_rate is 0"
+        )
         raise ConfigError(
-            f"optimizer.text_encoder_stop = {config.optimizer.text_encoder_stop}: optimizer.learning_rate is 0, so nothing "
-            "would be trained after it; lower train.steps instead"
+            f"optimizer.text_encoder_stop = {config.optimizer.text_encoder_stop}: {reason}, so nothing would be trained "
+            "after it; lower train.steps instead"
         )
     raise_errors(dataset.findings)
     training = plan_training_set(

@@ -141,9 +141,9 @@ def add_up(tensor: Tensor) -> None:
 
 
 def same_in_all(tensor: Tensor) -> None:
-    """Replace ``tensor`` in each process by that of the first. Raises as ``add_up``."""
+    """Replace the contiguous ``tensor``, of any dtype, in each process by that of the first. Raises as ``add_up``."""
     with _noticing_loss():
-        torch.distributed.broadcast(tensor, 0)
+        torch.distributed.broadcast(tensor.view(torch.uint8), 0)
 
 
 def wait_for_all(accelerator: Accelerator) -> None:

@@ -76,7 +76,7 @@ def save_state(files: RunFiles, start: Checkpoint, done: int, session: TrainingS
     """Save the state after ``done`` steps; what cannot be saved is a warning, returned as part of a sentence too."""
     folder = files.folder
     try:
-        tensors = {**session.optimizer.state(), **files.validation.state()}
+        tensors = {**session.optimizer.state(), **session.adapter.fixed, **files.validation.state()}
         folder.save(
             Checkpoint(
                 step=done,

@@ -29,6 +29,7 @@ from .new_adapter import RateGroup, new_adapter
 from .optimizer import GuardedAdamW
 from .plan import RunPlan
 from .preparation import Preparation, StepInputs, StepsAhead
+from .processes import same_in_all
 from .rates import steps_of
 from .shortage import CLOSE_OTHERS, explained
 from .step_shape import StepShape
@@ -168,6 +169,7 @@ def open_session(
 
     Raises:
         DeviceMemoryError: the device has too little memory for a part.
+        ProcessLostError: another process has ended.
     """
     config, training = plan.config, plan.training
     views = (*training.views(plan.steps), *training.validation)
@@ -192,6 +194,10 @@ def open_session(
     with explained("placing the UNet and the LoRA", f"lower lora.rank, or {CLOSE_OTHERS}"):
         move_to(base.device, base.unet)
         adapter = new_adapter(base, config, {} if plan.start is None else plan.start.changes)
+        if accelerator.num_processes > 1:
+            # Another machine may have made another start: signs of singular vectors are free.
+            for tensor in (*adapter.parameters, *adapter.fixed.values()):
+                same_in_all(tensor.detach())
         optimizer = _optimizer(plan, adapter, base.dtype)
     return TrainingSession(
         plan=plan,

@@ -77,17 +77,24 @@ class FusedAdamW(AdamW):
 
 
 class SelectedAdamW(AdamW):
-    """The same result in operators that every device has, in float32; new values are selected with ``torch.where``."""
+    """The same result in operators that every device has, in float32; new values are selected with ``torch.where``.
+
+    All are computed before the first is written, so that a step that runs out of memory has changed nothing.
+    """
 
     @torch.no_grad()
     def update(self, rates: Sequence[float], finite: Tensor) -> None:
+        changes: list[tuple[Tensor, Tensor]] = []
         for parameter, rate in zip(self._parameters, rates, strict=True):
             if parameter.grad is not None:
-                self._update_one(parameter, parameter.grad, self._moments[parameter], rate, finite)
+                changes += self._changes(parameter, parameter.grad, self._moments[parameter], rate, finite)
+        for old, new in changes:
+            old.copy_(new)
 
-    def _update_one(
+    def _changes(
         self, parameter: nn.Parameter, gradient: Tensor, state: dict[str, Tensor], rate: float, finite: Tensor
-    ) -> None:
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Each tensor of ``parameter`` and its state, with its new value."""
         first, second = betas = self._settings.betas
         # A broken gradient would make NaN of a moment even where it is not selected.
         gradient = torch.where(finite, gradient, 0.0)
@@ -98,8 +105,8 @@ class SelectedAdamW(AdamW):
         mean_correction, square_correction = (-torch.expm1(step * math.log(beta)) for beta in betas)
         root = (square.sqrt() / square_correction.sqrt()).add_(self._settings.epsilon)
         moved = parameter * (1 - rate * self._settings.weight_decay) - (mean / root) * (rate / mean_correction)
-        for old, new in zip((parameter, *(state[name] for name in _STATE)), (moved, step, mean, square), strict=True):
-            old.copy_(torch.where(finite, new, old))
+        pairs = zip((parameter, *(state[name] for name in _STATE)), (moved, step, mean, square), strict=True)
+        return [(old, torch.where(finite, new, old)) for old, new in pairs]
 
 
 _STATE = ("step", "exp_avg", "exp_avg_sq")
