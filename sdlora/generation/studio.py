@@ -37,6 +37,7 @@ from .prompt_syntax import check_syntax
 from .request import ImageRequest, check_requests
 from .strip import STRENGTHS, strip_columns
 from .tags import check_named_once, missing_triggers
+from .wildcards import choose_texts
 
 if TYPE_CHECKING:
     from ..base.base import Base
@@ -59,10 +60,8 @@ def open(
     ``base``, ``precision``, ``vae_tiling``, ``batch_size``, ``lora_dir`` and ``wildcards`` are as in ``generate``.
 
     Raises:
-        SdloraError: the base is missing, incomplete, damaged or not supported, or ``batch_size`` is no number.
+        SdloraError: the base is missing, incomplete, damaged or not supported, or ``batch_size`` is no number from 1.
     """
-    if batch_size is not None and (not is_whole(batch_size) or batch_size < 1):
-        raise SdloraError(f"batch_size {batch_size!r}: expected a whole number, at least 1")
     checkpoint, folders = find_base(base_argument(base)), PromptFolders.of(lora_dir, wildcards)
     return OpenStudio(checkpoint, precision=precision, vae_tiling=vae_tiling, batch_size=batch_size, folders=folders)
 
@@ -82,6 +81,8 @@ class OpenStudio:
         batch_size: int | None = None,
         folders: PromptFolders | None = None,
     ):
+        if batch_size is not None and (not is_whole(batch_size) or batch_size < 1):
+            raise SdloraError(f"batch_size {batch_size!r}: expected a whole number, at least 1")
         self._checkpoint, self._folders = checkpoint, folders or PromptFolders()
         self._precision, self._vae_tiling, self._batch_size = precision, vae_tiling, batch_size
         self._base: Base | None = None
@@ -167,6 +168,7 @@ class OpenStudio:
             prompts, seed=seed, count=1, size=size, negative=negative, steps=steps, cfg=cfg, sampler=sampler,
             **sampling,
         )  # fmt: skip
+        requests = choose_texts(requests)
         check_syntax((request.prompt for request in requests), (request.negative for request in requests))
         studio = self.prepared(requests, loras, say)
         columns = strip_columns(studio.loras, strengths)

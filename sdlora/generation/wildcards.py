@@ -83,8 +83,8 @@ class Wildcards:
         return entries
 
 
-def choose_texts(requests: Sequence[ImageRequest], wildcards: Wildcards | None) -> list[ImageRequest]:
-    """``requests`` as ``Wildcards.chosen`` makes them, by their own seeds; without ``wildcards`` these stay.
+def choose_texts(requests: Sequence[ImageRequest], wildcards: Wildcards | None = None) -> list[ImageRequest]:
+    """``requests`` as ``Wildcards.chosen`` makes them, by their own seeds; without ``wildcards``, ``__names__`` stay.
 
     Raises:
         SdloraError: as ``Wildcards.chosen``, with the problems of all requests.

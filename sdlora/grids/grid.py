@@ -70,6 +70,7 @@ def grid(
     scale: int = 1,
     precision: str = "auto",
     vae_tiling: bool = False,
+    batch_size: int | None = None,
     progress: Progress | None = None,
     stop: threading.Event | None = None,
     say: Callable[[str], None] = lambda line: None,
@@ -86,7 +87,8 @@ def grid(
         loras: what all cells have; an axis ``lora`` adds to them.
         seed: 0 to 2**32 - 1. Not random: a cell is known again by its seed.
         scale: how many times the labelled image is enlarged, without smoothing.
-        base, lora_dir, wildcards, negative, steps, cfg, size, sampler, precision, vae_tiling: as in ``generate``.
+        base, lora_dir, wildcards, negative, steps, cfg, size, sampler, precision, vae_tiling, batch_size: as in
+            ``generate``.
         progress, stop, say, drawing: as in ``generate``.
 
     Raises:
@@ -108,11 +110,11 @@ def grid(
     checkpoint = find_base(base_argument(base))
     _check_size(cells, checkpoint, scale)
     place = file.with_name(f"{file.stem}.cells")
-    with progress_or_bar(progress) as reports:
+    studio = OpenStudio(checkpoint, precision=precision, vae_tiling=vae_tiling, batch_size=batch_size)
+    with studio, progress_or_bar(progress) as reports:
         keys = cell_keys(cells, checkpoint, precision=precision, progress=reports)
-        with OpenStudio(checkpoint, precision=precision, vae_tiling=vae_tiling) as studio:
-            wanted = dict(zip(keys, cells, strict=True))
-            drawn = draw_cells(wanted, place, studio, progress=reports, stop=stop, say=say)
+        wanted = dict(zip(keys, cells, strict=True))
+        drawn = draw_cells(wanted, place, studio, progress=reports, stop=stop, say=say)
     return _finished(file, place, axes, list(zip(keys, cells, strict=True)), checkpoint, scale=scale, drawn=drawn)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -19,11 +19,13 @@ from ..formats.metadata import safe_title, stated_tags, trigger_words, with_fami
 from ..formats.metadata_file import read_metadata, write_metadata
 from ..formats.readers import lost_elsewhere
 from ..formats.redaction import redacted
+from ..generation.alternatives import as_text
 from ..generation.loras import LoraChoice
 from ..generation.prompt_syntax import check_syntax
 from ..generation.request import ImageRequest
 from ..generation.saving import save_png
 from ..generation.studio import Studio
+from ..generation.wildcards import choose_texts
 from ..progress import Progress, progress_or_bar
 from ..tools.convert import convert
 from .model_card import Presentation, model_card, sidecar, unpublished
@@ -76,7 +78,7 @@ def export_civitai(
 
     Args:
         base: what the previews are drawn on; not used if ``prompts`` is empty.
-        prompts: one preview each; by default the trigger with each of the most frequent tags, () for no previews.
+        prompts: one preview each, drawn as by ``generate``; by default the trigger with each frequent tag, () for none.
         weight: LoRA weight for the previews, and recommended to users; above 0, as Civitai reads no other from a prompt.
         size: (width, height) of the previews in pixels; by default the base's own square.
         progress: a bar on standard error by default.
@@ -94,19 +96,19 @@ def export_civitai(
     file = read_lora(source)
     family = _check(file, target, weight)
     trigger = trigger_words(file.metadata)
+    common = ImageRequest(prompt="", negative=negative, seed=seed, steps=steps, cfg=cfg, size=size)
+    written = _default_prompts(file, trigger) if prompts is None else prompts
+    requests = choose_texts([replace(common, prompt=prompt) for prompt in written])
+    drawn = tuple(request.prompt for request in requests)
+    check_syntax(() if prompts is None else drawn, [negative])
     shown = Presentation(
         name=safe_title(source.name if source.is_dir() else source.stem),
         family=family,
         trigger=trigger,
         weight=weight,
         negative=negative,
-        prompts=tuple(_default_prompts(file, trigger) if prompts is None else prompts),
+        prompts=drawn,
     )
-    requests = [
-        ImageRequest(prompt=prompt, negative=negative, seed=seed, steps=steps, cfg=cfg, size=size)
-        for prompt in shown.prompts
-    ]
-    check_syntax(prompts or (), [negative])
     with progress_or_bar(progress) as reporting, whole_folder(target) as partial:
         packed = partial / f"{shown.name}.safetensors"
         changed = _pack(file, family, packed, base if requests else None, reporting)
@@ -148,7 +150,7 @@ def _default_prompts(file: LoraFile, trigger: Sequence[str]) -> list[str]:
     call = ", ".join(trigger)
     known = {word.lower() for word in trigger}
     tags = [tag for tag in stated_tags(file.metadata) if tag.lower() not in known]
-    return [f"{call}, {tag}" for tag in tags[:PREVIEWS]] or [call]
+    return [as_text(prompt) for prompt in [f"{call}, {tag}" for tag in tags[:PREVIEWS]] or [call]]
 
 
 def _pack(file: LoraFile, family: Family, packed: Path, base: str | None, progress: Progress) -> int:
