@@ -34,7 +34,7 @@ class ImageRequest:
     cfg: float = 5.0
     """Classifier-free guidance scale; 1 switches guidance off."""
     size: tuple[int, int] | None = None
-    """Width and height in pixels, multiples of the base's ``size_step``; None is that of ``start``, else the base's own
+    """Width and height in pixels, multiples of the base's ``latent_factor``; None is that of ``start``, else the base's own
     square."""
     sampler: str = "dpm++2m"
     """A name of ``samplers.SAMPLERS``."""
@@ -62,7 +62,7 @@ class ImageRequest:
     def final_size_on(self, base: BaseCheckpoint) -> tuple[int, int]:
         """Width and height in pixels after the second pass, if there is one."""
         size = self.size_on(base)
-        return size if self.hires is None else self.hires.size(size, base.size_step)
+        return size if self.hires is None else self.hires.size(size, base.latent_factor)
 
     @property
     def settings(self) -> ImageRequest:
@@ -105,7 +105,7 @@ def check_requests(requests: Sequence[ImageRequest], base: BaseCheckpoint) -> No
 
 
 def _problems(request: ImageRequest, base: BaseCheckpoint) -> list[str]:
-    problems, step = [], base.size_step
+    problems, step = [], base.latent_factor
     width, height = request.size_on(base)
     if width % step or height % step or min(width, height) <= 0:
         problems.append(f"size {width}x{height}: width and height must be multiples of {step} pixels on {base.name}")
@@ -133,7 +133,9 @@ def _hires_problems(request: ImageRequest, hires: Hires, base: BaseCheckpoint) -
         problems.append("hires is a second pass of text to image; without it, name a larger size for image to image")
     if request.final_size_on(base) == request.size_on(base):
         width, height = request.size_on(base)
-        problems.append(f"hires {hires.scale:g}: {width}x{height} stays as it is in steps of {base.size_step} pixels")
+        problems.append(
+            f"hires {hires.scale:g}: {width}x{height} stays as it is in steps of {base.latent_factor} pixels"
+        )
     if (needed := hires.schedule_steps(request.steps)) > base.schedule.timesteps:
         problems.append(
             f"hires_strength {hires.strength:g}: {hires.steps_taken(request.steps)} steps would be the last of {needed}, "
