@@ -49,6 +49,7 @@ def test_tags_in_prompts_of_previews_are_refused(tmp_path: Path) -> None:
             "a __colour/warm__ fox",
             "__colour/warm__: wildcards need sdlora generate --wildcards DIR (in Python wildcards=)",
         ),
+        ("a fox <LORA:x:1>", "<LORA:x:1>: is no tag that is known, such as <lora:name:1>"),
     ],
 )
 def test_other_syntax_is_reported(text: str, named: str, caplog: pytest.LogCaptureFixture) -> None:

@@ -27,7 +27,7 @@ from .loras import WeightedLora, stacked
 from .preview import Watch, watch_of
 from .request import ImageRequest
 from .saving import encoded
-from .scheduled_prompt import ScheduledConditioning, encode_requests, is_guided
+from .scheduled_prompt import ScheduledConditioning, encode_requests
 from .start import Start, start_of
 from .upscaling import as_arrays, enlarged, second_pass
 
@@ -219,4 +219,4 @@ def _batches(
 
 
 def _settings(request: ImageRequest) -> tuple[ImageRequest, bool]:
-    return request.settings, is_guided(request)
+    return request.settings, request.is_guided

@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 _MALFORMED = re.compile(r"(?<!\\)\[[^\[\]]*(?:\|[^\[\]]*|:\s*[\d.]+\s*)\]")
 """Looks like ``[a:b:0.5]`` or ``[a|b]``, among what A1111 does not read as such."""
 _AND = re.compile(r"\bAND\b")
+_OTHER_TAG = re.compile(r"<\s*[A-Za-z]\w*\s*:[^<>]+>")
+"""What A1111 takes for the tag of an extension."""
 
 
 def check_syntax(prompts: Iterable[str], negatives: Iterable[str] = ()) -> None:
@@ -36,6 +38,8 @@ def check_syntax(prompts: Iterable[str], negatives: Iterable[str] = ()) -> None:
         )
     if any(_AND.search(text) for text in negative):
         logger.warning("prompt: AND in a negative prompt is not supported; it is read as text")
+    for written in dict.fromkeys(match[0] for text in texts for match in _OTHER_TAG.finditer(text)):
+        logger.warning("prompt: %s: is no tag that is known, such as <lora:name:1>; it is read as text", written)
     malformed = [match[0] for text in texts for match in _MALFORMED.finditer(text_outside(text))]
     for written in dict.fromkeys(malformed):
         logger.warning(

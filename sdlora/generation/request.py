@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import SdloraError
 from .hires import Hires
+from .prompt_editing import prompt_parts
 from .samplers import sampler_problems
 from .start_image import StartImage
 
@@ -70,6 +71,11 @@ class ImageRequest:
         return replace(self, prompt="", negative="", prompt_template="", negative_template="", seed=0)
 
     @property
+    def is_guided(self) -> bool:
+        """Whether the UNet predicts without the prompt too: for guidance, and for prompts of several parts."""
+        return self.cfg != 1.0 or len(prompt_parts(self.prompt)) > 1
+
+    @property
     def steps_taken(self) -> int:
         """Steps that are computed in the first pass."""
         return self.steps if self.start is None else self.start.steps_of(self.steps)
@@ -115,6 +121,8 @@ def _problems(request: ImageRequest, base: BaseCheckpoint) -> list[str]:
         problems.append(f"cfg {request.cfg}: expected a number from 0 to {MAX_CFG}")
     if not isinstance(request.guidance_rescale, int | float) or not 0 <= request.guidance_rescale <= 1:
         problems.append(f"guidance_rescale {request.guidance_rescale}: expected a number from 0 to 1")
+    if request.seed > MAX_SEED:
+        problems.append(f"seed {request.seed}: the highest is {MAX_SEED}; begin with a lower one")
     if request.steps < 1:
         problems.append(f"steps {request.steps}: at least 1 is needed")
     elif request.start is not None and request.steps_taken < 1:

@@ -36,7 +36,7 @@ from .prompt_folders import PromptFolders
 from .prompt_syntax import check_syntax
 from .request import ImageRequest, check_requests
 from .strip import STRENGTHS, strip_columns
-from .tags import check_named_once, missing_triggers
+from .tags import check_named_once, without_effect
 from .wildcards import choose_texts
 
 if TYPE_CHECKING:
@@ -139,10 +139,9 @@ class OpenStudio:
         studio = self.prepared(requests, choices, say)
         by_choice = dict(zip(choices, studio.loras, strict=True))
         drawn = [[by_choice[choice] for choice in (*common, *entry.loras)] for entry in tagged]
-        suggestions = map(missing_triggers, (request.prompt for request in requests), drawn)
-        for line in dict.fromkeys(line for lines in suggestions for line in lines):
-            say(line)
         cells = list(zip(requests, drawn, strict=True))
+        for line in dict.fromkeys(line for request, some in cells for line in without_effect(request, some)):
+            say(line)
         return images_in_turn(studio, cells, progress=progress, stop=stop, on_image=on_image)
 
     def generate_strip(
