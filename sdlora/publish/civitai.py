@@ -10,7 +10,7 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-from ..errors import LoraFileError
+from ..errors import CompatibilityError, LoraFileError
 from ..families import Family
 from ..files import check_target, whole_folder
 from ..formats.hashes import FileHashes, file_hashes
@@ -20,7 +20,7 @@ from ..formats.metadata_file import read_metadata, write_metadata
 from ..formats.readers import lost_elsewhere
 from ..formats.redaction import redacted
 from ..generation.alternatives import as_text
-from ..generation.loras import LoraChoice
+from ..generation.loras import LoraChoice, check_numbers
 from ..generation.prompt_syntax import check_syntax
 from ..generation.request import ImageRequest
 from ..generation.saving import save_png
@@ -85,8 +85,8 @@ def export_civitai(
         stop: ends the drawing when it is set; nothing is left then.
 
     Raises:
-        LoraFileError: the file cannot be read, its family is unknown, ``folder`` is in use, or there is neither a trigger
-            word nor a prompt.
+        LoraFileError: the file cannot be read or holds NaN, its family is unknown, ``folder`` is in use, or there is
+            neither a trigger word nor a prompt.
         BaseModelError, CompatibilityError: the previews cannot be drawn on ``base``.
         TargetError: ``folder`` cannot be made where it is.
         Interrupted: by ``stop``.
@@ -112,7 +112,7 @@ def export_civitai(
     with progress_or_bar(progress) as reporting, whole_folder(target) as partial:
         packed = partial / f"{shown.name}.safetensors"
         changed = _pack(file, family, packed, base if requests else None, reporting)
-        previews = _draw(requests, packed, shown, base=base, progress=reporting, stop=stop) if requests else ()
+        previews = _draw(requests, source, packed, shown, base=base, progress=reporting, stop=stop) if requests else ()
         hashes = file_hashes(packed)
         packed_lora = read_lora(packed)
         _write_cards(partial, file, packed_lora, shown, hashes)
@@ -137,6 +137,7 @@ def _check(file: LoraFile, target: Path, weight: float) -> Family:
         raise LoraFileError(f"{target}: exists already; choose another folder")
     if not 0 < weight <= MAX_WEIGHT:
         raise LoraFileError(f"weight {weight:g}: expected a number above 0 and up to {MAX_WEIGHT:g}")
+    check_numbers(file)
     if file.family is None:
         raise LoraFileError(
             f"{file.path}: names, shapes and metadata do not show its family, which an upload must state"
@@ -167,6 +168,7 @@ def _pack(file: LoraFile, family: Family, packed: Path, base: str | None, progre
 
 def _draw(
     requests: Sequence[ImageRequest],
+    source: Path,
     packed: Path,
     shown: Presentation,
     *,
@@ -174,11 +176,14 @@ def _draw(
     progress: Progress,
     stop: Event | None,
 ) -> tuple[str, ...]:
-    """Draw the previews beside ``packed``; returns their names."""
+    """Draw the previews beside ``packed``, which was made of ``source``; returns their names."""
     choice = LoraChoice(file=packed, unet=shown.weight, text_encoder=shown.weight)
-    images = Studio.open(base, [choice], requests=requests, precision="auto").images(
-        requests, progress=progress, stop=stop
-    )
+    try:
+        studio = Studio.open(base, [choice], requests=requests, precision="auto")
+    except CompatibilityError as error:
+        # Of the file that the caller knows.
+        raise CompatibilityError([problem.replace(str(packed), str(source)) for problem in error.problems]) from None
+    images = studio.images(requests, progress=progress, stop=stop)
     names = tuple(f"{shown.name}-{number}.png" for number in range(1, len(images) + 1))
     for image, name in zip(images, names, strict=True):
         save_png(image.image, packed.with_name(name), image.parameters)
