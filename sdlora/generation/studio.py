@@ -35,7 +35,7 @@ from .numbers import is_whole
 from .prompt_folders import PromptFolders
 from .prompt_syntax import check_syntax
 from .request import ImageRequest, check_requests
-from .strip import STRENGTHS, strip_columns
+from .strip import STRENGTHS, check_columns, strip_columns
 from .tags import check_named_once, without_effect
 from .wildcards import choose_texts
 
@@ -167,6 +167,7 @@ class OpenStudio:
             prompts, seed=seed, count=1, size=size, negative=negative, steps=steps, cfg=cfg, sampler=sampler,
             **sampling,
         )  # fmt: skip
+        check_columns(lora_choices(loras), strengths, scale)
         requests = choose_texts(requests)
         check_syntax((request.prompt for request in requests), (request.negative for request in requests))
         studio = self.prepared(requests, loras, say)

@@ -84,8 +84,6 @@ def extract(
         shown.start("Extracting", len(names))
         for name in names:
             delta = _difference(name, checkpoint, parts)
-            if not is_finite(delta):
-                raise LoraFileError(f"{tuned} or {base}: {name} holds NaN or Inf; one of them is damaged, use another")
             module = name.removesuffix(".weight")
             if not delta.any():
                 same += module in shapes and delta.ndim > 1
@@ -148,11 +146,15 @@ def _tuned_parts(base: BaseCheckpoint, tuned: Path) -> dict[str, Part]:
 
 
 def _difference(name: str, base: BaseCheckpoint, parts: Mapping[str, Part]) -> Tensor:
-    """Tuned minus base of one tensor, float32."""
+    """Tuned minus base of one tensor, float32. Raises ``LoraFileError`` where it is NaN or Inf."""
     part, _, path = name.partition(".")
     wanted = {"tuned": parts[part].tensors[path], "base": base.parts[part].tensors[path]}
     read = read_tensors(wanted, dtype=torch.float32, device=torch.device("cpu"))
-    return read["tuned"].sub_(read["base"])
+    delta = read["tuned"].sub_(read["base"])
+    if not is_finite(delta):
+        files = " or ".join(f"{wanted[whose].file.path}" for whose in ("tuned", "base"))
+        raise LoraFileError(f"{files}: {name} holds NaN or Inf; one of them is damaged, use another")
+    return delta
 
 
 def _metadata(target: Path, base: BaseCheckpoint) -> dict[str, str]:
