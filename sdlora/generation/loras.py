@@ -160,6 +160,7 @@ def _fit(base: LoraBase, shapes: Mapping[str, tuple[int, ...]], file: LoraFile) 
     if not matched:
         raise CompatibilityError(f"{file.path}: none of its {total} modules is in the base {base.name}")
     check_numbers(file)
+    found.check(file.path)
     misfits = [key for key, name in found.matched.items() if not file.modules[key].fits(shapes[name])]
     if misfits:
         in_file, in_base = file.modules[misfits[0]].weight_shape, shapes[found.matched[misfits[0]]]

@@ -95,7 +95,7 @@ def merge(
         if method != "concat" and rank is None and energy is None:
             rank = max((change.rank or 0 for lora in named for change in lora.changes.values()), default=0) or None
         settings = _Settings(method=method, cut=Cut(rank=rank, energy=energy), density=density, seed=seed)
-        dtype = output_dtype(precision, named)
+        dtype = output_dtype(precision, [lora.file for lora in named])
         names = sorted({name for lora in named for name in lora.changes})
         shown.start("Merging", len(names))
         merged, kept, lost = {}, [1.0], []
