@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections import Counter
 from itertools import permutations
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 import sdlora
 from sdlora.cli import app
 from sdlora.errors import SdloraError
+from sdlora.formats.metadata_file import write_metadata
 from sdlora.formats.recipe import parse_recipe
 from sdlora.generation.alternatives import as_text, drawn
 from tests.test_generation import random_lora
@@ -149,6 +151,28 @@ def test_an_image_repeats_whatever_braces_are_in_it(tiny_base: Path, tmp_path: P
     )
     old, _ = made("--from", str(text))
     assert (old.prompt, old.negative) == (r"a \{fox|owl\} :\}", r"\{blue")
+
+
+def test_strips_and_previews_draw_as_generate_does(tiny_base: Path, tmp_path: Path) -> None:
+    written, negative = "a {fox|owl|snail|crab}", "{blue|green}"
+    given: dict[str, Any] = {"negative": negative, "seed": 6, "steps": 1}
+    (alone,) = sdlora.generate(written, base=tiny_base, **given)
+    _, parameters = sdlora.generate_strip([written], base=tiny_base, loras=[], **given)
+    assert parameters == alone.parameters
+    assert parse_recipe(parameters).fields["Wildcard prompt"] == written
+    with pytest.raises(SdloraError, match="without its }"):
+        sdlora.generate_strip(["a {b|c"], base=tiny_base, loras=[])
+    lora = random_lora(tiny_base, tmp_path / "style.safetensors", seed=1)
+    stated = {"modelspec.trigger_phrase": "zorb", "ss_base_model_version": "sd_v1"}
+    write_metadata(lora, lora, stated | {"ss_tag_frequency": json.dumps({"images": {"{smile|frown": 1}})})
+    package = sdlora.export_civitai(lora, tmp_path / "up", base=str(tiny_base), prompts=[written], **given)
+    recipe = sdlora.inspect(tmp_path / "up" / package.previews[0]).recipe
+    assert (recipe.prompt, recipe.negative) == (alone.request.prompt, alone.request.negative)
+    assert recipe.fields["Wildcard prompt"] == written
+    assert f"`{alone.request.prompt} <lora:style:1>`" in (tmp_path / "up" / package.card).read_text(encoding="utf-8")
+    # Tags of others in the metadata are text.
+    package = sdlora.export_civitai(lora, tmp_path / "of-tags", base=str(tiny_base), steps=1)
+    assert sdlora.inspect(tmp_path / "of-tags" / package.previews[0]).recipe.prompt == r"zorb, \{smile|frown"
 
 
 def test_an_escaped_brace_is_a_brace(tiny_base: Path) -> None:

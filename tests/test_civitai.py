@@ -137,15 +137,20 @@ def test_what_cannot_be_packed_leaves_nothing(lora: Path, tiny_files: dict[str, 
     with pytest.raises(LoraFileError, match="exists already"):
         made(lora, taken, tiny_files["sd1"])
     assert [file.name for file in taken.iterdir()] == ["mine.txt"]
-    with pytest.raises(CompatibilityError, match="Stable Diffusion XL"):
+    with pytest.raises(CompatibilityError, match=f"^{re.escape(str(lora))}: a LoRA for .* Stable Diffusion XL"):
         made(lora, tmp_path / "up", tiny_files["sdxl"])
     with pytest.raises(LoraFileError, match="weight -1: expected a number above 0"):
         made(lora, tmp_path / "up", tiny_files["sd1"], weight=-1.0)
+    broken = load_file(lora)
+    next(tensor for name, tensor in broken.items() if "up" in name)[0] = torch.nan
+    save_file(broken, tmp_path / "nan.safetensors", read_metadata(lora))
+    with pytest.raises(LoraFileError, match=r"nan.safetensors: 1 of its \d+ modules hold NaN or infinity"):
+        sdlora.export_civitai(tmp_path / "nan.safetensors", tmp_path / "up", prompts=())
     nameless = tmp_path / "nameless.safetensors"
     save_file(load_file(lora), nameless, {"ss_base_model_version": "sd_v1"})
     with pytest.raises(LoraFileError, match="names no trigger word; give a prompt"):
         made(nameless, tmp_path / "up", tiny_files["sd1"])
-    assert {file.name for file in tmp_path.iterdir()} == {"taken", "nameless.safetensors"}
+    assert {file.name for file in tmp_path.iterdir()} == {"taken", "nameless.safetensors", "nan.safetensors"}
 
 
 def test_progress_is_reported_and_a_stop_leaves_nothing(

@@ -77,7 +77,7 @@ SURFACE = {
             "size",
             "sampler",
         ),
-        *("schedule", "guidance_rescale"),
+        *("schedule", "guidance_rescale", "batch_size"),
         *("image", "strength", "mask", "mask_blur", "hires", "hires_strength", "hires_steps", "hires_upscaler"),
         *("scale", "precision", "vae_tiling", "clip_skip", "vae", "out", "as_json"),
     },

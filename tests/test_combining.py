@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import nn
 from sdlora.lora.combining import Cut, Spectrum, inner_product, joined, overlap, plain
 from sdlora.lora.low_rank import LowRank
 from sdlora.lora.task_arithmetic import dare, mean, ties
+from sdlora.tools.merge import in_dtype
 
 SHAPES = st.sampled_from([(7, 9), (9, 7), (6, 5, 3, 3), (12, 2, 3, 3), (5, 5, 1, 1)])
 
@@ -45,6 +47,22 @@ def test_joined_changes_are_their_sum(shape: tuple[int, ...], ranks: list[tuple[
     merged = joined(pairs, shape)
     assert (merged.rank, merged.weight_shape) == (sum(rank for rank, _ in ranks), shape)
     torch.testing.assert_close(delta(merged, shape), exact(pairs, shape), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(64, 48), (32, 16, 3, 3)])
+def test_float16_holds_a_joined_change_with_all_its_bits(shape: tuple[int, ...]) -> None:
+    """Alpha 1 at rank 128, and weights far apart: with the scales in ``up`` alone 3 % were lost."""
+    pairs = [(low_rank(shape, rank, rank, alpha=1.0), strength) for rank, strength in ((128, 0.3), (4, 1e-4), (2, 1.0))]
+    pairs = [(replace(change, down=change.down.half(), up=(1e-3 * change.up).half()), w) for change, w in pairs]
+    pairs.append((replace(pairs[-1][0], up=torch.zeros_like(pairs[-1][0].up)), 1.0))
+    made = in_dtype(joined(pairs, shape), torch.float16)
+    expected = exact(pairs, shape)
+    assert (delta(made, shape) - expected).norm() < 2.0**-11 * expected.norm()
+    # Each by itself: the one with a small weight too.
+    for change, weight in pairs[:3]:
+        alone = in_dtype(joined([(change, weight)], shape), torch.float16)
+        expected = exact([(change, weight)], shape)
+        assert (delta(alone, shape) - expected).norm() < 2.0**-11 * expected.norm()
 
 
 @given(SHAPES, st.integers(1, 6), st.integers(1, 8))

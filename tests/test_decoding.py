@@ -267,3 +267,9 @@ def test_as_many_images_are_drawn_together_as_asked(tiny_base: Path, monkeypatch
     command = ["generate", "a fox", "--base", str(tiny_base), "--steps", "1", "--count", "3", "--batch-size", "2"]
     assert CliRunner().invoke(app, [*command, "--out", str(tiny_base.parent / "together")]).exit_code == 0
     assert together == [2, 1]
+    together.clear()
+    command = ["grid", "a fox", "--base", str(tiny_base), "--steps", "1", "--x", "seed:1-3", "--batch-size", "2"]
+    assert CliRunner().invoke(app, [*command, "--out", str(tiny_base.parent / "together.png")]).exit_code == 0
+    assert together == [2, 1]
+    with pytest.raises(SdloraError, match="batch_size 0: expected a whole number, at least 1"):
+        sdlora.grid("a fox", base=tiny_base, x="seed:1-3", batch_size=0, out=tiny_base.parent / "together.png")

@@ -92,7 +92,8 @@ def test_images_equal_those_of_diffusers(tiny_files: dict[str, Path], family: st
         # SDXL takes an empty negative prompt as zeros, here as there.
         assert difference(ours(base, sampler, negative=""), theirs(pipe, negative_prompt=None)) < 1e-4
     assert difference(ours(base, "euler", negative=""), ours(base, "euler").latents) > 1e-3
-    assert difference(ours(base, "euler", size=(96, 64)), theirs(pipe, width=96)) < 1e-4
+    # A size that the levels of the UNet do not halve evenly.
+    assert difference(ours(base, "euler", size=(72, 64)), theirs(pipe, width=72)) < 1e-4
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -319,6 +319,10 @@ def test_the_command_line_answers_in_words_and_json(base: Path, loras: dict[str,
     assert json.loads(run("diff", out, loras["a"], *given, "--json"))["parts"][0]["part"] == "text_encoder"
     assert "modules: 3 of rank 2" in run("resize", out, tmp_path / "r.safetensors", "--rank", 2, *given)
     assert "suggested: " in run("interference", loras["a"], loras["b"], *given)
+    nothing = tmp_path / "nothing.safetensors"
+    run("merge", f"{loras['a']}:0", "--out", nothing, *given)
+    assert "cosine undefined" in run("diff", loras["a"], nothing, *given)
+    assert ": undefined " in run("interference", loras["a"], nothing, *given)
     assert "3 modules changed" in run("bake", base, loras["a"], "--out", tmp_path / "baked")
     assert "squared norm kept: 100.00%" in run(
         "extract", base, tmp_path / "baked", tmp_path / "x.safetensors", "--rank", 4
@@ -372,3 +376,22 @@ def test_a_change_that_depends_on_weights_needs_the_base(tmp_path: Path) -> None
     with pytest.raises(LoraFileError, match=expected):
         sdlora.resize(file, tmp_path / "out.safetensors", rank=1)
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_checkpoint_that_cannot_be_written_or_compared_is_said(
+    base: Path, loras: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(
+        LoraFileError, match=r"x\.safetensors: the base is a folder, and so is its copy; leave .safetens"
+    ):
+        sdlora.bake(base, loras["a"], tmp_path / "x.safetensors")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(LoraFileError, match="mini: has the same layers as mini; there is nothing to extract"):
+        sdlora.extract("mini", "mini", tmp_path / "x.safetensors", rank=1)
+    write_tiny_ldm(tmp_path / "one.safetensors", "sd1")
+    tensors = load_file(tmp_path / "one.safetensors")
+    next(tensor for name, tensor in tensors.items() if name.endswith("attn1.to_q.weight"))[0] = torch.inf
+    save_file(tensors, tmp_path / "two.safetensors")
+    with pytest.raises(LoraFileError, match=r"two\.safetensors or .*one\.safetensors: unet\..* holds NaN or Inf"):
+        sdlora.extract(tmp_path / "one.safetensors", tmp_path / "two.safetensors", tmp_path / "x.safetensors", rank=1)
+    assert not (tmp_path / "x.safetensors").exists()

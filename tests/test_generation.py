@@ -146,7 +146,12 @@ def test_every_lora_that_fails_is_named(tiny_base: Path, tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"size": (100, 64)}, "multiples of 16"), ({"sampler": "magic"}, "dpm\\+\\+2m"), ({"steps": 0}, "at least 1")],
+    [
+        ({"size": (100, 64)}, "multiples of 8 pixels"),
+        ({"sampler": "magic"}, "dpm\\+\\+2m"),
+        ({"steps": 0}, "at least 1"),
+        ({"seed": 2**32 - 1, "count": 2}, "seed 4294967296: the highest is 4294967295; begin with a lower one"),
+    ],
 )
 def test_requests_that_cannot_be_met(tiny_base: Path, options: dict[str, object], message: str) -> None:
     with pytest.raises(SdloraError, match=message):

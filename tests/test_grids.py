@@ -290,7 +290,7 @@ def test_strengths_of_an_image_that_is_drawn_over(tiny_base: Path, tmp_path: Pat
 def test_loras_are_set_once_for_each_weight(
     tiny_base: Path, loras: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sets, whole = [], Stack.set
+    sets, said, whole = [], list[str](), Stack.set
     monkeypatch.setattr(Stack, "set", lambda self, *given, **more: (sets.append(given), whole(self, *given, **more))[1])
     sdlora.grid(
         "a fox",
@@ -299,9 +299,13 @@ def test_loras_are_set_once_for_each_weight(
         loras=str(loras[0]),
         base=tiny_base,
         out=tmp_path / "g.webp",
-        **SMALL | {"steps": 1},
+        negative="blue",
+        say=said.append,
+        **SMALL | {"steps": 1, "cfg": 1},
     )
     assert len(sets) == 2
+    # Once for all cells, after the device and the memory.
+    assert said[1:] == ["cfg 1 switches guidance off: the negative prompt has no effect"]
 
 
 def test_faults_are_found_before_anything_is_loaded(

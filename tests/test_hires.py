@@ -13,10 +13,12 @@ from torch.nn.functional import interpolate
 
 import sdlora
 from sdlora.base.base import Base
+from sdlora.base.checkpoint import find_base
 from sdlora.cli import app
 from sdlora.errors import SdloraError
 from sdlora.formats.recipe import parse_recipe
 from sdlora.generation.hires import UPSCALERS, Hires
+from sdlora.generation.request import ImageRequest
 
 
 def ours(base: Path, **options: Any) -> Any:
@@ -77,6 +79,9 @@ def test_enlarged_pixels_are_drawn_over_as_diffusers_does(tiny_base: Path) -> No
 
 def test_sizes_are_what_the_base_can_draw() -> None:
     assert Hires(scale=1.5).size((64, 80), 16) == (96, 112)
+    # As A1111: 832 x 1216 times 1.6 in whole latents, which are no multiples of 64.
+    base = find_base("mini")
+    assert ImageRequest(prompt="", size=(832, 1216), hires=Hires(scale=1.6)).final_size_on(base) == (1328, 1944)
     assert Hires().schedule_steps(20) == 28
     assert Hires(strength=1).schedule_steps(20) == 20
     assert Hires(strength=0.5, steps=10).schedule_steps(20) == 20
@@ -114,7 +119,7 @@ def test_progress_counts_both_passes_and_images_stay_apart(tiny_base: Path) -> N
         ({"hires": 2, "hires_upscaler": "ESRGAN"}, "unknown; choose one of latent, "),
         ({"hires": 2, "hires_strength": 0}, "above 0"),
         ({"hires": 2, "hires_strength": 0.001}, "would be the last of 4000"),
-        ({"hires": 1.1}, "stays as it is in steps of 16"),
+        ({"hires": 1.1}, "stays as it is in steps of 8 pixels"),
         ({"hires": 2, "image": Image.new("RGB", (64, 64))}, "second pass of text to image"),
     ],
 )

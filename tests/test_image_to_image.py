@@ -152,9 +152,9 @@ def test_the_command_draws_over_a_file(tiny_base: Path, tmp_path: Path) -> None:
 
 
 def test_the_size_is_that_of_the_image_unless_stated(tiny_base: Path) -> None:
-    assert ours(tiny_base, image=photo(88, 64)).image.size == (80, 64)
+    assert ours(tiny_base, image=photo(94, 64)).image.size == (88, 64)
     assert ours(tiny_base, image=photo(88, 64), size=(64, 96)).image.size == (64, 96)
-    assert ours(tiny_base, image=photo(512, 256)).image.size == (176, 80)
+    assert ours(tiny_base, image=photo(512, 256)).image.size == (176, 88)
 
 
 def test_files_are_read_as_they_are_seen(tiny_base: Path, tmp_path: Path) -> None:

@@ -246,6 +246,15 @@ def test_tags_find_files_and_leave_the_prompt(tiny_base: Path, folder: Path) -> 
         ),
         ("a <lora:twin:1>", "twin is the name of 2 files in LIBRARY: a/twin.safetensors and b/twin.safetensors; name"),
         ("a <lora:style:abc>", "prompt: <lora:style:abc>: 'abc' is not a weight; expected a number"),
+        (
+            "a <lora:style:1:lwb=OUTALL>",
+            "prompt: <lora:style:1:lwb=OUTALL>: 'lwb=OUTALL' is unknown; expected weights, un",
+        ),
+        (
+            "a <lora:style:1:1:IND>",
+            "prompt: <lora:style:1:1:IND>: 'IND' is unknown; expected weights, unet=, te=, lbw=",
+        ),
+        ("a <lora:style:1:1:1>", "prompt: <lora:style:1:1:1>: '1' is unknown; expected weights, unet=, te=, lbw="),
         ("a <lora:style:11>", "prompt: <lora:style:11>: expected weights between -10 and 10"),
         ("a <lora:style:1> <lora:style:0.5>", "style.safetensors: is named more than once; name it once"),
         ("a <hypernet:style:1>", "hypernetworks are not supported"),
@@ -264,7 +273,7 @@ def test_faulty_tags_are_one_line_each_and_nothing_is_changed(
 
 def test_missing_files_and_folders_are_named(tiny_base: Path, tmp_path: Path) -> None:
     with pytest.raises(SdloraError, match="nowhere: no such folder of LoRAs"):
-        sdlora.generate("a <lora:x:1>", base=tiny_base, lora_dir=tmp_path / "nowhere", **SMALL)
+        sdlora.generate("a fox", base=tiny_base, lora_dir=tmp_path / "nowhere", **SMALL)
     with pytest.raises(SdloraError, match=r"none\.safetensors: no such file"):
         sdlora.generate("a fox", base=tiny_base, loras=tmp_path / "none.safetensors", **SMALL)
 
@@ -283,3 +292,19 @@ def test_trigger_words_that_a_prompt_lacks_are_suggested(tiny_base: Path, folder
     file = folder / "a" / "twin.safetensors"
     sdlora.generate(["a fox", "ZORB, a fox"], base=tiny_base, loras=file, say=said.append, **SMALL)
     assert [line for line in said if "trigger" in line] == [f"{file}: its trigger word is not in the prompt: zorb"]
+
+
+def test_what_has_no_effect_is_said(tiny_base: Path, folder: Path) -> None:
+    def said(*tags: str, **options: Any) -> list[str]:
+        lines: list[str] = []
+        given = {"base": tiny_base, "lora_dir": folder, "say": lines.append, "negative": "blue", "count": 2}
+        sdlora.generate([f"a fox {tag}" for tag in tags], **SMALL | given | options)
+        return [line for line in lines if "memory" not in line]
+
+    late = [f"{folder / 'style.safetensors'}: the UNet is not changed in any of 2 steps: 1:start=2"]
+    assert said("<lora:style:1:start=2>", "<lora:style:1:start=1>", "<lora:style:0@0,1@1>", steps=2) == late
+    # The second pass has steps enough.
+    assert said("<lora:style:1:start=2>", steps=2, hires=2, hires_steps=3) == []
+    assert said("", cfg=1) == ["cfg 1 switches guidance off: the negative prompt has no effect"]
+    # Several parts are predicted with the negative prompt at any guidance.
+    assert said("AND snow", cfg=1) == said("", cfg=1, negative="") == []

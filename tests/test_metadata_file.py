@@ -89,6 +89,10 @@ def test_the_commands(tmp_path: Path) -> None:
     assert result.stdout == "y.safetensors: 1 of 2 values changed\n  ss_sd_model_name\n"
     assert read_metadata(tmp_path / "y.safetensors")["ss_sd_model_name"] == "b.safetensors"
     assert run_sdlora("metadata", "set", file, "what", "--out", "z.safetensors", cwd=tmp_path).returncode == 2
+    before = file.read_bytes()
+    taken = run_sdlora("metadata", "redact", "y.safetensors", "--out", file, cwd=tmp_path)
+    assert taken.stderr == f"error: {file}: exists already; choose another name, or that of y.safetensors itself\n"
+    assert file.read_bytes() == before
     missing = run_sdlora("metadata", "show", "none.safetensors", cwd=tmp_path)
     assert (missing.returncode, missing.stderr.count("\n")) == (1, 1)
 

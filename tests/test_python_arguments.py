@@ -36,6 +36,12 @@ def test_a_result_shows_itself_in_a_notebook(tiny_base: Path) -> None:
     ("options", "message"),
     [
         ({"prompts": []}, "prompts []: expected a text, or a list of at least one"),
+        ({"prompts": None}, "prompts None: expected a text, or a list of at least one"),
+        ({"negative": None, "sampler": 3}, "negative None: expected a text\nsampler 3: expected a text"),
+        (
+            {"loras": None},
+            "loras is a NoneType; expected 'FILE[:UNET[:TE]]', a Path or a LoraChoice, or a list of them",
+        ),
         ({"count": 0}, "count 0: expected a whole number, at least 1"),
         ({"count": 1.5}, "count 1.5: expected a whole number, at least 1"),
         ({"size": "64x64"}, "size '64x64': expected pixels, 512 or (512, 768)"),
@@ -51,3 +57,39 @@ def test_what_cannot_be_meant_is_refused(tiny_base: Path, options: dict[str, Any
     with pytest.raises(SdloraError) as caught:
         sdlora.generate(**({"prompts": "a fox", "base": tiny_base} | options))
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"strengths": []}, "strengths []: expected numbers, at least one"),
+        ({"strengths": ["1"]}, "strengths ['1']: expected numbers"),
+        ({"strengths": [float("nan")]}, "x.safetensors at strength nan: expected weights between -10 and 10"),
+        ({"strengths": [1, 100]}, "x.safetensors at strength 100: expected weights between -10 and 10"),
+        ({"scale": 0}, "scale 0: expected a whole number, at least 1"),
+    ],
+)
+def test_strips_that_cannot_be_are_refused(tiny_base: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(SdloraError) as caught:
+        sdlora.generate_strip("a fox", base=tiny_base, loras="x.safetensors", **SMALL | options)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"x": 3}, "x: 3 is not an axis; expected 'weight:0,0.5,1', or the kind and a list of its values"),
+        ({"x": ("seed", "1,2")}, "x: ('seed', '1,2') is not an axis"),
+        ({"prompt": ["a", "b"]}, "prompt is a list; expected a text; for several, an axis prompt"),
+        ({"scale": 1.5}, "scale 1.5: expected a whole number, at least 1"),
+    ],
+)
+def test_grids_that_cannot_be_are_refused(
+    tiny_base: Path, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SdloraError) as caught:
+        sdlora.grid(
+            **{"prompt": "a fox", "x": "seed:1,2", "base": tiny_base, "out": tmp_path / "g.png"} | SMALL | options
+        )
+    assert message in str(caught.value)
+    assert list(tmp_path.iterdir()) == []

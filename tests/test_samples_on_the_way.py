@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 
 import sdlora
 from sdlora.errors import ConfigError
+from sdlora.generation.alternatives import drawn
 from sdlora.generation.grid import labelled_grid
 from sdlora.training import loop, sample_sheet
 from sdlora.training.plan import RunPlan, plan_config
@@ -170,6 +172,10 @@ def test_each_setting_is_that_of_the_request(tiny_base: Path, images: Path, tmp_
     )  # fmt: skip
     assert first("samples.size=128").size == (128, 128)
     assert first("samples.seed=0").seed == 0
+    chosen = first("samples.prompts=['a {fox|owl|cat}']")
+    assert (chosen.prompt, chosen.prompt_template) == (
+        drawn("zorb, a {fox|owl|cat}", Random(5)), "zorb, a {fox|owl|cat}",
+    )  # fmt: skip
 
 
 def test_settings_that_do_not_work_are_reported_before_the_base_is_loaded(

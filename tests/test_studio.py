@@ -80,9 +80,10 @@ def test_images_that_do_not_fit_together_are_generated_one_by_one(
     given: dict[str, Any] = {"base": tiny_base, "steps": 2, "negative": "blue"}
     prompts = ["a fox", "a tower"]
     alone = [sdlora.generate(prompt, seed=1, **given)[0] for prompt in prompts]
-    denoise, most = images.denoise, 1
+    denoise, most, tried = images.denoise, 1, list[int]()
 
     def small(base: Any, batch: Any, *more: Any) -> torch.Tensor:
+        tried.append(len(batch))
         if len(batch) > most:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return denoise(base, batch, *more)
@@ -95,6 +96,15 @@ def test_images_that_do_not_fit_together_are_generated_one_by_one(
     ]
     for one, other in zip(drawn, alone, strict=True):
         assert (one.latents - other.latents).abs().max() < 1e-4
+    # What did not fit is not tried again, nor is it said again; smaller batches are drawn together.
+    caplog.clear()
+    tried.clear()
+    most = 2
+    sdlora.generate("a fox", seed=1, count=7, batch_size=3, **given)
+    assert (tried, len(caplog.records)) == ([3, *[1] * 7], 1)
+    tried.clear()
+    sdlora.generate("a fox", seed=1, count=5, batch_size=3, **given)
+    assert tried == [3, 1, 1, 1, 2]
     most = 0
     with (
         sdlora.open(tiny_base) as studio,

@@ -89,7 +89,7 @@ def test_all_problems_are_one_line_each(folder: Path, caplog: pytest.LogCaptureF
         "prompt: __../secret__: there is no file ../secret.txt in DIR",
     ]
     with pytest.raises(SdloraError, match="no such folder of wildcards"):
-        sdlora.generate("__animal__", wildcards=folder / "nowhere")
+        sdlora.generate("an animal", wildcards=folder / "nowhere")
 
 
 def test_the_command_takes_a_folder(tiny_base: Path, folder: Path, tmp_path: Path) -> None:

@@ -150,6 +150,7 @@ WRONG = [
     # generate
     ("generate", 2, "there is no prompt"),
     ("generate x --size big", 2, "expected WIDTHxHEIGHT, for example 128x160"),
+    ("generate x --size 100", 1, "size 100x100: width and height must be multiples of 8 pixels on mini"),
     ("generate x --steps 0", 2, "Invalid value for '--steps'"),
     ("generate x --count 0", 2, "Invalid value for '--count'"),
     ("generate x --count x", 2, "Invalid value for '--count'"),

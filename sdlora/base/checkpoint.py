@@ -37,7 +37,8 @@ class BaseCheckpoint:
     latent_scale: float
     """Factor between the VAE's latents and the UNet's."""
     size_step: int
-    """Width and height must be multiples of this number of pixels, so that every level of the UNet halves evenly."""
+    """Width and height of training images are multiples of this number of pixels, so that every level of the UNet halves
+    evenly. Images of any whole latents can be drawn."""
     clip_skip: int
     """Layer of the text encoders that is read; 1 is the last."""
     zeros_for_empty_negative: bool

@@ -7,6 +7,7 @@ import functools
 import io
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -126,11 +127,18 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
         raise typer.Exit()
 
 
+def shown_cosine(cosine: float, form: str) -> str:
+    """A cosine in a report; there is none of a change of zero."""
+    return "undefined" if math.isnan(cosine) else format(cosine, form)
+
+
 def parse_size(text: str | None) -> tuple[int, int] | None:
-    """``128x160`` -> width and height in pixels."""
+    """``128x160``, or ``128`` for a square, -> width and height in pixels."""
     if text is None:
         return None
-    match = re.fullmatch(r"(\d{1,5})[xX](\d{1,5})", text)
+    match = re.fullmatch(r"(\d{1,5})(?:[xX](\d{1,5}))?", text, re.ASCII)
     if match is None:
-        raise typer.BadParameter(f"{text!r}: expected WIDTHxHEIGHT, for example 128x160", param_hint="--size")
-    return int(match[1]), int(match[2])
+        raise typer.BadParameter(
+            f"{text!r}: expected WIDTHxHEIGHT, for example 128x160, or one number", param_hint="--size"
+        )
+    return int(match[1]), int(match[2] or match[1])

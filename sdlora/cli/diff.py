@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .app import BaseNameOption, JsonOption, app, emit, examples, guard
+from .app import BaseNameOption, JsonOption, app, emit, examples, guard, shown_cosine
 
 
 @app.command(epilog=examples("sdlora diff ink-000200.safetensors ink.safetensors"))
@@ -29,7 +29,7 @@ def diff(
     for part in report.parts:
         typer.echo(
             f"{part.part}: {part.modules} modules in both; norms {part.norms[0]:.4g} and {part.norms[1]:.4g}; "
-            f"difference {part.difference:.2%} of the larger; cosine {part.cosine:.4f}"
+            f"difference {part.difference:.2%} of the larger; cosine {shown_cosine(part.cosine, '.4f')}"
         )
     for file, names in zip(report.files, report.only, strict=True):
         if names:

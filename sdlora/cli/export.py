@@ -31,7 +31,7 @@ def export(
     previews: Annotated[bool, typer.Option(help="Generate preview images.")] = True,
     negative: NegativeOption = "",
     weight: Annotated[float, typer.Option(help="LoRA weight for the previews, and recommended to users.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the first preview.")] = ImageRequest.seed,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the previews.")] = ImageRequest.seed,
     steps: StepsOption = ImageRequest.steps,
     cfg: CfgOption = ImageRequest.cfg,
     size: SizeOption = None,

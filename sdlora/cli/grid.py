@@ -9,6 +9,7 @@ import typer
 from ..generation.request import MAX_SEED, ImageRequest
 from .app import BaseOption, JsonOption, app, emit, examples, guard, parse_size
 from .generate_options import (
+    BatchSizeOption,
     CfgOption,
     ClipSkipOption,
     HiresOption,
@@ -79,6 +80,7 @@ def grid(
     scale: Annotated[int, typer.Option(min=1, max=8, help="Enlarge the labelled image.")] = 1,
     precision: PrecisionOption = "auto",
     vae_tiling: VaeTilingOption = False,
+    batch_size: BatchSizeOption = None,
     clip_skip: ClipSkipOption = None,
     vae: VaeOption = None,
     out: Annotated[
@@ -100,7 +102,8 @@ def grid(
     made = draw(
         prompt, x=x, y=y, z=z, out=out, base=section, loras=lora or (), lora_dir=lora_dir, wildcards=wildcards,
         negative=negative, seed=seed, steps=steps, cfg=cfg, size=shape, sampler=sampler, scale=scale,
-        precision=precision, vae_tiling=vae_tiling, say=lambda line: typer.echo(line, err=True), **drawing,
+        precision=precision, vae_tiling=vae_tiling, batch_size=batch_size,
+        say=lambda line: typer.echo(line, err=True), **drawing,
     )  # fmt: skip
     if as_json:
         emit(made.to_json())

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .app import BaseNameOption, JsonOption, app, emit, examples, guard
+from .app import BaseNameOption, JsonOption, app, emit, examples, guard, shown_cosine
 
 
 @app.command(epilog=examples("sdlora interference ink.safetensors:0.8 blueprint.safetensors:0.8"))
@@ -28,7 +28,9 @@ def interference(
     typer.echo("cosine of the changes; share of the subspace in common, outputs and inputs")
     for pair in report.pairs:
         shares = f"{pair.outputs:6.1%} {pair.inputs:6.1%}"
-        typer.echo(f"  {pair.block:24} {pair.files[0]} and {pair.files[1]}: {pair.cosine:+.3f}  {shares}")
+        typer.echo(
+            f"  {pair.block:24} {pair.files[0]} and {pair.files[1]}: {shown_cosine(pair.cosine, '+.3f')}  {shares}"
+        )
     typer.echo("norm of the sum over that of changes at right angles")
     for block, growth in report.growth.items():
         typer.echo(f"  {block:24} {growth:.3f}")

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
+from ..errors import LoraFileError
 from ..families import LORA_PARTS, Family
 from .checkpoint_keys import unet_table_to_ldm
 
@@ -87,6 +89,14 @@ class Resolution:
 
     matched: Mapping[str, str]
     unmatched: tuple[str, ...]
+
+    def check(self, file: Path) -> None:
+        """Raises ``LoraFileError``, which names ``file``, where two keys name the same module: programs differ in which
+        of them they take."""
+        first: dict[str, str] = {}
+        for key, name in self.matched.items():
+            if (other := first.setdefault(name, key)) != key:
+                raise LoraFileError(f"{file}: {other} and {key} are the same module; remove one of them from the file")
 
 
 def resolve(keys: Iterable[str], names: Iterable[str]) -> Resolution:

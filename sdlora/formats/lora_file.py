@@ -63,6 +63,11 @@ class LoraFile:
         return detect_family(self.modules, self.metadata)
 
     @property
+    def broken(self) -> tuple[str, ...]:
+        """Modules that hold NaN or infinity."""
+        return tuple(module for module, reason in self.unusable.items() if reason.startswith("holds NaN"))
+
+    @property
     def embeddings(self) -> tuple[str, ...]:
         """Names of the bundled embeddings."""
         return tuple(sorted({name.split(".")[1] for name in self.bundled}))

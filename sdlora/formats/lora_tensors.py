@@ -21,6 +21,10 @@ _NO_CHANGES = {
 }
 
 
+_WHOLE_NUMBERS = ("alpha", "on_input")
+"""What may be stored as whole numbers, or as true and false."""
+
+
 def build_change(tensors: Mapping[str, Tensor], *, scale: Scale) -> Change:
     """The change that tensors by role make up. ``scale`` is what the file keeps elsewhere, if anything.
 
@@ -30,6 +34,10 @@ def build_change(tensors: Mapping[str, Tensor], *, scale: Scale) -> Change:
     for role in tensors.keys() & _NO_CHANGES.keys():
         raise ValueError(_NO_CHANGES[role])
     for role, tensor in tensors.items():
+        if not tensor.is_floating_point() and role not in _WHOLE_NUMBERS:
+            raise ValueError(
+                f"holds {str(tensor.dtype).removeprefix('torch.')} ({role}), expected floating-point numbers"
+            )
         if tensor.is_floating_point() and not is_finite(tensor):
             raise ValueError(f"holds NaN or infinity ({role})")
     stored = tensors.get("alpha")

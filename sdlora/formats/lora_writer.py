@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -39,7 +40,8 @@ def write_lora(
 ) -> None:
     """Write ``modules`` (canonical name -> change) with their alphas and the hashes of the final bytes.
 
-    In the formats of diffusers and PEFT alpha is the rank, and the scale is in ``up``: exact where it is a power of two.
+    In the formats of diffusers and PEFT alpha is the rank, and the scale is in ``up``, or where that is out of the range of
+    float16 in both matrices: exact where it is a power of two.
 
     The same content gives the same bytes.
 
@@ -149,7 +151,7 @@ def _kohya(
 def _peft(modules: Mapping[str, Change], format: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """PEFT's names, or the older ones that diffusers still writes; every change at a scale of 1.
 
-    Readers that know nothing of ``lora_adapter_metadata`` apply this scale, so alpha / rank is in ``up``.
+    Readers that know nothing of ``lora_adapter_metadata`` apply this scale, so alpha / rank is in the matrices.
     """
     tensors: dict[str, Tensor] = {}
     foreign = {name: change.kind for name, change in modules.items() if _low_rank(change) is None}
@@ -166,13 +168,13 @@ def _peft(modules: Mapping[str, Change], format: str, dtype: torch.dtype) -> dic
         if format == "diffusers":
             infix = "lora" if name.startswith("unet.") else "lora_linear_layer"
             down, up = f"{infix}.down", f"{infix}.up"
-        scaled = _scaled(low_rank, dtype)
-        if not scaled.isfinite().all():
+        scaled = _at_scale_one(low_rank, dtype)
+        if not all(matrix.to(dtype).isfinite().all() for matrix in (scaled.up, scaled.down)):
             raise LoraFileError(
                 f"{name}: times alpha / rank = {low_rank.scale:g} it is too large for {str(dtype).removeprefix('torch.')}; "
                 "write float32"
             )
-        tensors |= {f"{name}.{down}.weight": low_rank.down, f"{name}.{up}.weight": scaled}
+        tensors |= {f"{name}.{down}.weight": scaled.down, f"{name}.{up}.weight": scaled.up}
         if isinstance(change, Decomposed):
             tensors[f"{name}.lora_magnitude_vector.weight"] = change.magnitude.reshape(-1)
     return tensors
@@ -200,10 +202,19 @@ def _all_or_none_dora(modules: Mapping[str, Change], format: str) -> dict[str, C
     return kept
 
 
-def _scaled(change: LowRank, dtype: torch.dtype) -> Tensor:
-    """``up`` times alpha / rank in ``dtype``: computed in float32, or in float64 for float32, and rounded once."""
+def _at_scale_one(change: LowRank, dtype: torch.dtype) -> LowRank:
+    """``change`` at alpha = rank, with ``up`` in ``dtype``, computed in float32, or in float64 for float32.
+
+    It is rounded once. Where the numbers of ``up`` are too small or too large for all bits of float16, the scale is in both
+    matrices.
+    """
     wide = torch.float64 if dtype == torch.float32 else torch.float32
-    return (change.up.to(wide) * change.scale).to(dtype)
+    scaled = LowRank(down=change.down, up=change.up.to(wide) * change.scale, alpha=float(change.rank))
+    lost = (scaled.up.to(dtype).to(wide) - scaled.up).norm()
+    # Rounding alone loses half a unit of the last of 11 bits, at most.
+    if dtype == torch.float16 and not lost <= 2.0**-11 * scaled.up.norm():
+        scaled = replace(scaled, down=scaled.down.to(wide)).evened()
+    return replace(scaled, up=scaled.up.to(dtype))
 
 
 def _low_rank(change: Change) -> LowRank | None:

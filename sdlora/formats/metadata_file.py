@@ -42,9 +42,11 @@ def write_metadata(source: Path, target: Path, metadata: Mapping[str, str], *, h
     ``hashes`` all hashes are written.
 
     Raises:
-        LoraFileError: ``source`` is missing, damaged or not safetensors.
+        LoraFileError: ``source`` is missing, damaged or not safetensors, or ``target`` is another file that exists.
         TargetError: ``target`` cannot be written.
     """
+    if target.exists() and source.exists() and not target.samefile(source):
+        raise LoraFileError(f"{target}: exists already; choose another name, or that of {source} itself")
     check_target(target)
     header = read_header(source, LoraFileError)
     payload = source.read_bytes()[header.payload_start :]

@@ -13,6 +13,7 @@ from .weight_curve import WeightCurve
 TAG = re.compile(r"<(lora|lyco|hypernet):([^<>]*)>")
 """A tag in a prompt that loads a network: its kind, and its name with the weights."""
 _MORE = ("lbw=", "start=", "stop=", "step=")
+"""What ``--lora`` takes too, besides weights."""
 _FIELD = re.compile(r'\s*(\w[\w \-/]*):\s*("(?:\\.|[^\\"])*"|\{[^{}]*\}|[^,]*)(?:,|$)')
 """``Key: value`` of the last line; a value with commas is quoted, except for the hashes."""
 _NEGATIVE = "Negative prompt:"
@@ -28,7 +29,8 @@ class LoraTag:
     unet: float
     text_encoder: float
     more: tuple[str, ...] = ()
-    """Weights of blocks and over the steps, as written: ``lbw=…``, ``start=…``, ``stop=…``, ``step=…``."""
+    """What else is written: weights of blocks and over the steps, ``lbw=…``, ``start=…``, ``stop=…``, ``step=…``, and what
+    nothing here follows, such as ``dyn=…``."""
     curve: WeightCurve | None = None
     """The UNet's weight where it changes with the steps; ``unet`` is its first weight then."""
 
@@ -36,8 +38,7 @@ class LoraTag:
     def parse(cls, text: str) -> LoraTag:
         """Read ``name``, ``name:1``, ``name:TE:UNET`` or ``name:te=TE:unet=UNET``, as A1111 and Forge do.
 
-        A single weight is that of both parts, ``te`` alone too; each may be a curve, ``0@0,1@0.5``. What
-        follows (``dyn``) changes no weight and is left out.
+        A single weight is that of both parts, ``te`` alone too; each may be a curve, ``0@0,1@0.5``.
 
         Raises:
             ValueError: there is no name, or a weight is not a finite number; the message says which.
@@ -53,7 +54,7 @@ class LoraTag:
             name=name,
             unet=_number(unet),
             text_encoder=_number(written),
-            more=tuple(item for item in items if item.startswith(_MORE)),
+            more=(*positional[2:], *(item for item in items if "=" in item and not item.startswith(("te=", "unet=")))),
             curve=WeightCurve.parse(unet) if "@" in unet else None,
         )
 
@@ -63,7 +64,8 @@ class LoraTag:
         unet = f"{self.unet:.12g}" if self.curve is None else self.curve.text
         text_encoder = f"{self.text_encoder:.12g}"
         weights = [unet] if unet == text_encoder else [unet, text_encoder]
-        return ":".join([f"{self.name}.safetensors", *weights, *self.more])
+        more = [item for item in self.more if item.startswith(_MORE)]
+        return ":".join([f"{self.name}.safetensors", *weights, *more])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -19,6 +19,7 @@ from .start_image import ImageArgument, start_image
 
 LoraArgument = str | Path | LoraChoice
 """``FILE[:UNET[:TE]]``, a path, or a choice."""
+_LORA = "'FILE[:UNET[:TE]]', a Path or a LoraChoice"
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -75,12 +76,14 @@ def lora_choices(loras: LoraArgument | Sequence[LoraArgument]) -> list[LoraChoic
     Raises:
         LoraFileError: something else, or a weight that is not a number between -10 and 10.
     """
+    if not isinstance(loras, Iterable | Path | LoraChoice):
+        raise LoraFileError(
+            f"loras is a {type(loras).__name__}; expected {_LORA}, or a list of them, which may be empty"
+        )
     several = [loras] if isinstance(loras, str | Path | LoraChoice) else list(loras)
     wrong = [lora for lora in several if not isinstance(lora, str | Path | LoraChoice)]
     if wrong:
-        raise LoraFileError(
-            f"loras holds a {type(wrong[0]).__name__}; expected 'FILE[:UNET[:TE]]', a Path or a LoraChoice"
-        )
+        raise LoraFileError(f"loras holds a {type(wrong[0]).__name__}; expected {_LORA}")
     return [lora if isinstance(lora, LoraChoice) else LoraChoice.parse(str(lora)) for lora in several]
 
 
@@ -133,8 +136,8 @@ def image_requests(
     Raises:
         SdloraError: with one line for each argument of another type than expected, and each file that cannot be read.
     """
-    texts = [prompts] if isinstance(prompts, str | PromptLine) else list(prompts)
-    problems = []
+    texts = _listed(prompts)
+    problems = _no_texts(negative=negative, sampler=sampler, schedule="" if schedule is None else schedule)
     if not texts or not all(isinstance(text, str | PromptLine) for text in texts):
         problems.append(f"prompts {prompts!r}: expected a text, or a list of at least one")
     if not is_whole(count) or count < 1:
@@ -176,3 +179,12 @@ def image_requests(
         inversions=inversions,
     )
     return [request for line in lines for request in line.requests(common, count)]
+
+
+def _listed(prompts: PromptArgument | Sequence[PromptArgument]) -> list[PromptArgument]:
+    several = [prompts] if isinstance(prompts, str | PromptLine) else prompts
+    return list(several) if isinstance(several, Iterable) else []
+
+
+def _no_texts(**values: object) -> list[str]:
+    return [f"{name} {value!r}: expected a text" for name, value in values.items() if not isinstance(value, str)]

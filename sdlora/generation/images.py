@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,10 +25,10 @@ from .denoise import denoise
 from .infotext import infotext
 from .inversions import with_inversions
 from .loras import WeightedLora, stacked
-from .preview import Watch, watch_of
+from .preview import watch_of
 from .request import ImageRequest
 from .saving import encoded
-from .scheduled_prompt import ScheduledConditioning, encode_requests, is_guided
+from .scheduled_prompt import ScheduledConditioning, encode_requests
 from .start import Start, start_of
 from .upscaling import as_arrays, enlarged, second_pass
 
@@ -85,7 +86,7 @@ def generate_images(
     progress.start("Generating", sum(request.all_steps for request in requests))
     varying = [lora.choice for lora in loras if lora.choice.varies]
     decode, encode = LatentDecoder(base, tiled=vae_tiling), PixelEncoder(base, tiled=vae_tiling)
-    watch = watch_of(base, progress)
+    denoised = _Denoiser(base, progress, stop)
     batches = _batches(requests, checkpoint, batch_size)
 
     def weigh(steps: int) -> Callable[[int], None] | None:
@@ -94,21 +95,12 @@ def generate_images(
 
     with _applied(base, loras, stack) as own, _conditionings(base, batches) as conditionings:
         for batch, conditioning in zip(batches, conditionings, strict=True):
-            latents = _denoised(
-                base,
-                batch,
-                conditioning,
-                progress,
-                stop,
-                start_of(base, batch, encode),
-                weigh(batch[0].steps_taken),
-                watch,
-            )
+            latents = denoised(batch, conditioning, start_of(base, batch, encode), weigh(batch[0].steps_taken))
             if hires := batch[0].hires:
                 start, steps = enlarged(base, batch, latents, decode, encode), hires.steps_taken(batch[0].steps)
                 second = second_pass(batch, checkpoint)
                 conditioning = conditioning.after(batch[0].steps_taken)
-                latents = _denoised(base, second, conditioning, progress, stop, start, weigh(steps), watch)
+                latents = denoised(second, conditioning, start, weigh(steps))
             raise_if_stopped(stop, "stopped while generating")
             pixels = as_arrays(decode(latents))
             for request, latent, array in zip(batch, latents, pixels, strict=True):
@@ -154,53 +146,52 @@ def _conditionings(base: Base, batches: Sequence[Sequence[ImageRequest]]) -> Gen
         move_to(base.device, *encoders)
 
 
-def _denoised(
-    base: Base,
-    batch: Sequence[ImageRequest],
-    conditioning: ScheduledConditioning,
-    progress: Progress,
-    stop: threading.Event | None,
-    start: Start | None,
-    before_step: Callable[[int], None] | None,
-    watch: Watch | None,
-) -> Tensor:
-    """``denoise``, one image after another where memory does not suffice for all of ``batch``.
+class _Denoiser:
+    """``denoise`` of batches, one image after another once memory did not suffice for as many pixels together."""
 
-    Raises:
-        DeviceMemoryError: it does not suffice for one.
-    """
-    try:
-        return denoise(base, batch, conditioning, progress, stop, before_step, start, watch)
-    except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
-    # After the except block, which keeps what the UNet had computed.
-    release_memory(base.device)
-    width, height = batch[0].size_on(base.checkpoint)
-    if len(batch) == 1:
-        raise DeviceMemoryError(
-            f"the {base.device.type} has too little memory for an image of {width} x {height} pixels; choose a smaller "
-            "size, or end other programs that use its memory"
-        )
-    logger.warning(
-        "the %s has too little memory for %d images of %d x %d pixels at once; they are generated one by one",
-        *(base.device.type, len(batch), width, height),
-    )
-    return torch.cat(
-        [
-            _denoised(
-                base,
-                [request],
-                conditioning.of_image(number),
-                progress,
-                stop,
-                start and start.row(number),
-                before_step,
-                watch,
+    def __init__(self, base: Base, progress: Progress, stop: threading.Event | None):
+        self._base, self._progress, self._stop = base, progress, stop
+        self._watch = watch_of(base, progress)
+        self._too_many = math.inf
+        """Pixels of all rows of the UNet's batch that did not fit."""
+
+    def __call__(
+        self,
+        batch: Sequence[ImageRequest],
+        conditioning: ScheduledConditioning,
+        start: Start | None,
+        before_step: Callable[[int], None] | None,
+    ) -> Tensor:
+        """Latents of ``batch``, as ``denoise`` has them. Where memory does not suffice for all, a warning is logged.
+
+        Raises:
+            DeviceMemoryError: it does not suffice for one.
+        """
+        width, height = batch[0].size_on(self._base.checkpoint)
+        pixels = conditioning.batch_size * width * height
+        if len(batch) == 1 or pixels < self._too_many:
+            try:
+                return denoise(
+                    self._base, batch, conditioning, self._progress, self._stop, before_step, start, self._watch
+                )
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+            # After the except block, which keeps what the UNet had computed.
+            release_memory(self._base.device)
+            device = self._base.device.type
+            if len(batch) == 1:
+                raise DeviceMemoryError(
+                    f"the {device} has too little memory for an image of {width} x {height} pixels; choose a smaller size, "
+                    "or end other programs that use its memory"
+                )
+            logger.warning(
+                "the %s has too little memory for %d images of %d x %d pixels at once; they are generated one by one",
+                *(device, len(batch), width, height),
             )
-            for number, request in enumerate(batch)
-        ]
-    )
+            self._too_many = pixels
+        rows = [(conditioning.of_image(number), start and start.row(number)) for number in range(len(batch))]
+        return torch.cat([self([one], *row, before_step) for one, row in zip(batch, rows, strict=True)])
 
 
 def _batches(
@@ -219,4 +210,4 @@ def _batches(
 
 
 def _settings(request: ImageRequest) -> tuple[ImageRequest, bool]:
-    return request.settings, is_guided(request)
+    return request.settings, request.is_guided

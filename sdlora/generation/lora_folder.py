@@ -21,6 +21,9 @@ class LoraFolder:
     """The LoRA files in a folder and the folders in it, looked up when the first tag is."""
 
     def __init__(self, folder: Path):
+        """Raises ``LoraFileError`` where there is no such folder."""
+        if not folder.is_dir():
+            raise LoraFileError(f"{folder}: no such folder of LoRAs")
         self.folder = folder
 
     def find(self, name: str) -> Path:
@@ -31,7 +34,7 @@ class LoraFolder:
         differ by nothing else.
 
         Raises:
-            LoraFileError: there is no such folder or file, or there are several.
+            LoraFileError: there is no such file, or there are several.
         """
         for found in (
             [file for file in self._files if name in self._paths_of(file)][:1],
@@ -54,8 +57,6 @@ class LoraFolder:
 
     @cached_property
     def _files(self) -> list[Path]:
-        if not self.folder.is_dir():
-            raise LoraFileError(f"{self.folder}: no such folder of LoRAs")
         return sorted(file for file in self.folder.rglob("*") if file.suffix in _ENDINGS and file.is_file())
 
     def _paths_of(self, file: Path) -> tuple[str, ...]:

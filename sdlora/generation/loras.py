@@ -138,6 +138,15 @@ def fit_loras(
     )
 
 
+def check_numbers(file: LoraFile) -> None:
+    """Raises ``LoraFileError`` where modules of ``file`` hold NaN or infinity."""
+    if file.broken:
+        raise LoraFileError(
+            f"{file.path}: {len(file.broken)} of its {len(file.modules) + len(file.unusable)} modules hold NaN or infinity, "
+            f"such as {file.broken[0]}: its training has failed; use another file, or an earlier step of the run"
+        )
+
+
 def _fit(base: LoraBase, shapes: Mapping[str, tuple[int, ...]], file: LoraFile) -> FittedLora:
     found = resolve(file.modules, shapes)
     total, matched = len(file.modules), len(found.matched)
@@ -150,12 +159,8 @@ def _fit(base: LoraBase, shapes: Mapping[str, tuple[int, ...]], file: LoraFile) 
         )
     if not matched:
         raise CompatibilityError(f"{file.path}: none of its {total} modules is in the base {base.name}")
-    broken = [module for module, reason in file.unusable.items() if reason.startswith("holds NaN")]
-    if broken:
-        raise LoraFileError(
-            f"{file.path}: {len(broken)} of its {total + len(file.unusable)} modules hold NaN or infinity, such as "
-            f"{broken[0]}: its training has failed; use another file, or an earlier step of the run"
-        )
+    check_numbers(file)
+    found.check(file.path)
     misfits = [key for key, name in found.matched.items() if not file.modules[key].fits(shapes[name])]
     if misfits:
         in_file, in_base = file.modules[misfits[0]].weight_shape, shapes[found.matched[misfits[0]]]

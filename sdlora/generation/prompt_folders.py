@@ -21,7 +21,7 @@ class PromptFolders:
 
     @classmethod
     def of(cls, loras: str | Path | None, wildcards: str | Path | None) -> PromptFolders:
-        """The folders at these paths."""
+        """The folders at these paths. Raises ``SdloraError`` where there is none."""
         return cls(
             loras=None if loras is None else LoraFolder(Path(loras)),
             wildcards=None if wildcards is None else Wildcards(Path(wildcards)),

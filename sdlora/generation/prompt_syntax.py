@@ -13,17 +13,15 @@ from .wildcards import WILDCARD
 
 logger = logging.getLogger(__name__)
 
-_UNSUPPORTED = (("alternatives are", re.compile(r"(?<!\\)\{[^{}]*\|[^{}]*\}")),)
-"""What it is -> how A1111, ComfyUI or an extension writes it."""
-
-
 _MALFORMED = re.compile(r"(?<!\\)\[[^\[\]]*(?:\|[^\[\]]*|:\s*[\d.]+\s*)\]")
 """Looks like ``[a:b:0.5]`` or ``[a|b]``, among what A1111 does not read as such."""
 _AND = re.compile(r"\bAND\b")
+_OTHER_TAG = re.compile(r"<\s*[A-Za-z]\w*\s*:[^<>]+>")
+"""What A1111 takes for the tag of an extension."""
 
 
 def check_syntax(prompts: Iterable[str], negatives: Iterable[str] = ()) -> None:
-    """Log one warning for each construct that is read as text.
+    """Log one warning for each construct that is read as text, in prompts whose alternatives were drawn.
 
     Raises:
         SdloraError: a tag such as ``<lora:name:1>``, which would load nothing here; with the option to use instead.
@@ -33,15 +31,15 @@ def check_syntax(prompts: Iterable[str], negatives: Iterable[str] = ()) -> None:
     problems = dict.fromkeys(_refusal(match) for text in texts for match in TAG.finditer(text))
     if problems:
         raise SdloraError(list(problems))
-    found = [(match[0], title) for text in texts for title, pattern in _UNSUPPORTED for match in pattern.finditer(text)]
-    found += [(match[0], "AND in a negative prompt is") for text in negative for match in _AND.finditer(text)]
     for written in dict.fromkeys(match[0] for text in texts for match in WILDCARD.finditer(text)):
         logger.warning(
             "prompt: %s: wildcards need sdlora generate --wildcards DIR (in Python wildcards=); it is read as text",
             written,
         )
-    for written, title in dict.fromkeys(found):
-        logger.warning("prompt: %s: %s not supported; it is read as text", written, title)
+    if any(_AND.search(text) for text in negative):
+        logger.warning("prompt: AND in a negative prompt is not supported; it is read as text")
+    for written in dict.fromkeys(match[0] for text in texts for match in _OTHER_TAG.finditer(text)):
+        logger.warning("prompt: %s: is no tag that is known, such as <lora:name:1>; it is read as text", written)
     malformed = [match[0] for text in texts for match in _MALFORMED.finditer(text_outside(text))]
     for written in dict.fromkeys(malformed):
         logger.warning(

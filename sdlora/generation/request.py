@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import SdloraError
 from .hires import Hires
+from .prompt_editing import prompt_parts
 from .samplers import sampler_problems
 from .start_image import StartImage
 
@@ -34,7 +35,7 @@ class ImageRequest:
     cfg: float = 5.0
     """Classifier-free guidance scale; 1 switches guidance off."""
     size: tuple[int, int] | None = None
-    """Width and height in pixels, multiples of the base's ``size_step``; None is that of ``start``, else the base's own
+    """Width and height in pixels, multiples of the base's ``latent_factor``; None is that of ``start``, else the base's own
     square."""
     sampler: str = "dpm++2m"
     """A name of ``samplers.SAMPLERS``."""
@@ -62,12 +63,17 @@ class ImageRequest:
     def final_size_on(self, base: BaseCheckpoint) -> tuple[int, int]:
         """Width and height in pixels after the second pass, if there is one."""
         size = self.size_on(base)
-        return size if self.hires is None else self.hires.size(size, base.size_step)
+        return size if self.hires is None else self.hires.size(size, base.latent_factor)
 
     @property
     def settings(self) -> ImageRequest:
         """All but prompts and seed: what images that are drawn together have in common."""
         return replace(self, prompt="", negative="", prompt_template="", negative_template="", seed=0)
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether the UNet predicts without the prompt too: for guidance, and for prompts of several parts."""
+        return self.cfg != 1.0 or len(prompt_parts(self.prompt)) > 1
 
     @property
     def steps_taken(self) -> int:
@@ -105,7 +111,7 @@ def check_requests(requests: Sequence[ImageRequest], base: BaseCheckpoint) -> No
 
 
 def _problems(request: ImageRequest, base: BaseCheckpoint) -> list[str]:
-    problems, step = [], base.size_step
+    problems, step = [], base.latent_factor
     width, height = request.size_on(base)
     if width % step or height % step or min(width, height) <= 0:
         problems.append(f"size {width}x{height}: width and height must be multiples of {step} pixels on {base.name}")
@@ -115,6 +121,8 @@ def _problems(request: ImageRequest, base: BaseCheckpoint) -> list[str]:
         problems.append(f"cfg {request.cfg}: expected a number from 0 to {MAX_CFG}")
     if not isinstance(request.guidance_rescale, int | float) or not 0 <= request.guidance_rescale <= 1:
         problems.append(f"guidance_rescale {request.guidance_rescale}: expected a number from 0 to 1")
+    if request.seed > MAX_SEED:
+        problems.append(f"seed {request.seed}: the highest is {MAX_SEED}; begin with a lower one")
     if request.steps < 1:
         problems.append(f"steps {request.steps}: at least 1 is needed")
     elif request.start is not None and request.steps_taken < 1:
@@ -133,7 +141,9 @@ def _hires_problems(request: ImageRequest, hires: Hires, base: BaseCheckpoint) -
         problems.append("hires is a second pass of text to image; without it, name a larger size for image to image")
     if request.final_size_on(base) == request.size_on(base):
         width, height = request.size_on(base)
-        problems.append(f"hires {hires.scale:g}: {width}x{height} stays as it is in steps of {base.size_step} pixels")
+        problems.append(
+            f"hires {hires.scale:g}: {width}x{height} stays as it is in steps of {base.latent_factor} pixels"
+        )
     if (needed := hires.schedule_steps(request.steps)) > base.schedule.timesteps:
         problems.append(
             f"hires_strength {hires.strength:g}: {hires.steps_taken(request.steps)} steps would be the last of {needed}, "

@@ -103,7 +103,7 @@ class ScheduledConditioning:
 
 def encode_requests(base: Base, requests: Sequence[ImageRequest]) -> ScheduledConditioning:
     """The conditioning of ``requests`` in all passes; they have the same steps and are all guided or all not."""
-    first, guided = requests[0], is_guided(requests[0])
+    first, guided = requests[0], requests[0].is_guided
     second_pass = first.all_steps - first.steps_taken
 
     def column(text: str, negative: bool) -> list[tuple[str, bool]]:
@@ -121,11 +121,6 @@ def encode_requests(base: Base, requests: Sequence[ImageRequest]) -> ScheduledCo
         weights=tuple(tuple(part.weight for part in one) for one in parts),
         guided=guided,
     )
-
-
-def is_guided(request: ImageRequest) -> bool:
-    """Whether the UNet predicts without the prompt too: for guidance, and for prompts of several parts."""
-    return request.cfg != 1.0 or len(prompt_parts(request.prompt)) > 1
 
 
 def _encoded(base: Base, texts: Sequence[tuple[str, bool]]) -> Conditioning:

@@ -43,12 +43,12 @@ class StartImage:
         return min(int(steps * self.strength), steps)
 
     def size_on(self, base: BaseCheckpoint) -> tuple[int, int]:
-        """Width and height in pixels where none is stated: the image's own, rounded down to what ``base`` can draw.
+        """Width and height in pixels where none is stated: the image's own, rounded down to whole latents of ``base``.
 
         An image of more pixels than (2 x the base's side)² is scaled down to that area.
         """
         width, height = self.image.size
-        factor, step = min(1.0, MOST_SIDES * base.resolution / math.sqrt(width * height)), base.size_step
+        factor, step = min(1.0, MOST_SIDES * base.resolution / math.sqrt(width * height)), base.latent_factor
         return max(step, int(width * factor) // step * step), max(step, int(height * factor) // step * step)
 
     def scaled(self, size: tuple[int, int]) -> Image.Image:

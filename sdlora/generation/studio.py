@@ -35,8 +35,9 @@ from .numbers import is_whole
 from .prompt_folders import PromptFolders
 from .prompt_syntax import check_syntax
 from .request import ImageRequest, check_requests
-from .strip import STRENGTHS, strip_columns
-from .tags import check_named_once, missing_triggers
+from .strip import STRENGTHS, check_columns, strip_columns
+from .tags import check_named_once, without_effect
+from .wildcards import choose_texts
 
 if TYPE_CHECKING:
     from ..base.base import Base
@@ -59,10 +60,8 @@ def open(
     ``base``, ``precision``, ``vae_tiling``, ``batch_size``, ``lora_dir`` and ``wildcards`` are as in ``generate``.
 
     Raises:
-        SdloraError: the base is missing, incomplete, damaged or not supported, or ``batch_size`` is no number.
+        SdloraError: the base is missing, incomplete, damaged or not supported, or ``batch_size`` is no number from 1.
     """
-    if batch_size is not None and (not is_whole(batch_size) or batch_size < 1):
-        raise SdloraError(f"batch_size {batch_size!r}: expected a whole number, at least 1")
     checkpoint, folders = find_base(base_argument(base)), PromptFolders.of(lora_dir, wildcards)
     return OpenStudio(checkpoint, precision=precision, vae_tiling=vae_tiling, batch_size=batch_size, folders=folders)
 
@@ -82,6 +81,8 @@ class OpenStudio:
         batch_size: int | None = None,
         folders: PromptFolders | None = None,
     ):
+        if batch_size is not None and (not is_whole(batch_size) or batch_size < 1):
+            raise SdloraError(f"batch_size {batch_size!r}: expected a whole number, at least 1")
         self._checkpoint, self._folders = checkpoint, folders or PromptFolders()
         self._precision, self._vae_tiling, self._batch_size = precision, vae_tiling, batch_size
         self._base: Base | None = None
@@ -138,10 +139,9 @@ class OpenStudio:
         studio = self.prepared(requests, choices, say)
         by_choice = dict(zip(choices, studio.loras, strict=True))
         drawn = [[by_choice[choice] for choice in (*common, *entry.loras)] for entry in tagged]
-        suggestions = map(missing_triggers, (request.prompt for request in requests), drawn)
-        for line in dict.fromkeys(line for lines in suggestions for line in lines):
-            say(line)
         cells = list(zip(requests, drawn, strict=True))
+        for line in dict.fromkeys(line for request, some in cells for line in without_effect(request, some)):
+            say(line)
         return images_in_turn(studio, cells, progress=progress, stop=stop, on_image=on_image)
 
     def generate_strip(
@@ -167,6 +167,8 @@ class OpenStudio:
             prompts, seed=seed, count=1, size=size, negative=negative, steps=steps, cfg=cfg, sampler=sampler,
             **sampling,
         )  # fmt: skip
+        check_columns(lora_choices(loras), strengths, scale)
+        requests = choose_texts(requests)
         check_syntax((request.prompt for request in requests), (request.negative for request in requests))
         studio = self.prepared(requests, loras, say)
         columns = strip_columns(studio.loras, strengths)

@@ -72,8 +72,24 @@ def check_named_once(choices: Sequence[LoraChoice]) -> None:
         )
 
 
-def missing_triggers(prompt: str, loras: Sequence[WeightedLora]) -> list[str]:
-    """A sentence on each LoRA whose trigger words ``prompt`` lacks altogether."""
+def without_effect(request: ImageRequest, loras: Sequence[WeightedLora]) -> list[str]:
+    """A sentence on each thing that will have no effect, or hardly any, on the image of ``request``.
+
+    That is a LoRA whose trigger words the prompt lacks altogether, one that begins after the last step, and a negative
+    prompt without guidance.
+    """
+    said, passes = _missing_triggers(request.prompt, loras), [request.steps_taken]
+    if request.hires is not None:
+        passes.append(request.hires.steps_taken(request.steps))
+    for choice in (lora.choice for lora in loras if lora.choice.varies):
+        if not any(choice.factor(step, steps) for steps in passes for step in range(steps)):
+            said.append(f"{choice.file}: the UNet is not changed in any of {max(passes)} steps: {choice.tag}")
+    if request.negative and not request.is_guided:
+        said.append("cfg 1 switches guidance off: the negative prompt has no effect")
+    return said
+
+
+def _missing_triggers(prompt: str, loras: Sequence[WeightedLora]) -> list[str]:
     said, text = [], prompt.casefold()
     for lora in loras:
         words = trigger_words(lora.fitted.file.metadata)

@@ -22,6 +22,9 @@ class Wildcards:
     """The text files of a folder, read when a prompt first names them."""
 
     def __init__(self, folder: Path):
+        """Raises ``SdloraError`` where there is no such folder."""
+        if not folder.is_dir():
+            raise SdloraError(f"{folder}: no such folder of wildcards")
         self.folder = folder
         self._entries: dict[str, list[str]] = {}
 
@@ -65,8 +68,6 @@ class Wildcards:
 
     def _read(self, name: str) -> list[str]:
         file = self.folder / f"{name}.txt"
-        if not self.folder.is_dir():
-            raise SdloraError(f"{self.folder}: no such folder of wildcards")
         if not file.is_file() or not file.resolve().is_relative_to(self.folder.resolve()):
             known = [path.relative_to(self.folder).with_suffix("").as_posix() for path in self.folder.rglob("*.txt")]
             near = difflib.get_close_matches(name, sorted(known), 1, 0.5)
@@ -83,8 +84,8 @@ class Wildcards:
         return entries
 
 
-def choose_texts(requests: Sequence[ImageRequest], wildcards: Wildcards | None) -> list[ImageRequest]:
-    """``requests`` as ``Wildcards.chosen`` makes them, by their own seeds; without ``wildcards`` these stay.
+def choose_texts(requests: Sequence[ImageRequest], wildcards: Wildcards | None = None) -> list[ImageRequest]:
+    """``requests`` as ``Wildcards.chosen`` makes them, by their own seeds; without ``wildcards``, ``__names__`` stay.
 
     Raises:
         SdloraError: as ``Wildcards.chosen``, with the problems of all requests.

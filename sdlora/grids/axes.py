@@ -164,6 +164,10 @@ def _parted(argument: AxisArgument) -> tuple[str, list[str]]:
         if match is None:
             raise ValueError(f"{argument!r} is not an axis; expected KIND:VALUE,VALUE, for example weight:0,0.5,1")
         return match[1], split_values(argument[match.end() :])
+    if not isinstance(argument, tuple | list) or len(argument) != 2 or isinstance(argument[1], str):
+        raise ValueError(
+            f"{argument!r} is not an axis; expected 'weight:0,0.5,1', or the kind and a list of its values"
+        )
     name, values = argument
     return name, [_as_text(value) for value in values]
 

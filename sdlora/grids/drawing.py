@@ -18,7 +18,7 @@ from ..generation.loras import fit_loras
 from ..generation.request import check_requests
 from ..generation.saving import save_png
 from ..generation.studio import OpenStudio, images_in_turn
-from ..generation.tags import missing_triggers
+from ..generation.tags import without_effect
 from ..progress import Progress
 from .cells import Cell, cell_key, in_drawing_order
 
@@ -69,9 +69,9 @@ def draw_cells(
     choices = _choices(ordered)
     prepared = studio.prepared([cell.request for cell in ordered], choices, say)
     by_choice = dict(zip(choices, prepared.loras, strict=True))
-    for cell in ordered:
-        for line in missing_triggers(cell.request.prompt, [by_choice[choice] for choice in cell.loras]):
-            say(line)
+    own = [(cell.request, [by_choice[choice] for choice in cell.loras]) for cell in ordered]
+    for line in dict.fromkeys(line for request, loras in own for line in without_effect(request, loras)):
+        say(line)
     written: list[Path] = []
     waiting = iter(ordered)
 
@@ -81,7 +81,6 @@ def draw_cells(
         written.append(file)
 
     progress.start("Drawing cells", sum(cell.request.all_steps for cell in ordered))
-    own = [(cell.request, [by_choice[choice] for choice in cell.loras]) for cell in ordered]
     try:
         images_in_turn(prepared, own, progress=_OneTask(progress), stop=stop, on_image=write)
     except (Interrupted, KeyboardInterrupt) as error:

@@ -17,6 +17,7 @@ from ..config.sections import BaseSection
 from ..errors import SdloraError
 from ..files import check_target, write_whole
 from ..generation.arguments import DrawingOptions, LoraArgument, base_argument, image_requests, lora_choices
+from ..generation.numbers import check_scale
 from ..generation.prompt_folders import PromptFolders
 from ..generation.prompt_syntax import check_syntax
 from ..generation.request import ImageRequest
@@ -70,6 +71,7 @@ def grid(
     scale: int = 1,
     precision: str = "auto",
     vae_tiling: bool = False,
+    batch_size: int | None = None,
     progress: Progress | None = None,
     stop: threading.Event | None = None,
     say: Callable[[str], None] = lambda line: None,
@@ -86,7 +88,8 @@ def grid(
         loras: what all cells have; an axis ``lora`` adds to them.
         seed: 0 to 2**32 - 1. Not random: a cell is known again by its seed.
         scale: how many times the labelled image is enlarged, without smoothing.
-        base, lora_dir, wildcards, negative, steps, cfg, size, sampler, precision, vae_tiling: as in ``generate``.
+        base, lora_dir, wildcards, negative, steps, cfg, size, sampler, precision, vae_tiling, batch_size: as in
+            ``generate``.
         progress, stop, say, drawing: as in ``generate``.
 
     Raises:
@@ -96,6 +99,9 @@ def grid(
     """
     file = _target(out)
     axes = read_axes({"x": x, "y": y, "z": z})
+    check_scale(scale)
+    if not isinstance(prompt, str):
+        raise SdloraError(f"prompt is a {type(prompt).__name__}; expected a text; for several, an axis prompt")
     if seed is None or seed < 0:
         raise SdloraError(
             f"seed {seed}: a cell of a grid is known again by its seed; give one from 0, or an axis seed:1,2"
@@ -108,11 +114,11 @@ def grid(
     checkpoint = find_base(base_argument(base))
     _check_size(cells, checkpoint, scale)
     place = file.with_name(f"{file.stem}.cells")
-    with progress_or_bar(progress) as reports:
+    studio = OpenStudio(checkpoint, precision=precision, vae_tiling=vae_tiling, batch_size=batch_size)
+    with studio, progress_or_bar(progress) as reports:
         keys = cell_keys(cells, checkpoint, precision=precision, progress=reports)
-        with OpenStudio(checkpoint, precision=precision, vae_tiling=vae_tiling) as studio:
-            wanted = dict(zip(keys, cells, strict=True))
-            drawn = draw_cells(wanted, place, studio, progress=reports, stop=stop, say=say)
+        wanted = dict(zip(keys, cells, strict=True))
+        drawn = draw_cells(wanted, place, studio, progress=reports, stop=stop, say=say)
     return _finished(file, place, axes, list(zip(keys, cells, strict=True)), checkpoint, scale=scale, drawn=drawn)
 
 

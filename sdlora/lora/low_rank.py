@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -52,6 +52,18 @@ class LowRank(Change):
         if self.mid is not None:
             down = torch.einsum("mn...,ni->mi...", self.mid.to(like), down).flatten(1)
         return down, up
+
+    def evened(self) -> LowRank:
+        """The same change, with the largest numbers of ``up`` and ``down`` about equal in each of the ranks.
+
+        Factors are powers of two, so nothing is rounded. For float16, which loses bits below 6e-5: a scale such as
+        1 / 128 in one of the matrices alone would bring it there.
+        """
+        into, out = self.down.flatten(1).abs().amax(1), self.up.flatten(1).abs().amax(0)
+        halves = ((into.double().log2() - out.double().log2()) / 2).round()
+        factors = halves.where(halves.isfinite(), 0.0).exp2()
+        rows = factors.reshape(-1, *(1 for _ in self.down.shape[1:])).to(self.down)
+        return replace(self, down=self.down / rows, up=self.up * rows.to(self.up).reshape(-1, *self.up.shape[2:]))
 
     def tensors(self) -> dict[str, Tensor]:
         """By their names in kohya's and LyCORIS' files, alpha not among them."""

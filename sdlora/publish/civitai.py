@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Event
 from typing import Any
 
-from ..errors import LoraFileError
+from ..errors import CompatibilityError, LoraFileError
 from ..families import Family
 from ..files import check_target, whole_folder
 from ..formats.hashes import FileHashes, file_hashes
@@ -19,11 +19,13 @@ from ..formats.metadata import safe_title, stated_tags, trigger_words, with_fami
 from ..formats.metadata_file import read_metadata, write_metadata
 from ..formats.readers import lost_elsewhere
 from ..formats.redaction import redacted
-from ..generation.loras import LoraChoice
+from ..generation.alternatives import as_text
+from ..generation.loras import LoraChoice, check_numbers
 from ..generation.prompt_syntax import check_syntax
 from ..generation.request import ImageRequest
 from ..generation.saving import save_png
 from ..generation.studio import Studio
+from ..generation.wildcards import choose_texts
 from ..progress import Progress, progress_or_bar
 from ..tools.convert import convert
 from .model_card import Presentation, model_card, sidecar, unpublished
@@ -76,15 +78,15 @@ def export_civitai(
 
     Args:
         base: what the previews are drawn on; not used if ``prompts`` is empty.
-        prompts: one preview each; by default the trigger with each of the most frequent tags, () for no previews.
+        prompts: one preview each, drawn as by ``generate``; by default the trigger with each frequent tag, () for none.
         weight: LoRA weight for the previews, and recommended to users; above 0, as Civitai reads no other from a prompt.
         size: (width, height) of the previews in pixels; by default the base's own square.
         progress: a bar on standard error by default.
         stop: ends the drawing when it is set; nothing is left then.
 
     Raises:
-        LoraFileError: the file cannot be read, its family is unknown, ``folder`` is in use, or there is neither a trigger
-            word nor a prompt.
+        LoraFileError: the file cannot be read or holds NaN, its family is unknown, ``folder`` is in use, or there is
+            neither a trigger word nor a prompt.
         BaseModelError, CompatibilityError: the previews cannot be drawn on ``base``.
         TargetError: ``folder`` cannot be made where it is.
         Interrupted: by ``stop``.
@@ -94,23 +96,23 @@ def export_civitai(
     file = read_lora(source)
     family = _check(file, target, weight)
     trigger = trigger_words(file.metadata)
+    common = ImageRequest(prompt="", negative=negative, seed=seed, steps=steps, cfg=cfg, size=size)
+    written = _default_prompts(file, trigger) if prompts is None else prompts
+    requests = choose_texts([replace(common, prompt=prompt) for prompt in written])
+    drawn = tuple(request.prompt for request in requests)
+    check_syntax(() if prompts is None else drawn, [negative])
     shown = Presentation(
         name=safe_title(source.name if source.is_dir() else source.stem),
         family=family,
         trigger=trigger,
         weight=weight,
         negative=negative,
-        prompts=tuple(_default_prompts(file, trigger) if prompts is None else prompts),
+        prompts=drawn,
     )
-    requests = [
-        ImageRequest(prompt=prompt, negative=negative, seed=seed, steps=steps, cfg=cfg, size=size)
-        for prompt in shown.prompts
-    ]
-    check_syntax(prompts or (), [negative])
     with progress_or_bar(progress) as reporting, whole_folder(target) as partial:
         packed = partial / f"{shown.name}.safetensors"
         changed = _pack(file, family, packed, base if requests else None, reporting)
-        previews = _draw(requests, packed, shown, base=base, progress=reporting, stop=stop) if requests else ()
+        previews = _draw(requests, source, packed, shown, base=base, progress=reporting, stop=stop) if requests else ()
         hashes = file_hashes(packed)
         packed_lora = read_lora(packed)
         _write_cards(partial, file, packed_lora, shown, hashes)
@@ -135,6 +137,7 @@ def _check(file: LoraFile, target: Path, weight: float) -> Family:
         raise LoraFileError(f"{target}: exists already; choose another folder")
     if not 0 < weight <= MAX_WEIGHT:
         raise LoraFileError(f"weight {weight:g}: expected a number above 0 and up to {MAX_WEIGHT:g}")
+    check_numbers(file)
     if file.family is None:
         raise LoraFileError(
             f"{file.path}: names, shapes and metadata do not show its family, which an upload must state"
@@ -148,7 +151,7 @@ def _default_prompts(file: LoraFile, trigger: Sequence[str]) -> list[str]:
     call = ", ".join(trigger)
     known = {word.lower() for word in trigger}
     tags = [tag for tag in stated_tags(file.metadata) if tag.lower() not in known]
-    return [f"{call}, {tag}" for tag in tags[:PREVIEWS]] or [call]
+    return [as_text(prompt) for prompt in [f"{call}, {tag}" for tag in tags[:PREVIEWS]] or [call]]
 
 
 def _pack(file: LoraFile, family: Family, packed: Path, base: str | None, progress: Progress) -> int:
@@ -165,6 +168,7 @@ def _pack(file: LoraFile, family: Family, packed: Path, base: str | None, progre
 
 def _draw(
     requests: Sequence[ImageRequest],
+    source: Path,
     packed: Path,
     shown: Presentation,
     *,
@@ -172,11 +176,14 @@ def _draw(
     progress: Progress,
     stop: Event | None,
 ) -> tuple[str, ...]:
-    """Draw the previews beside ``packed``; returns their names."""
+    """Draw the previews beside ``packed``, which was made of ``source``; returns their names."""
     choice = LoraChoice(file=packed, unet=shown.weight, text_encoder=shown.weight)
-    images = Studio.open(base, [choice], requests=requests, precision="auto").images(
-        requests, progress=progress, stop=stop
-    )
+    try:
+        studio = Studio.open(base, [choice], requests=requests, precision="auto")
+    except CompatibilityError as error:
+        # Of the file that the caller knows.
+        raise CompatibilityError([problem.replace(str(packed), str(source)) for problem in error.problems]) from None
+    images = studio.images(requests, progress=progress, stop=stop)
     names = tuple(f"{shown.name}-{number}.png" for number in range(1, len(images) + 1))
     for image, name in zip(images, names, strict=True):
         save_png(image.image, packed.with_name(name), image.parameters)

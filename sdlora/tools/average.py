@@ -55,7 +55,7 @@ def average(
     with progress_or_bar(progress) as shown:
         modules, named = read_named(paths, base)
         _check_one_run(named)
-        dtype = output_dtype(precision, named)
+        dtype = output_dtype(precision, [lora.file for lora in named])
         shown.start("Averaging", len(named[0].changes))
         averaged: dict[str, Change] = {}
         for name in sorted(named[0].changes):

@@ -19,7 +19,7 @@ from ..base.checkpoint import MINI, MINI_FOLDER, BaseCheckpoint, find_base
 from ..errors import BaseModelError, LoraFileError
 from ..files import check_target, whole_file, whole_folder
 from ..formats.safetensors_file import encode_header
-from ..formats.tensor_files import TensorFile, Wanted
+from ..formats.tensor_files import PICKLES, TensorFile, Wanted
 from ..generation.arguments import LoraArgument, constant_choices
 from ..generation.loras import WeightedLora, fit_loras
 from ..lora.change import Change
@@ -28,6 +28,8 @@ from ..progress import Progress, progress_or_bar
 
 _STALE = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 """Metadata that hold a hash of what is changed."""
+_ENDINGS = (".safetensors", *PICKLES)
+"""How the name of a checkpoint file ends, and that of a folder does not."""
 _PIECE = 1 << 24
 """Bytes of unchanged tensors that are in memory at once."""
 _AT_ONCE = 1 << 20
@@ -141,6 +143,10 @@ def _check(base: BaseCheckpoint, target: Path) -> None:
         raise BaseModelError([f"{path}: a pickle; convert the checkpoint to safetensors first" for path in pickles])
     if base.file is not None and target.suffix != ".safetensors":
         raise LoraFileError(f"{target}: the name of the checkpoint to write must end in .safetensors")
+    if base.file is None and target.suffix in _ENDINGS:
+        raise LoraFileError(
+            f"{target}: the base is a folder, and so is its copy; leave {target.suffix} out of the name"
+        )
     if target.exists() and not (base.file is None and target.is_dir() and not any(target.iterdir())):
         raise LoraFileError(f"{target}: exists already; choose another name")
     check_target(target, "file" if base.file is not None else "new folder")

@@ -6,15 +6,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..errors import LoraFileError
 from ..formats.lora_file import read_lora
 from ..formats.lora_writer import WRITTEN_FORMATS, write_lora
 from ..formats.metadata import with_family
 from ..formats.readers import read_by
 from ..progress import Progress, progress_or_bar
-from .named_lora import Modules, check_new_lora
+from .named_lora import Modules, check_new_lora, output_dtype
 
 _OF_ONE_FORMAT = ("lora_adapter_metadata", "format")
 """Metadata that describes the names of the source's tensors."""
@@ -74,7 +72,7 @@ def convert(
         shown.advance()
         known = Modules.of(lora, base)
         named = known.named(lora)
-        dtype = getattr(torch, lora.dtype.split(", ")[-1] if precision == "auto" else precision)
+        dtype = output_dtype(precision, [lora])
         metadata = {key: value for key, value in lora.metadata.items() if key not in _OF_ONE_FORMAT}
         write_lora(
             target,

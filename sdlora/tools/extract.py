@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base.checkpoint import BaseCheckpoint, find_base
+from ..base.checkpoint import MINI, MINI_FOLDER, BaseCheckpoint, find_base
 from ..base.detect import detect_checkpoint
 from ..base.parts import Part
 from ..errors import CompatibilityError, LoraFileError
+from ..formats.lora_tensors import is_finite
 from ..formats.lora_writer import write_lora
 from ..formats.metadata import family_metadata, safe_title
 from ..formats.tensor_files import read_tensors
@@ -60,7 +61,7 @@ def extract(
 
     Args:
         base: ``mini``, a checkpoint file, or the folder of a diffusers checkpoint.
-        tuned: another of the same family; it may lack text encoders or the VAE.
+        tuned: another of the same family, named likewise; it may lack text encoders or the VAE.
         rank: the highest rank of a module.
         energy: share of ‖ΔW‖² of each module that is kept, above 0 and up to 1.
         precision: ``float16``, ``bfloat16`` or ``float32``.
@@ -75,7 +76,7 @@ def extract(
     cut = _cut(rank, energy)
     with progress_or_bar(progress) as shown:
         checkpoint = find_base(str(base))
-        parts = _tuned_parts(checkpoint, Path(tuned))
+        parts = _tuned_parts(checkpoint, MINI_FOLDER if str(tuned) == MINI else Path(tuned))
         dtype, shapes = getattr(torch, precision), checkpoint.module_shapes()
         modules: dict[str, Change] = {}
         same, kept, whole, other = 0, 0.0, 0.0, []
@@ -145,11 +146,15 @@ def _tuned_parts(base: BaseCheckpoint, tuned: Path) -> dict[str, Part]:
 
 
 def _difference(name: str, base: BaseCheckpoint, parts: Mapping[str, Part]) -> Tensor:
-    """Tuned minus base of one tensor, float32."""
+    """Tuned minus base of one tensor, float32. Raises ``LoraFileError`` where it is NaN or Inf."""
     part, _, path = name.partition(".")
     wanted = {"tuned": parts[part].tensors[path], "base": base.parts[part].tensors[path]}
     read = read_tensors(wanted, dtype=torch.float32, device=torch.device("cpu"))
-    return read["tuned"].sub_(read["base"])
+    delta = read["tuned"].sub_(read["base"])
+    if not is_finite(delta):
+        files = " or ".join(f"{wanted[whose].file.path}" for whose in ("tuned", "base"))
+        raise LoraFileError(f"{files}: {name} holds NaN or Inf; one of them is damaged, use another")
+    return delta
 
 
 def _metadata(target: Path, base: BaseCheckpoint) -> dict[str, str]:

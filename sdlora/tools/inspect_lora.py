@@ -85,7 +85,7 @@ def _stale_hashes(metadata: Mapping[str, str], hashes: FileHashes) -> list[str]:
 
 
 def _not_finite(lora: LoraFile) -> list[str]:
-    broken = [module for module, reason in lora.unusable.items() if reason.startswith("holds NaN")]
+    broken = lora.broken
     return [f"NaN or infinity in {len(broken)} modules, such as {broken[0]}"] if broken else []
 
 

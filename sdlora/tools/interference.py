@@ -25,7 +25,7 @@ class PairInBlock:
     block: str
     modules: int
     cosine: float
-    """Cosine of their changes: 1 for the same direction, -1 for the reverse, 0 for a right angle."""
+    """Cosine of their changes: 1 for the same direction, -1 for the reverse, 0 for a right angle; NaN where one is zero."""
     outputs: float
     """Mean share of the smaller subspace of outputs that lies in the larger, from 0 to 1."""
     inputs: float

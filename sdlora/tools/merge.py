@@ -95,7 +95,7 @@ def merge(
         if method != "concat" and rank is None and energy is None:
             rank = max((change.rank or 0 for lora in named for change in lora.changes.values()), default=0) or None
         settings = _Settings(method=method, cut=Cut(rank=rank, energy=energy), density=density, seed=seed)
-        dtype = output_dtype(precision, named)
+        dtype = output_dtype(precision, [lora.file for lora in named])
         names = sorted({name for lora in named for name in lora.changes})
         shown.start("Merging", len(names))
         merged, kept, lost = {}, [1.0], []
@@ -228,7 +228,8 @@ def _cut(spectrum: Spectrum, cut: Cut) -> _Merged:
 def in_dtype(change: Change, dtype: torch.dtype) -> Change:
     """``change``, low-rank or whole, with its tensors in ``dtype``: they need no more memory than the file then."""
     if isinstance(change, LowRank):
-        return LowRank(down=change.down.to(dtype), up=change.up.to(dtype), alpha=change.alpha)
+        even = change.evened() if dtype == torch.float16 else change
+        return LowRank(down=even.down.to(dtype), up=even.up.to(dtype), alpha=change.alpha)
     assert isinstance(change, Full)
     return Full(
         diff=None if change.diff is None else change.diff.to(dtype),

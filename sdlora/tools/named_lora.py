@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -52,11 +53,13 @@ class Modules:
         """``lora`` with canonical names.
 
         Raises:
-            LoraFileError: it is of another family, or one of its modules is not among these or has another shape.
+            LoraFileError: it is of another family, or one of its modules is not among these, has another shape, or is there
+                twice.
         """
         if lora.family is not None and lora.family is not self.family:
             raise LoraFileError(f"{lora.path}: a LoRA for {lora.family.title}, expected one for {self.family.title}")
         found = resolve(lora.modules, self.shapes)
+        found.check(lora.path)
         wrong = found.unmatched or tuple(
             key for key, name in found.matched.items() if not lora.modules[key].fits(self.shapes[name])
         )
@@ -174,12 +177,12 @@ def check_new_lora(target: Path) -> None:
     check_target(target)
 
 
-def output_dtype(precision: str, files: list[NamedLora]) -> torch.dtype:
-    """The dtype of a file to write: ``precision``, or with ``auto`` the widest of the ``files``."""
+def output_dtype(precision: str, files: Sequence[LoraFile]) -> torch.dtype:
+    """The dtype of a file to write: ``precision``, or with ``auto`` the narrowest that holds all numbers of ``files``.
+
+    Eight bits become float16: what was computed needs more, and few programs read them.
+    """
     if precision != "auto":
         return getattr(torch, precision)
-    dtypes = [getattr(torch, name) for lora in files for name in lora.file.dtype.split(", ") if name]
-    widest = dtypes[0]
-    for dtype in dtypes[1:]:
-        widest = torch.promote_types(widest, dtype)
-    return widest
+    dtypes = [getattr(torch, name) for file in files for name in file.dtype.split(", ")]
+    return reduce(torch.promote_types, [torch.float16 if dtype.itemsize == 1 else dtype for dtype in dtypes])

@@ -74,7 +74,7 @@ def resize(
     cut = Cut(rank=rank, energy=energy, ratio=ratio)
     with progress_or_bar(progress) as shown:
         modules, (lora,) = read_named([source], base)
-        dtype = output_dtype(precision, [lora])
+        dtype = output_dtype(precision, [lora.file])
         resized: dict[str, Change] = {}
         shares, lost = [], []
         shown.start("Resizing", len(lora.changes))

@@ -19,10 +19,12 @@ from ..data.captions import with_trigger
 from ..errors import ConfigError, SdloraError
 from ..files import write_png
 from ..formats.thumbnail import add_thumbnail
+from ..generation.alternatives import as_text
 from ..generation.grid import labelled_grid
 from ..generation.request import ImageRequest, check_requests
 from ..generation.samplers import read_sampler
 from ..generation.studio import Studio
+from ..generation.wildcards import choose_texts
 from ..progress import Progress
 from .moments import Moments
 from .plan import RunPlan
@@ -79,7 +81,8 @@ def sample_sheet(
     rows = [*earlier.values(), *([final] if final else [])]
     labels = [f"step {step}" for step in earlier] + (["LoRA file"] if final else [])
     shown = [[reduced(image, images=len(rows) * len(row)) for image in row] for row in rows] if earlier else rows
-    return labelled_grid(shown, columns=sample_prompts(plan), row_labels=labels if earlier else ())
+    columns = [request.prompt for request in sample_requests(plan)]
+    return labelled_grid(shown, columns=columns, row_labels=labels if earlier else ())
 
 
 def reduced(image: Image.Image, *, images: int) -> Image.Image:
@@ -123,7 +126,11 @@ def sheet_file(output: Path) -> Path:
 
 
 def sample_requests(plan: RunPlan) -> list[ImageRequest]:
-    """The request of each column of the sheet."""
+    """The request of each column of the sheet, in which alternatives were drawn as ``generate`` does.
+
+    Raises:
+        SdloraError: alternatives that cannot be read.
+    """
     section, size = plan.config.samples, plan.config.samples.size
     sampler, schedule = read_sampler(section.sampler or ImageRequest.sampler, section.schedule)
     request = ImageRequest(
@@ -136,7 +143,7 @@ def sample_requests(plan: RunPlan) -> list[ImageRequest]:
         sampler=sampler,
         schedule=schedule,
     )
-    return [replace(request, prompt=prompt) for prompt in sample_prompts(plan)]
+    return choose_texts([replace(request, prompt=prompt) for prompt in sample_prompts(plan)])
 
 
 def check_samples(plan: RunPlan) -> None:
@@ -152,10 +159,10 @@ def check_samples(plan: RunPlan) -> None:
 
 
 def sample_prompts(plan: RunPlan) -> list[str]:
-    """``samples.prompts``, or the first training captions if it is not set; each with the trigger word."""
+    """``samples.prompts``, or the first training captions, as text, if it is not set; each with the trigger word."""
     prompts = plan.config.samples.prompts
     if prompts is None:
-        return training_captions(plan)[:CAPTIONS_SHOWN]
+        return [as_text(caption) for caption in training_captions(plan)[:CAPTIONS_SHOWN]]
     return [with_trigger(prompt, plan.config.trigger) for prompt in prompts]
 
 
