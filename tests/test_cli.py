@@ -77,7 +77,7 @@ SURFACE = {
             "size",
             "sampler",
         ),
-        *("schedule", "guidance_rescale", "batch_size"),
+        *("schedule", "guidance_rescale", "batch_size", "embedding"),
         *("image", "strength", "mask", "mask_blur", "hires", "hires_strength", "hires_steps", "hires_upscaler"),
         *("scale", "precision", "vae_tiling", "clip_skip", "vae", "out", "as_json"),
     },

@@ -232,6 +232,10 @@ def test_faulty_values_are_named_and_left_out() -> None:
         "Steps: 'many' is not a number; it is left out", "CFG scale: 'x' is not a number; it is left out",
         "Size: 'big' is not WIDTHxHEIGHT; it is left out",
     )  # fmt: skip
+    for seed in (-1, 2**32):
+        found = read(f"a\nSteps: 1, Sampler: Euler, CFG scale: 5, Seed: {seed}, Size: 64x64, RNG: CPU")
+        assert "seed" not in found.options
+        assert found.notes == (f"Seed: {seed} is not from 0 to 4294967295; the seed is random",)
 
 
 def run(*arguments: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 import sdlora
 from sdlora.base.encode import encode_prompts
@@ -208,3 +210,17 @@ def test_the_command_takes_files(tiny_base: Path, tmp_path: Path) -> None:
 
     with Image.open(tmp_path / "made.png") as made:
         assert "TI hashes: " in made.info["parameters"]
+
+
+def test_a_grid_takes_files_and_what_no_prompt_names_is_said(tiny_base: Path, tmp_path: Path) -> None:
+    file = written(tmp_path / "zorb.safetensors", emb_params=vectors(2))
+    given = ["--base", str(tiny_base), "--embedding", str(file), "--steps", "1", "--out", str(tmp_path / "g.png")]
+    result = CliRunner().invoke(app, ["grid", "a zorb fox", "--x", "prompt:zorb,red", *given])
+    assert result.exit_code == 0, result.output
+    (told,) = [line for line in result.stderr.splitlines() if "zorb" in line]
+    assert told == f"{file}: the prompts do not have its word: zorb"
+    one, other = json.loads((tmp_path / "g.cells" / "grid.json").read_text())["cells"]
+    assert ("TI hashes" in one["parameters"], "TI hashes" in other["parameters"]) == (True, False)
+    said: list[str] = []
+    sdlora.generate("a fox", base=tiny_base, negative="Zorb", embeddings=file, steps=1, say=said.append)
+    assert not any("zorb" in line for line in said)

@@ -12,6 +12,7 @@ from .generate_options import (
     BatchSizeOption,
     CfgOption,
     ClipSkipOption,
+    EmbeddingOption,
     HiresOption,
     HiresStepsOption,
     HiresStrengthOption,
@@ -77,6 +78,7 @@ def grid(
     hires_strength: HiresStrengthOption = None,
     hires_steps: HiresStepsOption = None,
     hires_upscaler: HiresUpscalerOption = None,
+    embedding: EmbeddingOption = None,
     scale: Annotated[int, typer.Option(min=1, max=8, help="Enlarge the labelled image.")] = 1,
     precision: PrecisionOption = "auto",
     vae_tiling: VaeTilingOption = False,
@@ -97,6 +99,7 @@ def grid(
     drawing = stated(
         image=image, strength=strength, mask=mask, mask_blur=mask_blur, hires=hires, hires_strength=hires_strength,
         hires_steps=hires_steps, hires_upscaler=hires_upscaler, schedule=schedule, guidance_rescale=guidance_rescale,
+        embeddings=embedding,
     )  # fmt: skip
     section = base_section(path=base, clip_skip=clip_skip, vae=vae)
     made = draw(

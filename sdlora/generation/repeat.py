@@ -17,6 +17,7 @@ from ..formats.recipe import Recipe, parse_recipe, tagged_prompt
 from .a1111_recipe import a1111_differences, a1111_sampler
 from .hires import Hires, find_upscaler
 from .infotext import OWN_SCHEDULE, RESCALE
+from .request import MAX_SEED
 from .samplers import read_sampler
 
 _OURS = "sdlora "
@@ -80,6 +81,9 @@ def repetition(recipe: Recipe, prompt: str) -> Repetition:
         "mask_blur": number("Mask blur", int),
         **_second_pass(fields, number, notes),
     }
+    if options["seed"] is not None and not 0 <= options["seed"] <= MAX_SEED:
+        notes.append(f"Seed: {options['seed']} is not from 0 to {MAX_SEED}; the seed is random")
+        options["seed"] = None
     options["strength"] = None if "hires" in options else number("Denoising strength", float)
     if _is_ours(fields):
         options["sampler"], options["schedule"] = read_sampler(

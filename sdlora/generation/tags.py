@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from ..errors import LoraFileError, SdloraError
 from ..formats.metadata import trigger_words
 from ..formats.recipe import TAG, LoraTag
+from .inversions import used_inversions
 from .lora_choice import LoraChoice
 from .lora_folder import LoraFolder
 from .loras import WeightedLora
@@ -75,8 +76,8 @@ def check_named_once(choices: Sequence[LoraChoice]) -> None:
 def without_effect(request: ImageRequest, loras: Sequence[WeightedLora]) -> list[str]:
     """A sentence on each thing that will have no effect, or hardly any, on the image of ``request``.
 
-    That is a LoRA whose trigger words the prompt lacks altogether, one that begins after the last step, and a negative
-    prompt without guidance.
+    That is a LoRA whose trigger words the prompt lacks altogether, one that begins after the last step, a textual inversion
+    that no prompt names, and a negative prompt without guidance.
     """
     said, passes = _missing_triggers(request.prompt, loras), [request.steps_taken]
     if request.hires is not None:
@@ -84,6 +85,12 @@ def without_effect(request: ImageRequest, loras: Sequence[WeightedLora]) -> list
     for choice in (lora.choice for lora in loras if lora.choice.varies):
         if not any(choice.factor(step, steps) for steps in passes for step in range(steps)):
             said.append(f"{choice.file}: the UNet is not changed in any of {max(passes)} steps: {choice.tag}")
+    used = used_inversions(request)
+    said += [
+        f"{inversion.path}: the prompts do not have its word: {inversion.words[0]}"
+        for inversion in request.inversions
+        if inversion not in used
+    ]
     if request.negative and not request.is_guided:
         said.append("cfg 1 switches guidance off: the negative prompt has no effect")
     return said
