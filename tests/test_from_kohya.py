@@ -159,6 +159,13 @@ def test_rates_and_parts() -> None:
         assert (section.learning_rate, section.text_encoder_learning_rate) == expected, options
 
 
+def test_dropout_and_the_limit_of_norms_are_translated() -> None:
+    section = config_of("--network_dropout 0.1 --scale_weight_norms 1 --network_args module_dropout=.2").lora
+    assert (section.dropout, section.max_norm, section.module_dropout) == (0.1, 1.0, 0.2)
+    section = config_of("--network_dropout 0 --scale_weight_norms 0").lora
+    assert (section.dropout, section.max_norm) == (0.0, None)
+
+
 def test_a_command_line_with_everything() -> None:
     config = config_of(
         "--network_module=networks.lora --optimizer_type=AdamW8bit --optimizer_args weight_decay=0.1 betas=.9,.99 "

@@ -152,8 +152,8 @@ RULES: Mapping[str, Callable[[Any], Settings]] = {
     "gradient_checkpointing": _true(train__gradient_checkpointing=True),
     "gradient_accumulation_steps": _only(1, instead="multiply train.batch_size by it"),
     "huber_scale": _only(1, instead="it must be 1"),
-    "network_dropout": _only(0, instead="it must be 0"),
-    "scale_weight_norms": _only(0, instead="it must be 0"),
+    # As in kohya's trainer, 0 is no limit.
+    "scale_weight_norms": lambda value: {"lora.max_norm": float(number(value))} if number(value) else {},
     "stop_text_encoder_training": lambda value: {"optimizer.text_encoder_stop": number(value)} if number(value) else {},
     "multires_noise_iterations": lambda value: {"objective.multires_noise_iterations": int(number(value))},
     "caption_dropout_every_n_epochs": _only(0, instead="state data.caption_dropout"),
