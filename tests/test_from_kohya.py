@@ -151,6 +151,7 @@ def test_rates_and_parts() -> None:
         "--learning_rate 1e-4 --unet_lr 2e-4": (2e-4, 1e-4),
         "--learning_rate 1e-4 --text_encoder_lr 5e-5": (1e-4, 5e-5),
         "--learning_rate 1e-4 --text_encoder_lr 5e-5 1e-5": (1e-4, (5e-5, 1e-5)),
+        "--learning_rate 1e-4 --text_encoder_lr 5e-5 5e-5": (1e-4, 5e-5),
         "--learning_rate 1e-4 --network_train_unet_only": (1e-4, 0.0),
         "--learning_rate 1e-4 --network_train_text_encoder_only": (0.0, 1e-4),
     }

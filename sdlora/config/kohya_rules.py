@@ -68,7 +68,8 @@ def _module(value: Any) -> Settings:
 def _rates(value: Any) -> Settings:
     words = value if isinstance(value, list) else [value]
     rates = [float(number(word)) for word in words]
-    return {"optimizer.text_encoder_learning_rate": rates if len(rates) > 1 else rates[0]}
+    # kohya_ss writes the same rate twice, for bases with one text encoder too.
+    return {"optimizer.text_encoder_learning_rate": rates if len(set(rates)) > 1 else rates[0]}
 
 
 def arguments_of(value: Any) -> dict[str, Any]:
