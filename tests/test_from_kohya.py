@@ -163,6 +163,7 @@ def test_rates_and_parts() -> None:
 def test_dropout_and_the_limit_of_norms_are_translated() -> None:
     section = config_of("--network_dropout 0.1 --scale_weight_norms 1 --network_args module_dropout=.2").lora
     assert (section.dropout, section.max_norm, section.module_dropout) == (0.1, 1.0, 0.2)
+    assert config_of("--max_grad_norm 0").optimizer.max_grad_norm == 0
     section = config_of("--network_dropout 0 --scale_weight_norms 0").lora
     assert (section.dropout, section.max_norm) == (0.0, None)
 

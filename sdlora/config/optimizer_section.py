@@ -116,8 +116,8 @@ class OptimizerSection(Section):
     """Decay rates of AdamW's means of the gradients and of their squares. torch's default is [0.9, 0.999]."""
     epsilon: Annotated[float, Field(gt=0, lt=1)] = 1e-8
     """What AdamW adds to the root of the mean square; ``eps`` in torch."""
-    max_grad_norm: Annotated[float, Field(gt=0), Setting(kohya="max_grad_norm")] = 1.0
-    """Gradients are scaled down to this norm, over all modules together."""
+    max_grad_norm: Annotated[float, Field(ge=0), Setting(kohya="max_grad_norm")] = 1.0
+    """Gradients are scaled down to this norm, over all modules together; 0 leaves them as they are."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay rate of an average of the weights over the steps, such as 0.999, which is then saved, sampled and validated in
     place of the last weights. At step n it is at most (1 + n) / (10 + n), so that the first weights are soon forgotten. 0

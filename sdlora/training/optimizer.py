@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -76,7 +77,7 @@ class GuardedAdamW:
     def step(self, step: int, accelerator: Accelerator | None = None) -> None:
         """Apply the parameters' gradients at the rates of ``step`` (from 0), clipped to ``max_grad_norm`` together.
 
-        With several processes, known from ``accelerator``, their gradients are first summed in place.
+        A limit of 0 is none. With several processes, known from ``accelerator``, their gradients are first summed in place.
         """
         for parameter, end in self._ends.items():
             if step >= end:
@@ -89,7 +90,7 @@ class GuardedAdamW:
         finite = norm.isfinite()
         if self._scale is not None:
             norm = norm / self._scale.value
-        factor = (self._section.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        factor = ((self._section.max_grad_norm or math.inf) / (norm + 1e-6)).clamp(max=1.0)
         if self._scale is not None:
             factor = factor / self._scale.value
         torch._foreach_mul_(gradients, factor)
