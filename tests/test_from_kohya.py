@@ -151,6 +151,7 @@ def test_rates_and_parts() -> None:
         "--learning_rate 1e-4 --unet_lr 2e-4": (2e-4, 1e-4),
         "--learning_rate 1e-4 --text_encoder_lr 5e-5": (1e-4, 5e-5),
         "--learning_rate 1e-4 --text_encoder_lr 5e-5 1e-5": (1e-4, (5e-5, 1e-5)),
+        "--learning_rate 1e-4 --text_encoder_lr 5e-5 5e-5": (1e-4, 5e-5),
         "--learning_rate 1e-4 --network_train_unet_only": (1e-4, 0.0),
         "--learning_rate 1e-4 --network_train_text_encoder_only": (0.0, 1e-4),
     }
@@ -162,6 +163,13 @@ def test_rates_and_parts() -> None:
 def test_gradients_that_kohya_does_not_clip_are_not_clipped() -> None:
     assert config_of("--max_grad_norm 0").optimizer.max_grad_norm == 0
     assert config_of("").optimizer.max_grad_norm == 1
+
+
+def test_dropout_and_the_limit_of_norms_are_translated() -> None:
+    section = config_of("--network_dropout 0.1 --scale_weight_norms 1 --network_args module_dropout=.2").lora
+    assert (section.dropout, section.max_norm, section.module_dropout) == (0.1, 1.0, 0.2)
+    section = config_of("--network_dropout 0 --scale_weight_norms 0").lora
+    assert (section.dropout, section.max_norm) == (0.0, None)
 
 
 def test_a_command_line_with_everything() -> None:
@@ -213,6 +221,54 @@ def test_files_say_the_same_as_a_command_line(tmp_path: Path) -> None:
     toml.write_text(toml.read_text().replace("network_dim = 8", "network_dim = 8000"))
     with pytest.raises(ConfigError, match=rf"{toml}:2 \(network_dim\): lora.rank = 8000: must be at most 1024"):
         config_of(source=str(toml))
+
+
+def saved_config(folder: Path, **fields: object) -> Config:
+    file = folder / "saved.json"
+    file.write_text(json.dumps({"train_data_dir": "i", "max_resolution": "512,512", "output_name": "x"} | fields))
+    return config_of(source=str(file))
+
+
+def test_what_kohya_ss_saves_is_what_it_would_start(tmp_path: Path) -> None:
+    """``train_model`` in kohya_gui/lora_gui.py, which has these fields for every model and kind."""
+    config = saved_config(
+        tmp_path, sdxl_no_half_vae=True, train_on_input=True, use_cp=True, weighting_scheme="logit_normal", t5xxl="x",
+        noise_offset_type="Multires", noise_offset=0.1, adaptive_noise_scale=0.00357, multires_noise_iterations=6,
+        stop_text_encoder_training=30, epoch=1, max_train_steps=1600, lr_scheduler="cosine_with_restarts",
+        optimizer_args='"weight_decay=0.2"', xformers="sdpa", flux1_checkbox=False, guidance_scale=3.5,
+    )  # fmt: skip
+    assert (config.train.steps, config.train.epochs, config.base.attention) == (1600, None, "sdpa")
+    assert (config.objective.noise_offset, config.objective.multires_noise_iterations) == (0, 6)
+    assert config.optimizer.text_encoder_stop is None
+    assert dict(config.optimizer.arguments) == {"weight_decay": 0.2}
+    for steps in (0, "", "0"):
+        config = saved_config(tmp_path, epoch=3, max_train_steps=steps, lr_scheduler_num_cycles="", xformers="none")
+        assert (config.train.epochs, config.optimizer.schedule_cycles, config.base.attention) == (3, 3, "auto")
+    config = saved_config(tmp_path, noise_offset_type="Original", noise_offset=0.1, multires_noise_iterations=6)
+    assert (config.objective.noise_offset, config.objective.multires_noise_iterations) == (0.1, 0)
+    config = saved_config(tmp_path, learning_rate=1e-4, unet_lr=0, text_encoder_lr=0, xformers="xformers")
+    assert (config.optimizer.learning_rate, config.optimizer.text_encoder_learning_rate) == (1e-4, 1e-4)
+    assert config.base.attention == "xformers"
+
+
+def test_fields_of_kohya_ss_that_cannot_be_followed(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"saved.json: flux1_checkbox is set; only Stable Diffusion"):
+        saved_config(tmp_path, flux1_checkbox=True)
+    with pytest.raises(ConfigError, match=r"unet_lr = 'fast'"):
+        saved_config(tmp_path, unet_lr="fast")
+    with pytest.raises(ConfigError, match="down_lr_weight"):
+        saved_config(tmp_path, down_lr_weight="0,1")
+
+
+def test_the_length_in_a_toml_file_that_kohya_ss_wrote(tmp_path: Path) -> None:
+    """It states its own ``epoch`` and ``noise_offset_type`` beside the trainer's options, which the trainer ignores."""
+    file = tmp_path / "k.toml"
+    options = 'train_data_dir = "i"\nresolution = 512\noutput_name = "x"\nepoch = 1\nnoise_offset_type = "Original"\n'
+    file.write_text(options + "max_train_steps = 800\n")
+    config = config_of(source=str(file))
+    assert (config.train.steps, config.train.epochs) == (800, None)
+    file.write_text(options)
+    assert any("epoch = 1 cannot be followed" in problem for problem in problems_of(str(file)))
 
 
 def test_all_that_cannot_be_followed_is_refused_by_name() -> None:

@@ -178,6 +178,17 @@ def test_steps_are_those_of_its_own_class(name: str) -> None:
         assert (other - start).abs().max() > 2e-6
 
 
+def test_a_norm_of_0_is_no_limit() -> None:
+    """As ``max_grad_norm`` of kohya's trainer, which clips where it is not 0."""
+    trained = {}
+    for most in (0, 1e30, 1e-2):
+        optimizer, made = guarded("adamw", max_grad_norm=most)
+        do_steps(optimizer, made, 0, 3)
+        trained[most] = torch.cat([each.detach() for each in made])
+    assert torch.equal(trained[0], trained[1e30])
+    assert not torch.equal(trained[0], trained[1e-2])
+
+
 def test_adamw_in_8_bits_is_that_of_bitsandbytes() -> None:
     library = pytest.importorskip("bitsandbytes", reason="needs the extra quant")
     optimizer, made = guarded("adamw8bit", weight_decay=0.1, betas=(0.8, 0.95), schedule="constant", max_grad_norm=99.0)

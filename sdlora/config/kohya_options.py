@@ -11,31 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from .kohya_gui import saved_options
 from .toml_file import place, read_toml
 
 SCRIPTS = ("train_network.py", "sdxl_train_network.py")
 """The scripts of kohya's trainer that train a LoRA for Stable Diffusion."""
-GUI_NAMES = {
-    "optimizer": "optimizer_type",
-    "max_resolution": "resolution",
-    "epoch": "max_train_epochs",
-    "LoRA_type": "network_module",
-    "lr_warmup": "lr_warmup_percent",
-    "xformers_attention": "xformers",
-    "caption_ext": "caption_extension",
-}
-"""Key of a configuration that kohya_ss saves -> option of the trainer, where they differ."""
-
-
-GUI_ONLY = frozenset({
-    "LyCORIS_preset", "additional_parameters", "block_lr_zero_threshold", "constrain", "dynamo_mode",
-    "dynamo_use_dynamic", "dynamo_use_fullgraph", "extra_accelerate_launch_args", "factor", "folders", "gpu_ids",
-    "main_process_port", "model_list", "multi_gpu", "noise_offset_type", "num_cpu_threads_per_process", "num_machines",
-    "num_processes", "sdxl", "unit", "v2",
-})  # fmt: skip
-"""Keys of a configuration that kohya_ss saves which are no options of the trainer, or of another kind of LoRA alone."""
-_ZERO_IS_A_VALUE = ("text_encoder_lr", "unet_lr", "learning_rate")
-"""In such a configuration every other number 0 means that the option is not stated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +65,7 @@ def _file_options(path: Path) -> list[KohyaOption]:
             raise ConfigError(f"{path}: cannot be read as JSON ({error})") from None
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: expected a JSON object of settings")
-        return _saved_options(values, str(path))
+        return [_option(name, value, str(path)) for name, value in saved_options(values, str(path)).items()]
     if path.suffix.lower() != ".toml":
         try:
             return list(_command_options(path.read_text(encoding="utf-8-sig"), str(path)))
@@ -97,28 +77,11 @@ def _file_options(path: Path) -> list[KohyaOption]:
         # As kohya's trainer does: tables only group the options.
         inner = value if isinstance(value, dict) else {name: value}
         outer = [name] if isinstance(value, dict) else []
-        found += [
-            _option(GUI_NAMES.get(key, key), each, place(str(path), text, [*outer, key])) for key, each in inner.items()
-        ]
-    return found
-
-
-def _saved_options(values: dict[str, Any], where: str) -> list[KohyaOption]:
-    """What kohya_ss saves: every field of its window, also those of other kinds of LoRA."""
-    unused = set(GUI_ONLY)
-    if values.get("LoRA_type", "Standard") == "Standard":
-        unused |= {"conv_dim", "conv_alpha"}
-    zero = {
-        name
-        for name, value in values.items()
-        if value in (0, "0") and not isinstance(value, bool) and name not in _ZERO_IS_A_VALUE
-    }
-    rates = ("text_encoder_lr", "unet_lr")
-    if all(float(values.get(name) or 0) == 0 for name in rates if not isinstance(values.get(name), list)):
-        zero |= set(rates)
-    return [
-        _option(GUI_NAMES.get(name, name), value, where) for name, value in values.items() if name not in unused | zero
-    ]
+        found += [_option(key, each, place(str(path), text, [*outer, key])) for key, each in inner.items()]
+    lengths = {"max_train_steps", "max_train_epochs"} & {option.name for option in found}
+    # kohya_ss writes these too into the file that it starts the trainer with; they are no options of it.
+    unread = {"noise_offset_type", "epoch"} if lengths else {"noise_offset_type"}
+    return [option for option in found if option.name not in unread]
 
 
 def _option(name: str, value: Any, where: str) -> KohyaOption:

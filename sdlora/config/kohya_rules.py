@@ -68,7 +68,8 @@ def _module(value: Any) -> Settings:
 def _rates(value: Any) -> Settings:
     words = value if isinstance(value, list) else [value]
     rates = [float(number(word)) for word in words]
-    return {"optimizer.text_encoder_learning_rate": rates if len(rates) > 1 else rates[0]}
+    # kohya_ss writes the same rate twice, for bases with one text encoder too.
+    return {"optimizer.text_encoder_learning_rate": rates if len(set(rates)) > 1 else rates[0]}
 
 
 def arguments_of(value: Any) -> dict[str, Any]:
@@ -152,8 +153,8 @@ RULES: Mapping[str, Callable[[Any], Settings]] = {
     "gradient_checkpointing": _true(train__gradient_checkpointing=True),
     "gradient_accumulation_steps": _only(1, instead="multiply train.batch_size by it"),
     "huber_scale": _only(1, instead="it must be 1"),
-    "network_dropout": _only(0, instead="it must be 0"),
-    "scale_weight_norms": _only(0, instead="it must be 0"),
+    # As in kohya's trainer, 0 is no limit.
+    "scale_weight_norms": lambda value: {"lora.max_norm": float(number(value))} if number(value) else {},
     "stop_text_encoder_training": lambda value: {"optimizer.text_encoder_stop": number(value)} if number(value) else {},
     "multires_noise_iterations": lambda value: {"objective.multires_noise_iterations": int(number(value))},
     "caption_dropout_every_n_epochs": _only(0, instead="state data.caption_dropout"),
