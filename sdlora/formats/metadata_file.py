@@ -45,9 +45,9 @@ def write_metadata(source: Path, target: Path, metadata: Mapping[str, str], *, h
         LoraFileError: ``source`` is missing, damaged or not safetensors, or ``target`` is another file that exists.
         TargetError: ``target`` cannot be written.
     """
+    check_target(target)
     if target.exists() and source.exists() and not target.samefile(source):
         raise LoraFileError(f"{target}: exists already; choose another name, or that of {source} itself")
-    check_target(target)
     header = read_header(source, LoraFileError)
     payload = source.read_bytes()[header.payload_start :]
     metadata = dict(metadata)
