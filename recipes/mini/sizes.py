@@ -55,7 +55,7 @@ def sizes_for(device: torch.device, *, seconds: float | None, small: bool) -> Si
         )  # fmt: skip
     if device.type == "cpu":
         return Sizes(
-            device=device, pool=20_000, variants=24, vae_steps=9_000, vae_batch=24, text_steps=1_500, text_batch=48,
+            device=device, pool=20_000, variants=24, vae_steps=6_000, vae_batch=24, text_steps=1_500, text_batch=48,
             unet_steps=8_000, unet_batch=32, **limits,
         )  # fmt: skip
     return Sizes(
