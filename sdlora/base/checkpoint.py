@@ -65,6 +65,11 @@ class BaseCheckpoint:
         }
 
 
+def base_path(name: str | Path) -> Path:
+    """Where a base lies that a user calls ``name``: ``mini``, or a path."""
+    return MINI_FOLDER if str(name) == MINI else Path(name)
+
+
 def find_base(base: str | BaseSection) -> BaseCheckpoint:
     """Examine a base without loading it: ``mini``, a diffusers folder, or a checkpoint file.
 
@@ -72,7 +77,7 @@ def find_base(base: str | BaseSection) -> BaseCheckpoint:
         BaseModelError: it is missing, incomplete, damaged or not supported; the message says what to do.
     """
     section = BaseSection(path=base) if isinstance(base, str) else base
-    path = MINI_FOLDER if section.path == MINI else Path(section.path)
+    path = base_path(section.path)
     found = detect_checkpoint(path)
     family = found.require_family()
     encoders = [facts.part for facts in family.text_encoders]

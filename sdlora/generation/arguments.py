@@ -11,7 +11,7 @@ from ..errors import BaseModelError, LoraFileError, SdloraError
 from .hires import hires_pass
 from .inversions import EmbeddingArgument, read_inversions
 from .loras import LoraChoice
-from .numbers import is_whole
+from .numbers import count_problems, is_whole
 from .prompt_file import PromptLine
 from .request import ImageRequest, first_seed
 from .samplers import read_sampler
@@ -140,8 +140,7 @@ def image_requests(
     problems = _no_texts(negative=negative, sampler=sampler, schedule="" if schedule is None else schedule)
     if not texts or not all(isinstance(text, str | PromptLine) for text in texts):
         problems.append(f"prompts {prompts!r}: expected a text, or a list of at least one")
-    if not is_whole(count) or count < 1:
-        problems.append(f"count {count!r}: expected a whole number, at least 1")
+    problems += count_problems(count=count)
     sides: Any = (size, size) if isinstance(size, int) else size
     if sides is not None and not (isinstance(sides, Sequence) and len(sides) == 2 and all(map(is_whole, sides))):
         problems.append(f"size {size!r}: expected pixels, 512 or (512, 768) for width and height")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..errors import SdloraError
-from .numbers import is_number, is_whole
+from .numbers import count_problems, is_number
 
 MAX_SCALE = 8
 
@@ -89,8 +89,8 @@ def hires_pass(scale: float | None, *, strength: float | None, steps: int | None
         problems.append(f"hires {scale!r}: expected a factor above 1 and at most {MAX_SCALE}")
     if strength is not None and (not is_number(strength) or not 0 < strength <= 1):
         problems.append(f"hires_strength {strength!r}: expected a number above 0 and at most 1")
-    if steps is not None and (not is_whole(steps) or steps < 1):
-        problems.append(f"hires_steps {steps!r}: expected a whole number, at least 1")
+    if steps is not None:
+        problems += count_problems(hires_steps=steps)
     chosen = find_upscaler(Hires.upscaler if upscaler is None else str(upscaler))
     if chosen is None:
         problems.append(f"hires_upscaler {upscaler!r} is unknown; choose one of {', '.join(UPSCALERS)}")

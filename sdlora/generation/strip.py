@@ -8,7 +8,7 @@ from itertools import product
 from ..errors import SdloraError
 from .lora_choice import LoraChoice
 from .loras import WeightedLora
-from .numbers import check_scale, is_number
+from .numbers import check_counts, is_number
 
 STRENGTHS = (0.0, 0.5, 1.0)
 """Columns of a strip by default: what the weights of each LoRA are multiplied by."""
@@ -22,7 +22,7 @@ def check_columns(choices: Sequence[LoraChoice], strengths: Sequence[float], sca
     """
     if not strengths or not all(map(is_number, strengths)):
         raise SdloraError(f"strengths {strengths!r}: expected numbers, at least one, such as {STRENGTHS}")
-    check_scale(scale)
+    check_counts(scale=scale)
     for choice, strength in product(choices, strengths):
         choice.times(strength).check(f"{choice.file} at strength {strength:g}")
 

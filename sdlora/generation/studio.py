@@ -31,7 +31,7 @@ from .arguments import (
 )
 from .grid import labelled_grid
 from .loras import FittedLora, WeightedLora, fit_loras
-from .numbers import is_whole
+from .numbers import check_counts
 from .prompt_folders import PromptFolders
 from .prompt_syntax import check_syntax
 from .request import ImageRequest, check_requests
@@ -81,8 +81,8 @@ class OpenStudio:
         batch_size: int | None = None,
         folders: PromptFolders | None = None,
     ):
-        if batch_size is not None and (not is_whole(batch_size) or batch_size < 1):
-            raise SdloraError(f"batch_size {batch_size!r}: expected a whole number, at least 1")
+        if batch_size is not None:
+            check_counts(batch_size=batch_size)
         self._checkpoint, self._folders = checkpoint, folders or PromptFolders()
         self._precision, self._vae_tiling, self._batch_size = precision, vae_tiling, batch_size
         self._base: Base | None = None
@@ -140,7 +140,7 @@ class OpenStudio:
         by_choice = dict(zip(choices, studio.loras, strict=True))
         drawn = [[by_choice[choice] for choice in (*common, *entry.loras)] for entry in tagged]
         cells = list(zip(requests, drawn, strict=True))
-        for line in dict.fromkeys(line for request, some in cells for line in without_effect(request, some)):
+        for line in without_effect(cells):
             say(line)
         return images_in_turn(studio, cells, progress=progress, stop=stop, on_image=on_image)
 
@@ -167,10 +167,11 @@ class OpenStudio:
             prompts, seed=seed, count=1, size=size, negative=negative, steps=steps, cfg=cfg, sampler=sampler,
             **sampling,
         )  # fmt: skip
-        check_columns(lora_choices(loras), strengths, scale)
+        choices = lora_choices(loras)
+        check_columns(choices, strengths, scale)
         requests = choose_texts(requests)
         check_syntax((request.prompt for request in requests), (request.negative for request in requests))
-        studio = self.prepared(requests, loras, say)
+        studio = self.prepared(requests, choices, say)
         columns = strip_columns(studio.loras, strengths)
         cells = [(request, shown) for _, shown in columns for request in requests]
         images = images_in_turn(studio, cells, progress=progress, stop=stop)

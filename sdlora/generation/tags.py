@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from ..errors import LoraFileError, SdloraError
@@ -73,12 +73,16 @@ def check_named_once(choices: Sequence[LoraChoice]) -> None:
         )
 
 
-def without_effect(request: ImageRequest, loras: Sequence[WeightedLora]) -> list[str]:
-    """A sentence on each thing that will have no effect, or hardly any, on the image of ``request``.
+def without_effect(cells: Iterable[tuple[ImageRequest, Sequence[WeightedLora]]]) -> list[str]:
+    """A sentence, once, on each thing that will have no effect, or hardly any, on an image of ``cells``.
 
     That is a LoRA whose trigger words the prompt lacks altogether, one that begins after the last step, a textual inversion
     that no prompt names, and a negative prompt without guidance.
     """
+    return list(dict.fromkeys(line for request, loras in cells for line in _without_effect(request, loras)))
+
+
+def _without_effect(request: ImageRequest, loras: Sequence[WeightedLora]) -> list[str]:
     said, passes = _missing_triggers(request.prompt, loras), [request.steps_taken]
     if request.hires is not None:
         passes.append(request.hires.steps_taken(request.steps))

@@ -70,7 +70,7 @@ def draw_cells(
     prepared = studio.prepared([cell.request for cell in ordered], choices, say)
     by_choice = dict(zip(choices, prepared.loras, strict=True))
     own = [(cell.request, [by_choice[choice] for choice in cell.loras]) for cell in ordered]
-    for line in dict.fromkeys(line for request, loras in own for line in without_effect(request, loras)):
+    for line in without_effect(own):
         say(line)
     written: list[Path] = []
     waiting = iter(ordered)

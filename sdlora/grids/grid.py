@@ -17,7 +17,7 @@ from ..config.sections import BaseSection
 from ..errors import SdloraError
 from ..files import check_target, write_whole
 from ..generation.arguments import DrawingOptions, LoraArgument, base_argument, image_requests, lora_choices
-from ..generation.numbers import check_scale
+from ..generation.numbers import check_counts
 from ..generation.prompt_folders import PromptFolders
 from ..generation.prompt_syntax import check_syntax
 from ..generation.request import ImageRequest
@@ -99,7 +99,7 @@ def grid(
     """
     file = _target(out)
     axes = read_axes({"x": x, "y": y, "z": z})
-    check_scale(scale)
+    check_counts(scale=scale)
     if not isinstance(prompt, str):
         raise SdloraError(f"prompt is a {type(prompt).__name__}; expected a text; for several, an axis prompt")
     if seed is None or seed < 0:

@@ -14,7 +14,6 @@ from .attaching import put_in_place
 from .change import Change
 from .dropout import AdapterDropout, DropoutRates
 from .max_norm import limit_norm
-from .relative_trainable import TrainableRelative
 from .trainable import Trainable
 
 Group = TypeVar("Group", bound=Hashable)
@@ -115,7 +114,6 @@ class Adapter(Generic[Group]):
         return {
             f"fixed.{name}.{key}": tensor
             for name, trainable in self._trainables.items()
-            if isinstance(trainable, TrainableRelative)
             for key, tensor in trainable.fixed.items()
         }
 

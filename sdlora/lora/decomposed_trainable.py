@@ -27,6 +27,11 @@ class TrainableDecomposed:
     direction: TrainableLowRank
 
     @property
+    def fixed(self) -> Mapping[str, Tensor]:
+        """See ``Trainable``."""
+        return self.direction.fixed
+
+    @property
     def module(self) -> FrozenLayer:
         """See ``Trainable``."""
         return self.direction.module

@@ -13,7 +13,7 @@ from .computed_layer import ComputedLayer
 from .dropout import ModuleDropout
 from .kinds import Hadamard
 from .start_values import normal
-from .trainable import like_of
+from .trainable import NOTHING_FIXED, like_of
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -24,6 +24,11 @@ class TrainableHadamard:
     rank: int
     alpha: float
     dropout: ModuleDropout | None = None
+
+    @property
+    def fixed(self) -> Mapping[str, Tensor]:
+        """See ``Trainable``."""
+        return NOTHING_FIXED
 
     @property
     def like(self) -> Tensor:

@@ -13,7 +13,7 @@ from .computed_layer import ComputedLayer
 from .dropout import ModuleDropout
 from .kinds import Kronecker
 from .start_values import kaiming_uniform
-from .trainable import like_of
+from .trainable import NOTHING_FIXED, like_of
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -30,6 +30,11 @@ class TrainableKronecker:
     factor: int
     """See ``divided``."""
     dropout: ModuleDropout | None = None
+
+    @property
+    def fixed(self) -> Mapping[str, Tensor]:
+        """See ``Trainable``."""
+        return NOTHING_FIXED
 
     @property
     def like(self) -> Tensor:

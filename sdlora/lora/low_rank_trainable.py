@@ -13,7 +13,7 @@ from .layers import LoraLinear
 from .low_rank import LowRank
 from .low_rank_layer import LowRankLayer
 from .start_values import kaiming_uniform, normal
-from .trainable import like_of
+from .trainable import NOTHING_FIXED, like_of
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -26,6 +26,11 @@ class TrainableLowRank:
     dropout: ModuleDropout | None = None
     gaussian: bool = False
     """Whether ``down`` starts from N(0, 1 / rank²), as peft's ``gaussian``."""
+
+    @property
+    def fixed(self) -> Mapping[str, Tensor]:
+        """See ``Trainable``."""
+        return NOTHING_FIXED
 
     @property
     def like(self) -> Tensor:

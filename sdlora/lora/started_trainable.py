@@ -37,6 +37,11 @@ class StartedTrainable:
         """``down`` and ``up``, as ``fresh`` has them."""
         return self.fresh.shapes
 
+    @property
+    def fixed(self) -> Mapping[str, Tensor]:
+        """See ``Trainable``."""
+        return self.fresh.fixed
+
     def start(self, name: str, seed: int) -> dict[str, Tensor]:
         """See ``Trainable``.
 

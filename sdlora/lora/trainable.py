@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 from .adapted_layer import FrozenLayer
 from .change import Change
 from .quantized import QuantizedLinear
+
+NOTHING_FIXED: Mapping[str, Tensor] = MappingProxyType({})
+"""``Trainable.fixed`` of most kinds."""
 
 
 class Trainable(Protocol):
@@ -27,6 +31,13 @@ class Trainable(Protocol):
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Name -> shape of each trained tensor, in a fixed order."""
+
+    @property
+    def fixed(self) -> Mapping[str, Tensor]:
+        """Name -> live tensor that ``layer`` computes with besides what is trained, contiguous, of the dtype of ``like``.
+
+        A part of the state of a run: what another device or machine computes in its place may differ.
+        """
 
     def start(self, name: str, seed: int) -> Mapping[str, Tensor]:
         """Start values, float32, as a function of ``seed`` and the module's canonical ``name``; those left out are zero."""

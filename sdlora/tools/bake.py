@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from ..base.checkpoint import MINI, MINI_FOLDER, BaseCheckpoint, find_base
+from ..base.checkpoint import BaseCheckpoint, base_path, find_base
 from ..errors import BaseModelError, LoraFileError
 from ..files import check_target, whole_file, whole_folder
 from ..formats.safetensors_file import encode_header
@@ -87,7 +87,7 @@ def bake(
             with whole_file(target) as partial:
                 _write(file, partial, places[file], _metadata(file, fitted), shown)
         else:
-            _bake_folder(MINI_FOLDER if str(base) == MINI else Path(base), target, places, fitted, shown)
+            _bake_folder(base_path(base), target, places, fitted, shown)
     return Bake(
         output=str(target),
         family=checkpoint.family.name,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base.checkpoint import MINI, MINI_FOLDER, BaseCheckpoint, find_base
+from ..base.checkpoint import BaseCheckpoint, base_path, find_base
 from ..base.detect import detect_checkpoint
 from ..base.parts import Part
 from ..errors import CompatibilityError, LoraFileError
@@ -76,7 +76,7 @@ def extract(
     cut = _cut(rank, energy)
     with progress_or_bar(progress) as shown:
         checkpoint = find_base(str(base))
-        parts = _tuned_parts(checkpoint, MINI_FOLDER if str(tuned) == MINI else Path(tuned))
+        parts = _tuned_parts(checkpoint, base_path(tuned))
         dtype, shapes = getattr(torch, precision), checkpoint.module_shapes()
         modules: dict[str, Change] = {}
         same, kept, whole, other = 0, 0.0, 0.0, []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from ..base.checkpoint import MINI, MINI_FOLDER
+from ..base.checkpoint import MINI, base_path
 from ..base.detect import DetectedCheckpoint, detect_checkpoint
 from ..errors import LoraFileError
 from ..families import PART_TITLES, PARTS
@@ -40,7 +40,7 @@ def _inspect(path: str, hashes: bool, progress: Progress) -> InspectReport:
     if (file / "adapter_config.json").is_file():
         return lora_report(read_lora(file))
     if path == MINI or file.is_dir():
-        return _checkpoint_report(detect_checkpoint(MINI_FOLDER if path == MINI else file), name=file.name, hashes=None)
+        return _checkpoint_report(detect_checkpoint(base_path(path)), name=file.name, hashes=None)
     opened = open_tensor_file(file, LoraFileError)
     if is_lora(opened.tensors):
         return lora_report(lora_in(opened))
