@@ -28,7 +28,8 @@ from .latents import encode_all, standardise
 from .measure import measure
 from .sizes import sizes_for
 from .sources import held_out_emoji, held_out_sources
-from .text import new_tokenizer, train_text_encoder
+from .start import Start
+from .text import train_text_encoder
 from .unet import train_unet
 from .vae import train_vae
 
@@ -40,6 +41,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, help="limit of the trainings together (default: none)")
     parser.add_argument("--small", action="store_true", help="a trial of every stage")
+    parser.add_argument(
+        "--start-from", type=Path, help="folder of a base of this recipe to go on from (default: nothing)"
+    )
     parser.add_argument("--to", type=Path, default=MINI_FOLDER, help="folder of the base (default: the embedded one)")
     parser.add_argument("--no-measure", action="store_true", help="leave the measures out")
     parser.add_argument("--measure", action="store_true", help="only measure the base in the folder")
@@ -49,19 +53,21 @@ def main() -> None:
         arguments.work.mkdir(parents=True, exist_ok=True)
         torch.backends.cudnn.benchmark = True
         sizes = sizes_for(torch.device(arguments.device), seconds=arguments.seconds, small=arguments.small)
+        if arguments.start_from is not None:
+            sizes = replace(sizes, rate=0.5)
         places = ["--art", str(arguments.art), "--work", str(arguments.work)]
         amounts = ["--pool", str(sizes.pool), "--variants", str(sizes.variants)]
         subprocess.run([sys.executable, "-m", "recipes.mini.draw", *places, *amounts], check=True)
         began = time.monotonic()
         pool, composed = (np.load(arguments.work / f"{name}.npy", mmap_mode="r") for name in ("pool", "composed"))
-        vae = standardise(train_vae(pool, arguments.work, sizes), composed)
+        start = Start.new(arguments.art) if arguments.start_from is None else Start.of(arguments.start_from)
+        vae = standardise(train_vae(start.vae, pool, arguments.work, sizes), composed)
         latents = encode_all(vae, composed, arts, arguments.art, arguments.work, sizes)
-        tokenizer = new_tokenizer(arguments.art)
-        encoder = train_text_encoder(tokenizer, latents, arguments.work, sizes)
+        encoder = train_text_encoder(start.text_encoder, start.tokenizer, latents, arguments.work, sizes)
         if arguments.seconds is not None:
             sizes = replace(sizes, unet_seconds=arguments.seconds - (time.monotonic() - began))
-        unet = train_unet(encoder, tokenizer, latents, arguments.work, sizes)
-        export(arguments.to, vae, encoder, unet, tokenizer)
+        unet = train_unet(start.unet, encoder, start.tokenizer, latents, arguments.work, sizes)
+        export(arguments.to, vae, encoder, unet, start.tokenizer)
 
     def draw(prompts: list[str], seed: int) -> list[Image.Image]:
         generated = generate(prompts, base=str(arguments.to), seed=seed, precision="float32")

@@ -38,6 +38,8 @@ class Sizes:
     vae_seconds: float = float("inf")
     text_seconds: float = float("inf")
     unet_seconds: float = float("inf")
+    rate: float = 1.0
+    """Of the usual learning rates: less where the parts are trained already."""
 
 
 def sizes_for(device: torch.device, *, seconds: float | None, small: bool) -> Sizes:

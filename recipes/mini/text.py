@@ -59,6 +59,7 @@ def new_tokenizer(node_modules: Path) -> CLIPTokenizer:
 
 
 def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    torch.manual_seed(SEED)
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -102,11 +103,11 @@ def numbered(words: list[str]) -> tuple[list[str], Tensor]:
     return known, torch.tensor([known.index(word) for word in words])
 
 
-def train_text_encoder(tokenizer: CLIPTokenizer, latents: Latents, work: Path, sizes: Sizes) -> CLIPTextModel:
+def train_text_encoder(
+    encoder: CLIPTextModel, tokenizer: CLIPTokenizer, latents: Latents, work: Path, sizes: Sizes
+) -> CLIPTextModel:
     """Train, or load ``work/text.pt``; returns the frozen text encoder."""
-    torch.manual_seed(SEED)
-    device, batch = sizes.device, sizes.text_batch
-    encoder = new_text_encoder(tokenizer)
+    device, batch, peak = sizes.device, sizes.text_batch, PEAK_RATE * sizes.rate
     checkpoint = work / "text.pt"
     if checkpoint.exists():
         encoder.load_state_dict(torch.load(checkpoint, weights_only=True))
@@ -120,9 +121,7 @@ def train_text_encoder(tokenizer: CLIPTokenizer, latents: Latents, work: Path, s
     }
     pooled = F.adaptive_avg_pool2d(latents.values, POOLED).flatten(1).to(device)
     tables, budget = token_tables(tokenizer, latents), Budget(steps=sizes.text_steps, seconds=sizes.text_seconds)
-    optimizer = torch.optim.AdamW(
-        [*encoder.parameters(), *heads.parameters()], PEAK_RATE, weight_decay=0.01, fused=True
-    )
+    optimizer = torch.optim.AdamW([*encoder.parameters(), *heads.parameters()], peak, weight_decay=0.01, fused=True)
     step = 0
     while (share := budget.share(step)) < 1:
         rng = np.random.default_rng([SEED, step])
@@ -132,7 +131,7 @@ def train_text_encoder(tokenizer: CLIPTokenizer, latents: Latents, work: Path, s
         ends = (ids == tokenizer.eos_token_id).int().argmax(1).numpy()
         positions = torch.from_numpy(rng.integers(ends, TOKENS)).to(device)
         for group in optimizer.param_groups:
-            group["lr"] = cosine_rate(share, step, PEAK_RATE, WARMUP)
+            group["lr"] = cosine_rate(share, step, peak, WARMUP)
         with lowered(device):
             hidden = encoder(ids.to(device)).last_hidden_state[torch.arange(batch, device=device), positions].float()
         loss = F.smooth_l1_loss(heads.image(hidden), pooled[torch.from_numpy(rows).to(device)])

@@ -37,6 +37,7 @@ def alphas_cumprod() -> Tensor:
 
 
 def new_unet() -> UNet2DConditionModel:
+    torch.manual_seed(SEED)
     return UNet2DConditionModel(
         sample_size=16,
         in_channels=4,
@@ -146,14 +147,14 @@ class Workers:
 
 
 def train_unet(
-    encoder: CLIPTextModel, tokenizer: CLIPTokenizer, latents: Latents, work: Path, sizes: Sizes
-) -> UNet2DConditionModel:
+    unet: UNet2DConditionModel, encoder: CLIPTextModel, tokenizer: CLIPTokenizer, latents: Latents, work: Path,
+    sizes: Sizes,
+) -> UNet2DConditionModel:  # fmt: skip
     """Train, or resume from ``work/unet.pt``; returns the averaged weights. All draws are functions of (seed, step)."""
-    torch.manual_seed(SEED)
-    device, batch = sizes.device, sizes.unet_batch
-    unet = new_unet().to(device).train()
+    device, batch, peak = sizes.device, sizes.unet_batch, LEARNING_RATE * sizes.rate
+    unet = unet.to(device).train()
     average = copy.deepcopy(unet).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(unet.parameters(), LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(unet.parameters(), peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     checkpoint, first, spent = work / "unet.pt", 0, 0.0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True, map_location=device)
@@ -177,7 +178,7 @@ def train_unet(
         strata = (rng.permutation(batch) + rng.random(batch)) / batch
         timesteps = torch.from_numpy((strata * 1000).astype(np.int64)).to(device)
         for group in optimizer.param_groups:
-            group["lr"] = late_descent_rate(share, step, LEARNING_RATE, WARMUP)
+            group["lr"] = late_descent_rate(share, step, peak, WARMUP)
         recent = torch.lerp(recent, worker.gradients(embeddings.draw(rows, rng), clean, noise, timesteps), 0.01)
         torch.nn.utils.clip_grad_norm_(current, 1.0)
         optimizer.step()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ FIRST_BACKGROUNDS = 6
 
 
 def new_vae() -> AutoencoderKL:
+    torch.manual_seed(SEED)
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -152,13 +154,12 @@ def carried(vae: AutoencoderKL, sources: Sources, count: int = 32) -> list[Carri
     return results
 
 
-def train_vae(pool: np.ndarray, work: Path, sizes: Sizes) -> AutoencoderKL:
+def train_vae(vae: AutoencoderKL, pool: np.ndarray, work: Path, sizes: Sizes) -> AutoencoderKL:
     """Train, or resume from ``work/vae.pt``; returns the averaged weights. All draws are functions of (seed, step)."""
-    torch.manual_seed(SEED)
-    device = sizes.device
-    vae, average = new_vae().to(device).train(), new_vae().to(device).eval().requires_grad_(False)
-    average.load_state_dict(vae.state_dict())
-    optimizer = torch.optim.AdamW(vae.parameters(), PEAK_RATE, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
+    device, peak = sizes.device, PEAK_RATE * sizes.rate
+    vae = vae.to(device).train()
+    average = copy.deepcopy(vae).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(vae.parameters(), peak, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
     checkpoint, first, spent = work / "vae.pt", 0, 0.0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True, map_location=device)
@@ -180,7 +181,7 @@ def train_vae(pool: np.ndarray, work: Path, sizes: Sizes) -> AutoencoderKL:
         generator = torch.Generator(device).manual_seed(SEED * 1_000_003 + step)
         noise = torch.randn(batch, 4, side // 8, side // 8, device=device, generator=generator)
         for group in optimizer.param_groups:
-            group["lr"] = cosine_rate(share, step, PEAK_RATE, WARMUP)
+            group["lr"] = cosine_rate(share, step, peak, WARMUP)
         with lowered(device):
             loss = loss_of(vae, pixels, noise)
         loss.backward()
