@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from sdlora.base.base import Base
 from sdlora.base.conditioning import time_ids
 from sdlora.base.schedule import NoiseSchedule, Prediction, ScheduleFacts
 from sdlora.config.sections import ObjectiveSection
@@ -337,16 +338,20 @@ def test_a_part_of_a_batch_keeps_its_own_input(tiny_base: Path, tmp_path: Path) 
 def test_the_comparison_with_the_base_stays_within_the_range(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = ("objective.min_timestep=600", "objective.max_timestep=608", "objective.loss=huber", "train.steps=50")
-    session, seen = session_in(tmp_path, tiny_base, *settings), []
+    settings, seen = ("objective.min_timestep=600", "objective.max_timestep=608", "train.steps=50"), []
+    sessions = [session_in(tmp_path, tiny_base, *settings, f"objective.loss={loss}") for loss in ("l2", "huber")]
+    predict = Base.predict
 
-    def watched(*args: Any, objective: ObjectiveSection, **more: Any) -> torch.Tensor:
-        seen.append((args[3].item(), objective.loss))
-        return denoising_loss(*args, objective=objective, **more)
+    def watched(self: Base, noisy: torch.Tensor, timesteps: torch.Tensor, *rest: Any) -> torch.Tensor:
+        seen.append(timesteps.item())
+        return predict(self, noisy, timesteps, *rest)
 
-    monkeypatch.setattr("sdlora.training.course.denoising_loss", watched)
-    assert own_losses(session, Silence()) is not None
-    assert seen == [(timestep, "l2") for timestep in range(600, 608)]
+    monkeypatch.setattr(Base, "predict", watched)
+    squared, huber = (own_losses(session, Silence()) for session in sessions)
+    assert squared is not None
+    assert huber is not None
+    assert seen == [*range(600, 608)] * 2
+    assert (squared.losses == huber.losses).all()
 
 
 def test_the_file_states_the_loss_and_the_weighting() -> None:

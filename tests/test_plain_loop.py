@@ -72,7 +72,8 @@ def plain_losses(
     unet.requires_grad_(False)
     encoder: Any = CLIPTextModel.from_pretrained(base, subfolder="text_encoder", dtype=torch.float32)
     encoder.requires_grad_(False).eval()
-    signal = DDIMScheduler.from_pretrained(base, subfolder="scheduler").alphas_cumprod
+    scheduler: Any = DDIMScheduler.from_pretrained(base, subfolder="scheduler")
+    signal, velocity = scheduler.alphas_cumprod, scheduler.config.prediction_type == "v_prediction"
     layers: dict[str, Plain] = {}
     for name, change in changes.items():
         part, _, path = name.partition(".")
@@ -97,8 +98,9 @@ def plain_losses(
         context = encoder(tokens[:, 0]).last_hidden_state
         predicted = unet(at.sqrt() * latents + (1 - at).sqrt() * noise, timesteps, context).sample
         snr = (at / (1 - at)).flatten()
-        errors = F.mse_loss(predicted, noise, reduction="none").mean((1, 2, 3))
-        loss = (errors * torch.minimum(snr, torch.full_like(snr, GAMMA)) / snr).mean()
+        target = at.sqrt() * noise - (1 - at).sqrt() * latents if velocity else noise
+        errors = F.mse_loss(predicted, target, reduction="none").mean((1, 2, 3))
+        loss = (errors * torch.minimum(snr, torch.full_like(snr, GAMMA)) / (snr + velocity)).mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], LONGEST)

@@ -65,7 +65,7 @@ def test_without_a_preset_the_defaults_stay() -> None:
 def test_mini_has_values_of_its_own() -> None:
     settings = [each for each in NEEDED if not each.startswith("base")]
     config = resolve_config(load_config(None, [*settings, "preset=style"]), FAMILIES["sd1"])
-    assert (config.optimizer.learning_rate, config.lora.alpha) == (2e-3, 16.0)
+    assert (config.optimizer.learning_rate, config.lora.alpha) == (1.5e-3, 16.0)
 
 
 def test_epochs_are_stronger_than_the_steps_of_a_preset() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -10,7 +10,6 @@ import torch
 from ..base.conditioning import time_ids
 from ..progress import Progress
 from ..randomness import Stream, generator
-from .loss import denoising_loss
 from .objective import level_weights, trained_levels
 from .session import TrainingSession
 
@@ -20,8 +19,8 @@ COMPARED = 8
 """Number of images that are compared, each at a noise level of its own."""
 LEAST_GAIN = 0.001
 """Share of the loss that a run that learned anything takes away. Usual settings take 1 % and more in 50 steps."""
-WORSE_THAN_NOTHING = 1.5
-"""Times the loss of predicting zero that a base has, at high noise, if its kind of prediction is the wrong one."""
+FITS_OTHER = 0.7
+"""If the stated kind of prediction is wrong, the other leaves at most this share of what it leaves unexplained."""
 RATE_TOO_HIGH = "optimizer.learning_rate is probably too high; lower it and start over with --restart"
 
 
@@ -36,8 +35,9 @@ class OwnLosses:
 
     losses: np.ndarray
     """(n,) float64; the same noise in every measurement of a run, so that a difference is what was learned."""
-    of_zero: np.ndarray
-    """(n,) float64: about the loss of a model that predicts zero."""
+    unexplained: np.ndarray
+    """(n, 2) float64: error over the energy of what is to be predicted, 1 for a model that predicts zero. The second column
+    takes the same predictions as v instead of ε, or as ε instead of anything else."""
 
 
 @torch.no_grad()
@@ -53,7 +53,8 @@ def own_losses(session: TrainingSession, progress: Progress) -> OwnLosses | None
     shown = (sample for step in reversed(range(steps)) for sample in training.batch(step))
     own = (sample for sample in shown if training.items[sample.view.item].source.role == "train")
     samples = [sample for sample, _ in zip(own, range(COMPARED), strict=False)]
-    objective = plan.config.objective.model_copy(update={"loss": "l2"})
+    objective = plan.config.objective
+    other = replace(base.schedule, prediction="v_prediction" if base.schedule.prediction == "epsilon" else "epsilon")
     levels = trained_levels(objective, len(base.schedule.alphas_cumprod))
     measured = []
     progress.start("Comparing with the base", len(samples))
@@ -62,19 +63,21 @@ def own_losses(session: TrainingSession, progress: Progress) -> OwnLosses | None
         image = session.images[sample.view]
         rng = generator(plan.config.train.seed, Stream.COMPARISON_NOISE, position)
         timesteps = torch.tensor([timestep], device=base.device)
-        loss = denoising_loss(
-            base,
-            image.mean[None].to(base.device),
-            torch.from_numpy(rng.standard_normal((1, *image.mean.shape), dtype=np.float32)).to(base.device),
+        latents = image.mean[None].to(base.device)
+        noise = torch.from_numpy(rng.standard_normal((1, *image.mean.shape), dtype=np.float32)).to(base.device)
+        predicted = base.predict(
+            base.schedule.add_noise(latents, noise, timesteps),
             timesteps,
             session.embeddings.encode([sample.caption]),
             time_ids([image.framing]).to(base.device),
-            objective=objective,
         )
-        measured.append(torch.cat([loss, level_weights(timesteps, base.schedule, objective)]))
+        targets = torch.cat([schedule.target(latents, noise, timesteps) for schedule in (base.schedule, other)])
+        errors = (predicted - targets).square().mean(dim=(1, 2, 3))
+        loss = errors[:1] * level_weights(timesteps, base.schedule, objective)
+        measured.append(torch.cat([loss, errors / targets.square().mean(dim=(1, 2, 3))]))
         progress.advance()
-    losses, of_zero = torch.stack(measured).cpu().double().numpy().T
-    return OwnLosses(losses=losses, of_zero=of_zero)
+    table = torch.stack(measured).cpu().double().numpy()
+    return OwnLosses(losses=table[:, 0], unexplained=table[:, 1:])
 
 
 def run_warning(*, trained: OwnLosses, alone: OwnLosses) -> str | None:
@@ -87,11 +90,12 @@ def run_warning(*, trained: OwnLosses, alone: OwnLosses) -> str | None:
     cause = RATE_TOO_HIGH
     if not np.isfinite(trained.losses).all():
         return f"the loss was NaN or Inf at the end: {cause}"
-    highest = slice(-max(1, len(alone.losses) // 4), None)
-    if alone.losses[highest].sum() > WORSE_THAN_NOTHING * alone.of_zero[highest].sum():
+    count = len(alone.losses)
+    stated, other = alone.unexplained[count // 4 : count - count // 4].mean(axis=0)
+    if other < FITS_OTHER * stated:
         return (
-            "at high noise the base without the LoRA is worse than predicting nothing: base.prediction is probably wrong; "
-            "correct it and start over with --restart"
+            "what the base predicts, without the LoRA, fits another kind of prediction better: base.prediction is probably "
+            "wrong; correct it and start over with --restart"
         )
     ratio = np.exp(np.log(np.maximum(trained.losses, 1e-12) / np.maximum(alone.losses, 1e-12)).mean())
     means = (

@@ -70,10 +70,10 @@ class FileCheck:
     def in_words(self) -> str:
         """What is reported of a file, without its end."""
         shares = (
-            f"{PART_TITLES[part]} by {100 * change.relative:.2g} % of its weights (‖ΔW‖ {change.norm:.3g})"
+            f"{PART_TITLES[part]} by {_percent(change.relative)} % of its weights (‖ΔW‖ {change.norm:.3g})"
             for part, change in self.parts.items()
         )
-        effect = "" if self.difference is None else f"; predictions by {100 * self.difference:.2g} %"
+        effect = "" if self.difference is None else f"; predictions by {_percent(self.difference)} %"
         return f"read back, it changes the {', the '.join(shares)}{effect}"
 
     def to_json(self) -> dict[str, Any]:
@@ -228,3 +228,8 @@ def _predictions(plan: RunPlan, base: Base, progress: Progress) -> Tensor:
     )
     progress.advance()
     return predicted.cpu().double()
+
+
+def _percent(share: float) -> str:
+    """Two digits, or all before the point."""
+    return f"{100 * share:.2g}" if share < 0.995 else f"{100 * share:.0f}"
