@@ -3,7 +3,7 @@
 It also writes ``tests/references``: every subject of the base in the base's styles and in these two. With them, tests
 judge whether a generated image still shows its subject.
 
-``blueprint``: negative prints, white ink on blue paper, from Noto Emoji (Apache-2.0).
+``blueprint``: white outlines on deep blue paper with a grid, from Noto Emoji (Apache-2.0).
 ``pixel``: sixteen by sixteen squares in sixteen colours, from Fluent Emoji (MIT).
 Needs ``pip install 'sdlora[recipe]'`` and the packages of ``recipes/mini/package.json``.
 """
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -35,7 +35,7 @@ SUBJECTS = (
 
 REFERENCES = HERE.parent / "tests" / "references"
 
-PAPER, INK = (80, 136, 230), (255, 255, 255)
+PAPER, GRID = (18, 52, 134), 26
 
 PALETTE = np.array(
     [
@@ -47,12 +47,21 @@ PALETTE = np.array(
 
 
 def blueprint(art: np.ndarray) -> Image.Image:
-    """uint8 (n, n, 4) -> RGB 256²: a negative print, white ink on blue paper where the art on white is dark."""
-    drawing = Image.new("RGBA", (256, 256), (255, 255, 255, 255))
-    drawing.alpha_composite(Image.fromarray(art).resize((216, 216), Image.Resampling.LANCZOS), (20, 20))
-    darkness = 1 - np.asarray(drawing.convert("L"), np.float32)[..., None] / 255
-    ink = (darkness * 1.25).clip(0, 1)
-    return Image.fromarray((np.array(PAPER) * (1 - ink) + np.array(INK) * ink).round().astype(np.uint8))
+    """uint8 (n, n, 4) -> RGB 256²: white outlines and a wash of the inside, on deep blue paper with a faint grid."""
+    drawing = Image.new("RGBA", (256, 256), (255, 255, 255, 0))
+    drawing.alpha_composite(Image.fromarray(art).resize((208, 208), Image.Resampling.LANCZOS), (24, 24))
+    smooth = np.asarray(drawing.filter(ImageFilter.GaussianBlur(1.5)), np.float32) / 255
+    solid = smooth[..., 3:]
+    shades = np.concatenate([smooth[..., :3] * solid, solid * 1.5], axis=-1)
+    slope = np.hypot(*(np.gradient(shades, axis=axis) for axis in (0, 1))).max(-1)
+    edges = Image.fromarray(((slope - 0.05) / 0.12 * 255).clip(0, 255).astype(np.uint8))
+    lines = np.asarray(edges.filter(ImageFilter.MaxFilter(3)).filter(ImageFilter.GaussianBlur(0.7)), np.float32) / 255
+    light = smooth[..., :3].mean(-1, keepdims=True)
+    paper = np.broadcast_to(np.array(PAPER, np.float32), (256, 256, 3)).copy()
+    paper[16::32] += GRID
+    paper[:, 16::32] += GRID
+    washed = paper + solid * (0.10 + 0.25 * light) * (255 - paper)
+    return Image.fromarray((washed + lines[..., None] * (255 - washed)).round().clip(0, 255).astype(np.uint8))
 
 
 def pixel(art: np.ndarray) -> Image.Image:

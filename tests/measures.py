@@ -23,9 +23,9 @@ def unseen_subjects() -> list[str]:
 
 
 def blueness(image: Image.Image) -> float:
-    """Share of the pixels in which blue leads red by 30 of 255, as it does in blue paper and in light ink on it."""
-    red, _, blue = np.moveaxis(np.asarray(image.convert("RGB"), np.float32), -1, 0)
-    return float((blue - red > 30).mean())
+    """Share of the pixels that are as deep a blue as the paper of blueprints, or as the wash on it."""
+    red, green, blue = np.moveaxis(np.asarray(image.convert("RGB"), np.float32), -1, 0)
+    return float(((blue - red > 40) & (blue - green > 15) & (red < 110) & (green < 125)).mean())
 
 
 def blockiness(image: Image.Image) -> float:

@@ -40,7 +40,8 @@ def test_its_architecture_is_that_of_stable_diffusion_1() -> None:
     assert pipe.unet.config["cross_attention_dim"] == pipe.text_encoder.config.hidden_size
     assert pipe.tokenizer.model_max_length == 77
     assert pipe.scheduler.config["beta_schedule"] == "scaled_linear"
-    assert pipe.scheduler.config["prediction_type"] == "epsilon"
+    assert pipe.scheduler.config["prediction_type"] == "v_prediction"
+    assert pipe.scheduler.config["rescale_betas_zero_snr"] is True
     parameters = sum(p.numel() for m in (pipe.unet, pipe.vae, pipe.text_encoder) for p in m.parameters())
     assert 10e6 < parameters < 25e6
 
@@ -60,6 +61,9 @@ def test_the_same_image_as_the_diffusers_pipeline() -> None:
     assert (image.latents - reference).abs().max() < 1e-3
     pipe.scheduler = DDIMScheduler(
         **{key: pipe.scheduler.config[key] for key in ("beta_start", "beta_end", "beta_schedule", "steps_offset")},
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
         clip_sample=False,
         set_alpha_to_one=False,
     )
@@ -79,12 +83,15 @@ def test_it_draws_what_the_prompt_says(subjects: list[str]) -> None:
 
 
 def test_the_background_is_the_one_asked_for() -> None:
-    prompts = [f"a heart, {color} background" for color in ("white", "yellow", "blue")]
+    prompts = [f"a heart, {color} background" for color in ("white", "yellow", "blue", "black", "navy")]
     corners = [np.asarray(image.image, np.float32)[:8, :8].mean((0, 1)) for image in sdlora.generate(prompts, seed=1)]
-    white, yellow, blue = corners
+    white, yellow, blue, black, navy = corners
     assert white.min() > 235
     assert yellow[0] - yellow[2] > 40
     assert blue[2] - blue[0] > 30
+    assert black.max() < 50
+    assert navy[2] - navy[0] > 40
+    assert navy[0] < 60
 
 
 def test_the_card_states_licences_recipe_and_quality() -> None:
@@ -98,4 +105,4 @@ def test_sheet_of_references_holds_every_subject_in_every_style(subjects: list[s
         size = sheet.size
     side = size[0] // len(subjects)
     assert size == (side * len(subjects), side * len(STYLES))
-    assert 120 <= len(subjects) <= 250
+    assert len(subjects) >= 250

@@ -78,7 +78,7 @@ def test_the_style_comes_with_the_lora_and_grows_with_its_weight(
     gallery = load_sheet(references / "base.png", every, colour=False)
     asked = [subject for subject in subjects for _ in range(SEEDS)]
     before, after = (gallery.fidelity([image.image for image in p], asked) for p in (without, full))
-    assert before >= 0.4
+    assert before >= 0.5
     assert after >= before * 2 / 3
 
 

@@ -6,7 +6,7 @@
 Each run's result is a line of ``FOLDER/results.jsonl``, so the command goes on where it was interrupted; ``--table`` only
 prints what is there. 30 images of each set are trained on and 6 are held out. Of every run:
 
-- the held-out loss: mean squared error of the noise on the held-out images, at 8 noise levels, with the same noise in
+- the held-out loss: mean squared error of the prediction on the held-out images, at 8 noise levels, with the same noise in
   every run, and the mean of its ratio to the reference variant's with the same set and seed;
 - 12 images of subjects that no set shows, at weight 1.0: the style's measure, the share of images on the style's side of
   its threshold, and the share whose nearest reference shows the subject, as in ``tests/test_style.py``;

@@ -45,7 +45,7 @@ class Trained:
 
 @torch.no_grad()
 def level_losses(trained: Trained, examples: Examples) -> list[float]:
-    """Mean squared error of the predicted noise at each of ``LEVELS`` levels; the noise is always the same."""
+    """Mean squared error of the prediction at each of ``LEVELS`` levels; the noise is always the same."""
     base, count = trained.base, len(examples.captions)
     levels = len(base.schedule.alphas_cumprod)
     sizes = time_ids([Framing.whole(base.checkpoint.resolution, base.checkpoint.resolution)] * count)
@@ -58,7 +58,8 @@ def level_losses(trained: Trained, examples: Examples) -> list[float]:
             noise = torch.from_numpy(rng.standard_normal(tuple(examples.latents.shape), dtype=np.float32))
             noisy = base.schedule.add_noise(examples.latents, noise, timestep)
             predicted = base.predict(noisy, timestep, conditioning, sizes)
-            losses.append((predicted - noise).square().mean().item())
+            target = base.schedule.target(examples.latents, noise, timestep)
+            losses.append((predicted - target).square().mean().item())
     return losses
 
 

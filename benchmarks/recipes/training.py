@@ -114,7 +114,9 @@ def plain_loop(config: Config, learning_rate: float) -> Path:
         noise = torch.randn_like(latents)
         timesteps = torch.randint(0, noises.config.num_train_timesteps, (len(rows),))
         predicted = pipe.unet(noises.add_noise(latents, noise, timesteps), timesteps, context[rows]).sample
-        torch.nn.functional.mse_loss(predicted, noise).backward()
+        velocity = noises.config.prediction_type == "v_prediction"
+        target = noises.get_velocity(latents, noise, timesteps) if velocity else noise
+        torch.nn.functional.mse_loss(predicted, target).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -31,8 +31,12 @@ class PresetValue:
     """Who recommends it, or how it was measured."""
 
 
-_MEASURED = "measured on mini, python -m benchmarks.recipes: 0.7 of the defaults' held-out loss, a clear style at 1.0"
-_NO_TEXT = "measured on mini, python -m benchmarks.recipes: the same held-out loss as 3e-4 to 2e-3, and a sixth faster"
+_MEASURED = "measured on mini's first edition by benchmarks.recipes: 0.7 of the defaults' loss, a clear style"
+_NO_TEXT = "measured on mini's first edition by benchmarks.recipes: the loss of 3e-4 to 2e-3, a sixth faster"
+_ALL_LEVELS = "measured on mini: min-SNR gives pure noise no weight, where the brightness of a background is decided"
+_SUBJECT_KEPT = (
+    "measured on mini: as clear a style as with 2e-3, and the subject is recognised more often at half weight"
+)
 _SUBJECT = "as the style, which was measured; a smaller file for one subject"
 _COLAB = "hollowstrawberry/kohya-colab, Lora_Trainer.ipynb"
 _COLAB_XL = "hollowstrawberry/kohya-colab, Lora_Trainer_XL.ipynb"
@@ -125,9 +129,9 @@ _SDXL: Mapping[PresetName, tuple[PresetValue, ...]] = {
 }
 _MINI_SHARED = _values(
     lora__targets=("attention-mlp", _MEASURED),
-    optimizer__learning_rate=(2e-3, _MEASURED),
+    optimizer__learning_rate=(1.5e-3, _SUBJECT_KEPT),
     optimizer__text_encoder_learning_rate=(0.0, _NO_TEXT),
-    objective__min_snr_gamma=(5.0, _MEASURED),
+    objective__min_snr_gamma=(0.0, _ALL_LEVELS),
     train__batch_size=(4, _MEASURED),
     train__steps=(300, _MEASURED),
 )
